@@ -1,0 +1,248 @@
+"""data.py, file 2 of 5 (read env.py first): rows of questions, and the built-in scenes.
+
+    python data.py                          # data/scenes-0/{sft,train,test}.jsonl and images, level 0 (the tiny task)
+    python data.py --level=3 --n_train=2000 # 4096 x 4096 scenes with two scales and small text, for real models
+
+A row, one JSON object a line, is the published schema of DRIM-VisualReasonHard and of Mini-o3's RL data plus three
+optional fields:
+
+    {"images": ["test/0.png"], "doc_id": "test-0", "problem": "...", "solution": "green", "data_source": "scenes-0",
+     "boxes": [[117, 84, 120, 87]], "choices": null, "difficulty": 3}
+
+Image paths are relative to the file; boxes (the evidence) are pixels of the original. A cold-start row also has
+"turns": the assistant's turns as text. Their observations are not stored: they are replayed through the tool.
+
+The scenes: coloured boxes on a grid. One box of the asked colour bears the evidence, its look-alikes do not, and which
+one it is cannot be read in the shrunken whole image. So: list the look-alikes, zoom into one, and if it is empty go to
+the next. At levels 2 and 3 the crop shows only where a label is, and a second zoom into the crop reads it.
+The cold start's trajectories are imperfect on purpose (see `oracle`), so that RL has something to improve.
+"""
+import json
+import os
+from dataclasses import asdict, dataclass
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+import env
+from env import UserError
+
+COLOURS = {"red": (220, 40, 40), "green": (40, 170, 60), "blue": (50, 80, 230), "yellow": (235, 215, 40),
+           "purple": (160, 50, 190), "cyan": (40, 200, 215)}
+SHAPES = ("triangle", "square", "cross")
+# size: pixels per side; grid: cells per side; mark: pixels; scales: zooms needed; kinds: what is asked
+LEVELS = {0: dict(size=256, grid=4, mark=5, scales=1, kinds=("colour",)),
+          1: dict(size=1024, grid=4, mark=14, scales=1, kinds=("colour", "shape", "count")),
+          2: dict(size=2048, grid=6, mark=12, scales=2, kinds=("colour", "shape", "count")),
+          3: dict(size=4096, grid=8, mark=16, scales=2, kinds=("colour", "shape", "count", "text"))}
+QUESTIONS = {"colour": "One of the {} boxes bears a coloured dot, the others a black one. Which colour is it?",
+             "shape": "One of the {} boxes bears a black shape, the others a black dot. Which shape is it?",
+             "count": "One of the {} boxes bears several black dots, the others one. How many are they?",
+             "text": "One of the {} boxes bears a code, the others a dash. What is the code?"}
+
+
+@dataclass
+class Config:
+    seed: int = 0                     # of the sft and train scenes; the test scenes never change
+    out: str = "data/scenes-{seed}"   # where the rows and images go
+    level: int = 0                    # 0 (256 px, the tiny task) to 3 (4096 px, two scales, small text)
+    n_sft: int = 4000                 # scenes; each asks two questions
+    n_train: int = 1000
+    n_test: int = 768
+    per_question: int = 3             # cold-start trajectories per question
+    p_guess: float = 0.25             # imperfect half of the cold start: after an empty crop, guess at once ...
+    p_again: float = 0.40             # ... or look at the same place again, shifted a little
+    clean: float = 0.7                # share of the cold start, at its beginning, that is free of both
+
+
+def cell_name(cell, grid):
+    """Columns A, B, ... and rows 1, 2, ...: cell 6 of a 4x4 grid is C2."""
+    return f"{chr(65 + cell % grid)}{cell // grid + 1}"
+
+
+def draw_mark(draw, kind, value, x, y, m, colour):
+    """One mark of m pixels with its corner at (x, y). Returns its box."""
+    if kind == "text":
+        font = ImageFont.load_default(m)
+        draw.text((x, y), value, fill=colour, font=font)
+        return [int(v) for v in draw.textbbox((x, y), value, font=font)]
+    if kind == "count":
+        for i in range(int(value)):
+            draw.ellipse((x + 2 * m * i, y, x + 2 * m * i + m - 1, y + m - 1), fill=colour)
+        return [x, y, x + 2 * m * int(value) - m, y + m]
+    if value == "triangle":
+        draw.polygon([(x, y + m - 1), (x + m - 1, y + m - 1), (x + m // 2, y)], fill=colour)
+    elif value == "cross":
+        draw.line((x, y, x + m - 1, y + m - 1), fill=colour, width=max(1, m // 4))
+        draw.line((x, y + m - 1, x + m - 1, y), fill=colour, width=max(1, m // 4))
+    else:
+        (draw.ellipse if m > 4 and value != "square" else draw.rectangle)((x, y, x + m - 1, y + m - 1), fill=colour)
+    return [x, y, x + m, y + m]
+
+
+def make_scene(rng, level):
+    """One image and its two questions. Returns (image, [question]); a question is a dict with colour, kind, cells
+    (of the candidates, in reading order), target (cell), answer, evidence box, labels (cell -> box, two-scale levels)."""
+    spec = LEVELS[level]
+    S, g, m = spec["size"], spec["grid"], spec["mark"]
+    c = S // g
+    # blotches as large as a pixel of the whole view, so that shrinking does not average them away
+    blotch = S // 64
+    noise = rng.integers(-40, 41, (64, 64, 3)).repeat(blotch, 0).repeat(blotch, 1)
+    image = Image.fromarray((150 + np.zeros((S, S, 3), int)).astype(np.uint8))
+    draw = ImageDraw.Draw(image)
+    names = list(rng.permutation(list(COLOURS)))
+    sizes = [int(rng.integers(2, 7)), int(rng.integers(2, 4)), *[1] * int(rng.integers(0, 2))]
+    cells = iter(rng.permutation(g * g))
+    questions, marks, scene = [], [], {}
+    for name, k in zip(names, sizes):
+        mine = sorted(int(next(cells)) for _ in range(k))
+        kind = spec["kinds"][rng.integers(len(spec["kinds"]))]
+        target = mine[rng.integers(k)]
+        answer = {"colour": lambda: str(rng.choice([n for n in names if n != name])), "shape": lambda: str(rng.choice(SHAPES)),
+                  "count": lambda: str(rng.integers(2, 6)), "text": lambda: "".join(rng.choice(list("ACEFHKLMNPRTUVWXY3479"), 4))}[kind]()
+        labels = {}
+        scene.update(dict.fromkeys(mine, str(name)))
+        for cell in mine:
+            x, y = cell % g * c, cell // g * c
+            side = int(c * rng.uniform(0.66, 0.8))
+            x, y = x + int(rng.integers(0, c - side + 1)), y + int(rng.integers(0, c - side + 1))
+            draw.rectangle((x, y, x + side - 1, y + side - 1), fill=tuple(int(0.75 * v + 50) for v in COLOURS[name]))
+            if spec["scales"] == 2:  # a pale label, a quarter of the box wide, holds the mark
+                w = side // 4
+                x, y = x + int(rng.integers(0, side - w)), y + int(rng.integers(0, side - w))
+                draw.rectangle((x, y, x + w - 1, y + w - 1), fill=(225, 225, 215))
+                labels[cell], side = (x, y, x + w, y + w), w
+            width = m * (2 * int(answer) - 1 if kind == "count" else 3 if kind == "text" else 1)
+            at = [int(p + rng.integers(1, max(2, side - extent - 1))) for p, extent in ((x, width), (y, m))]
+            marks.append((cell == target, kind, answer, *at, name))
+            if cell == target:
+                where = len(marks) - 1
+        questions.append(dict(colour=name, kind=kind, cells=mine, target=target, answer=answer, labels=labels, mark=where))
+    image = Image.fromarray(np.clip(np.asarray(image).astype(int) + noise, 0, 255).astype(np.uint8))
+    draw, boxes = ImageDraw.Draw(image), []
+    for real, kind, answer, x, y, _ in marks:  # a look-alike's mark: black dot, one dot, or a dash
+        value = answer if real else {"count": "1", "text": "--", "shape": "dot", "colour": "dot"}[kind]
+        boxes.append(draw_mark(draw, kind, value, x, y, m, COLOURS[answer] if real and kind == "colour" else (0, 0, 0)))
+    for q in questions:
+        q.update(evidence=boxes[q["mark"]], scene=sorted(scene.items()))
+    return image, [q for q in questions if len(q["cells"]) > 1]
+
+
+def look(box, img_idx=0):
+    """The text of a call."""
+    call = {"name": env.TOOL["function"]["name"], "arguments": {"bbox_2d": [int(v) for v in box], "img_idx": img_idx}}
+    return f"<tool_call>\n{json.dumps(call)}\n</tool_call>"
+
+
+def oracle(q, rng, level, max_crops, p_guess=0.0, p_again=0.0):
+    """The assistant's turns (texts) for one question: list the boxes in reading order and number the look-alikes, visit
+    them in that order, read, answer.
+
+    After each empty look: with p_guess answer at random, with p_again look again at a box shifted by a fifth of its
+    width, else go on with the next look-alike. When crops or look-alikes are used up it guesses. Thoughts state only
+    what can be seen at that point, and each decision needs only a short look back: that is what makes it learnable.
+    """
+    spec = LEVELS[level]
+    g, S = spec["grid"], spec["size"]
+    answers = {"colour": [n for n in COLOURS if n != q["colour"]], "shape": SHAPES, "count": list("2345"), "text": ["????"]}
+    plain = {"colour": "black", "shape": "dot", "count": "1", "text": "dash"}[q["kind"]]
+    number = {c: i + 1 for i, c in enumerate(q["cells"])}
+    listing = " ".join(f"{cell_name(c, g)} {name}" + (f" {number[c]}" if c in number else "") for c, name in q["scene"])
+    turns, crops, at, again = [], 0, 0, False
+    thought = f"Boxes {listing}. Look 1"
+    while True:
+        cell = q["cells"][at]
+        name = cell_name(cell, g)
+        box = np.array([cell % g, cell // g, cell % g + 1, cell // g + 1]) * (1000 // g)
+        if again:
+            shift = np.array([[1, 0, 1, 0], [0, 1, 0, 1]])[rng.integers(2)] * (200 // g) * rng.choice([-1, 1])
+            box = box + (shift if 0 <= (box + shift).min() and (box + shift).max() <= 1000 else -shift)
+        turns.append(f"<think>{thought} {name}.</think>\n{look(box)}")
+        crops += 1
+        if spec["scales"] == 2 and crops < max_crops:  # zoom into the crop, at the label with a margin
+            frame, label = box / 1000 * S, np.array(q["labels"][cell], float)
+            w = (label[2] - label[0]) / 4
+            inner = (label + [-w, -w, w, w] - frame[[0, 1, 0, 1]]) / (frame[2:] - frame[:2])[[0, 1, 0, 1]] * 1000
+            turns.append(f"<think>At {name} a label. Look closer.</think>\n{look(inner.clip(0, 1000), crops)}")
+            crops += 1
+        if cell == q["target"]:
+            return turns + [f"<think>At {name} {q['answer']}.</think>\n<answer>{q['answer']}</answer>"]
+        luck = rng.random()
+        again = p_guess <= luck < p_guess + p_again
+        if crops >= max_crops or luck < p_guess or not again and at + 1 == len(q["cells"]):
+            return turns + [f"<think>At {name} {plain}. Guess.</think>\n<answer>{rng.choice(answers[q['kind']])}</answer>"]
+        at += not again
+        thought = f"At {name} {plain}. Look " + ("again" if again else str(at + 1))
+
+
+def write_rows(cfg, split, n, seed):
+    """Draw n scenes of a split, save images and rows. Returns the number of rows."""
+    folder = os.path.join(cfg.out, split)
+    os.makedirs(folder, exist_ok=True)
+    rows = []
+    max_crops = env.World.max_crops
+    for i in tqdm(range(n), desc=f"scenes/{split}", disable=None):
+        rng = np.random.default_rng([seed, {"sft": 0, "train": 1, "test": 2}[split], cfg.level, i])
+        image, questions = make_scene(rng, cfg.level)
+        image.save(os.path.join(folder, f"{i}.png"), compress_level=1)
+        for j, q in enumerate(questions[:1] if split == "test" else questions):
+            row = dict(images=[f"{split}/{i}.png"], doc_id=f"{split}-{i}-{j}", problem=QUESTIONS[q["kind"]].format(q["colour"]),
+                       solution=q["answer"], data_source=f"scenes-{cfg.level}", boxes=[q["evidence"]], difficulty=len(q["cells"]))
+            if split != "sft":
+                rows.append(row)
+                continue
+            rows += [{**row, "question": q} for _ in range(cfg.per_question)]
+    if split == "sft":  # in random order; nearly all of the first `clean` share is free of flaws, the rest has them
+        rng = np.random.default_rng([seed, 3])
+        rows = [rows[k] for k in rng.permutation(len(rows))]
+        for at, row in enumerate(rows):
+            flaws = at >= cfg.clean * len(rows) or rng.random() < 0.1
+            row["turns"] = oracle(row.pop("question"), rng, cfg.level, max_crops, *(cfg.p_guess, cfg.p_again) if flaws else ())
+    path = os.path.join(cfg.out, f"{split}.jsonl")
+    with open(path + ".tmp", "w") as f:
+        f.writelines(json.dumps(r) + "\n" for r in rows)
+    os.replace(path + ".tmp", path)
+    return len(rows)
+
+
+def load_rows(path):
+    """FORK: the data set. Read rows from a JSON list or JSONL file; image paths become absolute.
+
+    Raises UserError naming file and row when a field is missing or an image does not exist.
+    """
+    try:
+        with open(path, encoding="utf-8") as f:
+            text = f.read()
+        rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(x) for x in text.splitlines() if x.strip()]
+    except OSError as e:
+        raise UserError(f"{path}: {e.strerror}; make the built-in scenes with `python data.py` or give --data=FOLDER")
+    except ValueError as e:
+        raise UserError(f"{path}: not JSON or JSONL ({e})")
+    if not rows:
+        raise UserError(f"{path}: no rows")
+    for i, row in enumerate(rows):
+        for key in ("images", "problem", "solution"):
+            if not row.get(key):
+                raise UserError(f"{path}: row {i} has no `{key}`; every row needs images, problem and solution")
+        row["images"] = [os.path.join(os.path.dirname(os.path.abspath(path)), p) for p in row["images"]]
+        if not os.path.exists(row["images"][0]):
+            raise UserError(f"{path}: row {i}: image {row['images'][0]} does not exist; paths are relative to the file")
+    return rows
+
+
+def main(cfg):
+    """Make the scenes of cfg.out unless they are there; returns the number of rows of each split."""
+    rank, world, _ = env.setup()
+    if rank == 0 and not env.same_settings(cfg.out, cfg):
+        counts = {split: write_rows(cfg, split, n, seed) for split, n, seed in
+                  (("sft", cfg.n_sft, cfg.seed), ("train", cfg.n_train, cfg.seed), ("test", cfg.n_test, 2 ** 32))}
+        env.write_text(os.path.join(cfg.out, "config.json"), json.dumps(asdict(cfg), indent=1))  # last: its presence means complete
+        print(f"{cfg.out}: " + ", ".join(f"{n} {split} rows" for split, n in counts.items()))
+    if world > 1:
+        env.dist.barrier()
+
+
+if __name__ == "__main__":
+    main(env.configure(Config, {}))

@@ -1,0 +1,964 @@
+"""env.py, file 1 of 5 (then data.py, sft.py, rppo.py, eval.py): the world the policy lives in.
+
+A trajectory is a conversation about one high-resolution image. The policy thinks, then either calls a crop tool
+or answers; the crop comes back as a new image, cut from the original pixels; and so on. Everything that gives a
+token or a number its meaning is defined here and nowhere else: prompt, tool, parser, crop, mask, rollout,
+log-probabilities, answer matching, reward, metrics. Training and evaluation call the same functions.
+
+    World                       the numbers that define the task and the reward (every stage's Config extends it)
+    parse_action, run_tool      the policy's text -> an action -> a box on the original, or an error it can read
+    reset, respond, observe     one conversation, token by token; SFT rendering and RL rollout both use these three
+    Policy, load_policy         a Qwen VLM behind two calls: log-probabilities of a batch, and one incremental step
+    rollout                     P prompts x G samples: shared prefill, one KV cache across turns
+    match, reward, metrics      is the answer right, what is it worth, what happened on the way
+
+Shapes: P prompts, G samples per prompt, B = P*G trajectories, T tokens of the longest, N image tokens,
+V rows of the language-model head, S cache slots. Boxes are (x0, y0, x1, y1) in pixels of the original image.
+The method is DRIM (arXiv 2512.17306), written from its description; "our choice" marks what is not published.
+"""
+import json
+import math
+import os
+import re
+import shutil
+import sys
+from dataclasses import asdict, dataclass, field, fields
+from importlib import import_module
+from types import MethodType
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch.utils.checkpoint import checkpoint
+
+
+class UserError(SystemExit):
+    """A mistake of the user: the message is one line that names the file, row or flag, and the cure."""
+
+
+@dataclass
+class World:
+    """Numbers that define the task. The defaults are the embedded tiny task; REAL_WORLD is for real checkpoints."""
+    max_crops: int = 5               # tool turns; then one more turn that may only answer
+    max_pixels: int = 64 * 64        # pixel budget of the original, as the model sees it
+    min_crop_pixels: int = 32 * 32   # crops are resized into [min_crop_pixels, max_crop_pixels]
+    max_crop_pixels: int = 48 * 48
+    min_crop_side: int = 16          # a smaller box (pixels of the original) is enlarged about its centre
+    turn_tokens: int = 48            # most tokens the policy may sample in one turn
+    max_tokens: int = 512            # most tokens of a whole trajectory, image tokens included
+    temperature: float = 1.0         # of sampling, and of every log-probability in an update
+    # FORK: the reward (see `reward`). lam and eps are not published; these are our choice.
+    lam: float = 1.0                 # weight of the redundancy penalty; 0 is plain GRPO
+    eps: float = 0.3                 # overlap (IoU) that is free: a 2x zoom, IoU 0.25, costs nothing
+    tool_bonus: float = 0.0          # DeepEyes' bonus for a right answer with at least one crop
+    format_weight: float = 0.0       # subtracted once when any turn was malformed, refused or unanswered
+
+
+REAL_WORLD = dict(max_pixels=2_000_000, min_crop_pixels=65_536, max_crop_pixels=524_288, min_crop_side=28,
+                  turn_tokens=1024, max_tokens=12_288)
+
+# ---------------------------------------------------------------------------------------------------------------
+# FORK: the tool. Schema, prompt and parser stand together so that they cannot disagree.
+# Qwen-Agent's image_zoom_in_tool as Qwen3-VL knows it: coordinates 0..1000 relative to image img_idx.
+TOOL = {"type": "function", "function": {
+    "name": "image_zoom_in_tool",
+    "description": "Cut a region out of an image at full resolution and look at it.",
+    "parameters": {"type": "object", "properties": {
+        "bbox_2d": {"type": "array", "items": {"type": "number"}, "minItems": 4, "maxItems": 4,
+                    "description": "[x1, y1, x2, y2], 0 to 1000, relative to the image img_idx"},
+        "img_idx": {"type": "integer", "description": "0 is the original image, k the k-th crop; default 0"},
+        "label": {"type": "string", "description": "what is looked for (optional)"}},
+        "required": ["bbox_2d"]}}}
+SYSTEM = ("You answer questions about an image, and you can zoom in before you answer.\n\n# Tools\n\n<tools>\n"
+          + json.dumps(TOOL) + "\n</tools>\n\nThink first, between <think> and </think>. Then do exactly one thing: call the "
+          'tool with <tool_call>\n{"name": "image_zoom_in_tool", "arguments": {"bbox_2d": [x1, y1, x2, y2], "img_idx": 0}}'
+          "\n</tool_call>, or give a short final answer with <answer>...</answer>.")
+SYSTEM_NO_TOOL = "You answer questions about an image. Think first, between <think> and </think>. Then give a short " \
+                 "final answer with <answer>...</answer>."
+TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
+ERRORS = {  # what the policy reads after a mistake: fixed texts, so that nothing it wrote is echoed back
+    "none": "Error: no action. Call the tool or answer.",
+    "malformed": "Error: the call could not be read.",
+    "outside": "Error: the box is outside the image.",
+    "empty": "Error: the box is empty.",
+    "index": "Error: there is no such image."}
+
+
+@dataclass
+class Action:
+    """What one assistant turn asks for. kind: "crop", "answer", "none" (no action) or "malformed" (see error)."""
+    kind: str
+    bbox: tuple | None = None        # 0..1000 relative to image img_idx, as written
+    img_idx: int = 0
+    answer: str | None = None
+    label: str | None = None         # kept, decides nothing
+    error: str | None = None         # why it is malformed; for logs, the policy reads ERRORS
+
+
+def _without_thoughts(text):
+    """Drop <think>...</think>; an unclosed <think> swallows the rest, a lone </think> everything before it."""
+    first_open, first_close = text.find("<think>"), text.find("</think>")
+    if first_close != -1 and (first_open == -1 or first_close < first_open):
+        text = text[first_close + len("</think>"):]
+    kept, at = [], 0
+    while (start := text.find("<think>", at)) != -1:
+        kept.append(text[at:start])
+        end = text.find("</think>", start)
+        if end == -1:
+            return "".join(kept)
+        at = end + len("</think>")
+    return "".join(kept) + text[at:]
+
+
+def parse_action(text):
+    """Read one assistant turn. Never raises; text outside the action is ignored.
+
+    >>> parse_action('<think>a</think><tool_call>{"name": "image_zoom_in_tool", "arguments": {"bbox_2d": [0, 0, 500, 500]}}</tool_call>').bbox
+    (0.0, 0.0, 500.0, 500.0)
+    >>> parse_action("<answer> red </answer>").answer, parse_action("red").kind
+    ('red', 'none')
+    """
+    text = _without_thoughts(text)
+    calls, answers = text.count("<tool_call>"), text.count("<answer>")
+    if calls + answers == 0:
+        return Action("none", error="no action")
+    if calls + answers > 1:
+        return Action("malformed", error="more than one action")
+    opening, closing = ("<tool_call>", "</tool_call>") if calls else ("<answer>", "</answer>")
+    body, closed, _ = text.partition(opening)[2].partition(closing)
+    if not closed:
+        return Action("malformed", error=f"{opening} is not closed")
+    if answers:
+        answer = body.strip()
+        return Action("answer", answer=answer) if answer else Action("malformed", error="empty answer")
+    try:
+        call = json.loads(body)
+    except (ValueError, RecursionError) as e:
+        return Action("malformed", error=f"not JSON: {type(e).__name__}")
+    arguments = call.get("arguments") if isinstance(call, dict) else None
+    if not isinstance(arguments, dict) or call.get("name") != TOOL["function"]["name"]:
+        return Action("malformed", error="not a call of the tool")
+    bbox, idx, label = arguments.get("bbox_2d"), arguments.get("img_idx", 0), arguments.get("label")
+    if not isinstance(bbox, list) or len(bbox) != 4 or any(type(v) not in (int, float) for v in bbox):
+        return Action("malformed", error="bbox_2d is not four numbers")
+    if any(abs(v) > 1e9 or v != v for v in bbox):  # also inf; Python compares its big integers exactly
+        return Action("malformed", error="bbox_2d is not finite")
+    if type(idx) is not int:
+        return Action("malformed", error="img_idx is not an integer")
+    return Action("crop", bbox=tuple(float(v) for v in bbox), img_idx=idx, label=label if isinstance(label, str) else None)
+
+
+def resolve_box(action, boxes, min_side):
+    """The box that a crop executes, in whole pixels of the original, or (None, key of ERRORS).
+
+    boxes[0] is the whole image, boxes[k] the k-th crop: a crop of a crop is mapped back through its parent.
+    Inverted corners are swapped, what lies outside image img_idx is cut off, a box with a side under min_side
+    pixels or an aspect ratio above 100 is enlarged about its centre (and shifted back into the original).
+    """
+    if not 0 <= action.img_idx < len(boxes):
+        return None, "index"
+    x0, y0, x1, y1 = action.bbox
+    (x0, x1), (y0, y1) = sorted((x0, x1)), sorted((y0, y1))
+    if x0 == x1 or y0 == y1:
+        return None, "empty"
+    x0, y0, x1, y1 = (min(max(v, 0.0), 1000.0) for v in (x0, y0, x1, y1))
+    if x0 == x1 or y0 == y1:
+        return None, "outside"
+    px0, py0, px1, py1 = boxes[action.img_idx]
+    spans = []
+    for lo, hi, p0, p1 in ((x0, x1, px0, px1), (y0, y1, py0, py1)):
+        scale = (p1 - p0) / 1000
+        # 1e-6 pixel of slack, or 0.7 * 1000 = 700.0000000001 would take in one more row of pixels
+        spans.append((math.floor(p0 + lo * scale + 1e-6), math.ceil(p0 + hi * scale - 1e-6)))
+    longest = max(b - a for a, b in spans)
+    need = max(min_side, math.ceil(longest / 100))
+    out = []
+    for (a, b), full in zip(spans, boxes[0][2:]):
+        if b - a < need:
+            a = math.floor((a + b - need) / 2)
+            b = a + need
+            shift = max(0, -a) - max(0, b - full)
+            a, b = max(0, a + shift), min(full, b + shift)
+        out.append((a, b))
+    (x0, x1), (y0, y1) = out
+    return (x0, y0, x1, y1), None
+
+
+def iou(a, b):
+    """Intersection over union of two boxes in one frame; 0 when either has no area."""
+    w, h = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    inter = max(w, 0) * max(h, 0)
+    union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - inter
+    return inter / union if inter > 0 else 0.0
+
+
+def redundancy(boxes, eps):
+    """Sum over pairs t < t' of max(0, IoU(b_t, b_t') - eps), divided by T^2 (DRIM); 0 for fewer than two boxes."""
+    if len(boxes) < 2:
+        return 0.0
+    overlap = sum(max(0.0, iou(a, b) - eps) for i, a in enumerate(boxes) for b in boxes[i + 1:])
+    return overlap / len(boxes) ** 2
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Images and text, as the model takes them.
+
+def open_image(path):
+    """Decode an image file to RGB, upright, 8 bit. Raises UserError naming the file when that cannot be done."""
+    try:
+        with Image.open(path) as im:
+            im = ImageOps.exif_transpose(im).convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
+        raise UserError(f"{path}: not a readable image ({type(e).__name__}: {e}); remove its row or mend the file")
+    if max(im.size) > 100 * min(im.size):
+        raise UserError(f"{path}: {im.width}x{im.height} pixels is too long and thin (ratio above 100); remove its row")
+    return im
+
+
+class Processor:
+    """A tokenizer, the geometry of the vision tower, and the ids that frame a conversation."""
+
+    def __init__(self, tok, patch, merge, mean, std, vocab):
+        """patch: pixels per side of a patch; merge: patches per side of an image token; vocab: V, rows of lm_head."""
+        self.tok, self.patch, self.merge, self.mean, self.std = tok, patch, merge, mean, std
+        names = {"start": "<|im_start|>", "end": "<|im_end|>", "image": "<|image_pad|>", "vision_start": "<|vision_start|>",
+                 "vision_end": "<|vision_end|>"}
+        for name, token in names.items():
+            setattr(self, name, tok.convert_tokens_to_ids(token))
+        # A sampled vision token would be taken for an image, an id past the tokenizer decodes to nothing: both are banned.
+        vision = [tok.convert_tokens_to_ids(t) for t in ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")]
+        self.banned = torch.zeros(vocab, dtype=torch.bool)
+        self.banned[[i for i in vision if i is not None] + list(range(len(tok), vocab))] = True
+        added = [t for t in tok.get_added_vocab() if t[0] == "<" and t[-1] == ">"]  # what could be taken for control
+        self._added = {keep: re.compile("(?=" + "|".join(re.escape(t) for t in added if t not in keep) + ")")
+                       for keep in (TAGS, ())}
+        self._cache = {}
+
+    def frame(self, text):
+        """Ids of a fixed piece of the format, in which special tokens are special."""
+        if text not in self._cache:
+            self._cache[text] = self.tok.encode(text, add_special_tokens=False)
+        return self._cache[text]
+
+    def encode(self, text, keep=()):
+        """Ids of text that is data: a special token written in it stays text, unless it is listed in keep (TAGS or ())."""
+        cuts = [m.start() + 1 for m in self._added[keep].finditer(text)]
+        pieces = [text[a:b] for a, b in zip([0] + cuts, cuts + [len(text)])]
+        return [i for p in pieces if p for i in self.tok.encode(p, add_special_tokens=False)]
+
+    def decode(self, ids):
+        return self.tok.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def view(self, image, box, min_pixels, max_pixels):
+        """Cut box out of the original and resize it into the pixel budget. Returns uint8 (H, W, 3)."""
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+        h, w = smart_resize(box[3] - box[1], box[2] - box[0], self.patch * self.merge, min_pixels, max_pixels)
+        im = image.resize((w, h), Image.BICUBIC, box=box, reducing_gap=3.0)
+        return torch.from_numpy(np.asarray(im).copy())
+
+    def grid(self, view):
+        """(height, width) of a view in image tokens."""
+        side = self.patch * self.merge
+        return view.shape[0] // side, view.shape[1] // side
+
+    def patchify(self, views, device):
+        """Views -> patches (sum h*w, 3*2*patch^2) in the tower's order (2x2 blocks together) and grid_thw (n, 3)."""
+        p, m, rows, grids = self.patch, self.merge, [], []
+        mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (self.mean, self.std))
+        runs = [[views[0]]]
+        for v in views[1:]:  # neighbours of one size go through together
+            runs[-1].append(v) if v.shape == runs[-1][0].shape else runs.append([v])
+        for run in runs:
+            x = torch.stack(run).to(device, non_blocking=True).permute(0, 3, 1, 2).float() / 255
+            x = (x - mean) / std
+            n, c, h, w = x.shape
+            x = x.view(n, c, h // p // m, m, p, w // p // m, m, p).permute(0, 2, 5, 3, 6, 1, 4, 7)
+            x = x[..., None, :, :].expand(*x.shape[:-2], 2, p, p)  # a still image fills both frames of a patch
+            rows.append(x.reshape(-1, c * 2 * p * p))
+            grids += [(1, h // p, w // p)] * n
+        return torch.cat(rows), torch.tensor(grids)
+
+    def save(self, folder):
+        """Write the tokenizer with our chat template, and a preprocessor config, beside the weights."""
+        self.tok.chat_template = CHAT_TEMPLATE
+        self.tok.save_pretrained(folder)
+        config = dict(image_processor_type="Qwen2VLImageProcessor", patch_size=self.patch, merge_size=self.merge,
+                      temporal_patch_size=2, image_mean=list(self.mean), image_std=list(self.std))
+        with open(os.path.join(folder, "preprocessor_config.json"), "w") as f:
+            json.dump(config, f, indent=1)
+
+
+# Renders messages exactly as reset/respond/observe do, with one <|image_pad|> for an image.
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for c in m.content %}{{ '<|vision_start|><|image_pad|><|vision_end|>' if c.type == 'image' else c.text }}"
+    "{% endfor %}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+
+
+def mrope(ids, grids, image_id, start):
+    """M-RoPE positions of a run of tokens. Returns int64 (3, len(ids)) and the next free position.
+
+    Text advances (t, h, w) together. An image of H x W tokens that starts at s has t = s, h = s..s+H-1, w = s..s+W-1,
+    and the text after it goes on at s + max(H, W). A run may begin anywhere but inside an image.
+    """
+    ids = np.asarray(ids)
+    pos, at, grids = np.zeros((3, len(ids)), np.int64), 0, iter(grids)
+    while at < len(ids):
+        if ids[at] == image_id:
+            h, w = next(grids)
+            pos[0, at:at + h * w] = start
+            pos[1, at:at + h * w] = start + np.arange(h).repeat(w)
+            pos[2, at:at + h * w] = start + np.tile(np.arange(w), h)
+            at, start = at + h * w, start + max(h, w)
+        else:
+            images = np.flatnonzero(ids[at:] == image_id)
+            n = images[0] if len(images) else len(ids) - at
+            pos[:, at:at + n] = start + np.arange(n)
+            at, start = at + n, start + n
+    return pos, int(start)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# One conversation. The mask is born with the token: 1 if the policy sampled it, 0 if it was given.
+
+@dataclass
+class Trajectory:
+    row: dict
+    image: Image.Image                           # the original, full resolution; every crop is cut from it
+    ids: list = field(default_factory=list)      # all tokens, image tokens expanded
+    mask: list = field(default_factory=list)     # 1 sampled (the sampled <|im_end|> too), 0 given
+    logp: list = field(default_factory=list)     # as recorded while sampling; 0 where mask is 0
+    views: list = field(default_factory=list)    # uint8 (H, W, 3), what the model saw: the original, then each crop
+    boxes: list = field(default_factory=list)    # pixels of the original: the whole image, then each executed crop
+    turns: list = field(default_factory=list)    # (text, Action, key of ERRORS or None) of each assistant turn
+    answer: str | None = None
+    status: str = "open"                         # open, answered, over_turns, over_tokens
+
+    @property
+    def crops(self):
+        """Boxes of the executed crops, in order."""
+        return self.boxes[1:]
+
+    def add(self, ids, sampled=False, logp=None):
+        self.ids += ids
+        self.mask += [int(sampled)] * len(ids)
+        self.logp += logp or [0.0] * len(ids)
+
+
+def _image_ids(proc, view):
+    h, w = proc.grid(view)
+    return [proc.vision_start] + [proc.image] * (h * w) + [proc.vision_end]
+
+
+def reset(proc, row, cfg, image=None, view=None, tool=True):
+    """A new conversation about a row: system prompt, image, question, and the header of the first turn."""
+    image = image or open_image(row["images"][0])  # FORK: more than one image per question starts here
+    box = (0, 0, image.width, image.height)
+    view = proc.view(image, box, min_crop_floor(cfg), cfg.max_pixels) if view is None else view
+    traj = Trajectory(row, image, views=[view], boxes=[box])
+    traj.add(proc.frame("<|im_start|>system\n") + proc.frame(SYSTEM if tool else SYSTEM_NO_TOOL)
+             + proc.frame("<|im_end|>\n<|im_start|>user\n") + _image_ids(proc, view) + proc.encode(row["problem"])
+             + proc.frame("<|im_end|>\n<|im_start|>assistant\n"))
+    if len(traj.ids) + 2 > cfg.max_tokens:
+        raise UserError(f"row {row.get('doc_id')}: its prompt of {len(traj.ids)} tokens does not fit; raise --max_tokens "
+                        f"(now {cfg.max_tokens}) or lower --max_pixels")
+    return traj
+
+
+def min_crop_floor(cfg):
+    """Least pixels of the original's view: small originals are enlarged like small crops."""
+    return min(cfg.min_crop_pixels, cfg.max_pixels)
+
+
+def respond(traj, proc, ids, logp=None):
+    """Append one sampled turn. A turn that was cut off gets its <|im_end|> as a given token (mask 0)."""
+    traj.add(list(ids), sampled=True, logp=logp)
+    if not ids or ids[-1] != proc.end:
+        traj.add([proc.end])
+    text = proc.decode([i for i in ids if i != proc.end])
+    traj.turns.append((text, parse_action(text), None))
+
+
+def observe(traj, proc, cfg):
+    """Act on the last turn: end the trajectory, or run the tool and append what the policy sees next."""
+    text, action, _ = traj.turns[-1]
+    if action.kind == "answer":
+        traj.answer, traj.status = action.answer, "answered"
+        return
+    if len(traj.turns) > cfg.max_crops:  # the turn after the last tool turn may only answer
+        traj.status = "over_turns"
+        return
+    box, error = None, action.kind
+    if action.kind == "crop":
+        box, error = resolve_box(action, traj.boxes, cfg.min_crop_side)
+    traj.turns[-1] = (text, action, error)
+    if box:
+        view = proc.view(traj.image, box, cfg.min_crop_pixels, cfg.max_crop_pixels)
+        seen = _image_ids(proc, view)
+    else:
+        seen = proc.frame(ERRORS[error])
+    ids = (proc.frame("\n<|im_start|>user\n<tool_response>\n") + seen
+           + proc.frame("\n</tool_response><|im_end|>\n<|im_start|>assistant\n"))
+    if len(traj.ids) + len(ids) + 2 > cfg.max_tokens:  # ids and image together or not at all; 2: a token and <|im_end|>
+        traj.status = "over_tokens"
+        return
+    traj.add(ids)
+    if box:
+        traj.views.append(view)
+        traj.boxes.append(box)
+
+
+def render(proc, row, turns, cfg, image=None):
+    """Replay the assistant's turns (texts) through the tool: an SFT example, by the code that makes a rollout."""
+    traj = reset(proc, row, cfg, image=image)
+    for text in turns:
+        if traj.status != "open":
+            break
+        respond(traj, proc, proc.encode(text, keep=TAGS) + [proc.end])
+        observe(traj, proc, cfg)
+    return traj
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The policy: a Qwen VLM, driven through its parts so that positions, caches and logits are explicit.
+
+def pack(views, proc):
+    """Distinct views, ordered by size (equal sizes share a call), and (N,) rows of their features in the given order."""
+    distinct, first, offset = {id(v): v for v in views}, {}, 0  # the G samples of a prompt hold the very same object
+    ordered = sorted(distinct.values(), key=lambda v: v.shape)
+    for v in ordered:
+        first[id(v)] = offset
+        offset += math.prod(proc.grid(v))
+    return ordered, torch.cat([torch.arange(first[id(v)], first[id(v)] + math.prod(proc.grid(v))) for v in views])
+
+
+def collate(trajs, proc):
+    """Pad trajectories on the right. Returns CPU tensors ids, mask (B, T), pos (3, B, T), and from `pack` the views and
+    `feature` (N,): for each image token of the batch, in reading order, its row among the features of those views."""
+    B, T = len(trajs), max(len(t.ids) for t in trajs)
+    ids, mask, pos = torch.full((B, T), proc.end), torch.zeros(B, T), torch.zeros(3, B, T, dtype=torch.long)
+    for b, t in enumerate(trajs):
+        n = len(t.ids)
+        ids[b, :n], mask[b, :n] = torch.tensor(t.ids), torch.tensor(t.mask, dtype=torch.float)
+        pos[:, b, :n] = torch.from_numpy(mrope(t.ids, [proc.grid(v) for v in t.views], proc.image, 0)[0])
+    views, feature = pack([v for t in trajs for v in t.views], proc)
+    return dict(ids=ids, mask=mask, pos=pos, views=views, feature=feature)
+
+
+def packed_attention(self, hidden_states, cu_seqlens, position_embeddings, **_):
+    """Vision attention over packed images (n, dim): neighbours of equal length share one fused call, exactly."""
+    rotate = import_module(type(self).__module__).apply_rotary_pos_emb_vision
+    q, k, v = self.qkv(hidden_states).view(len(hidden_states), 3, self.num_heads, -1).unbind(1)  # (n, heads, d)
+    q, k = rotate(q, k, *position_embeddings)
+    out, at, lengths = [], 0, cu_seqlens.diff().tolist()
+    while lengths:
+        L = lengths[0]
+        m = next((i for i, x in enumerate(lengths) if x != L), len(lengths))
+        part = [x[at:at + m * L].view(m, L, self.num_heads, -1).transpose(1, 2) for x in (q, k, v)]
+        out.append(F.scaled_dot_product_attention(*part).transpose(1, 2).reshape(m * L, -1))
+        at, lengths = at + m * L, lengths[m:]
+    return self.proj(torch.cat(out))
+
+
+def linear_patches(self, hidden_states):
+    """The patch convolution (kernel = stride) as the matrix product that it is."""
+    return F.linear(hidden_states.to(self.proj.weight.dtype), self.proj.weight.flatten(1), self.proj.bias)
+
+
+class Policy(torch.nn.Module):
+    def __init__(self, vlm, proc):
+        super().__init__()
+        self.vlm, self.proc = vlm, proc
+        vlm.model.visual.patch_embed.forward = MethodType(linear_patches, vlm.model.visual.patch_embed)
+        for block in vlm.model.visual.blocks:
+            block.attn.forward = MethodType(packed_attention, block.attn)
+        self.register_buffer("banned", proc.banned, persistent=False)
+
+    @property
+    def device(self):
+        return self.banned.device
+
+    def autocast(self):
+        """bf16 matrix products on CUDA, fp32 on the CPU; the weights stay fp32."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
+
+    def see(self, views):
+        """Encode images. Returns features (N, width) and the deepstack features (list of (N, width), Qwen3-VL)."""
+        patches, grid = self.proc.patchify(views, self.device)
+        out = self.vlm.model.visual(patches, grid_thw=grid.to(self.device))
+        return out.pooler_output, getattr(out, "deepstack_features", [])
+
+    def hidden(self, ids, pos, seen=None, attention_mask=None, cache=None):
+        """Last hidden states (B, T, width) of ids (B, T) at pos (3, B, T); seen: features of its image tokens, in order.
+
+        Positions are always given: inferred ones are silently wrong for an image that arrives with a cache.
+        """
+        core = self.vlm.model
+        x, extra = core.get_input_embeddings()(ids), {}
+        if seen is not None:
+            features, deep = seen
+            at = ids == self.proc.image
+            x = x.masked_scatter(at[..., None], features.to(x.dtype))
+            if deep:
+                extra = dict(visual_pos_masks=at, deepstack_visual_embeds=[d.to(x.dtype) for d in deep])
+        return core.language_model(inputs_embeds=x, position_ids=pos, attention_mask=attention_mask, past_key_values=cache,
+                                   use_cache=cache is not None, **extra).last_hidden_state
+
+    def logits(self, h, temperature):
+        """Logits of the sampling distribution (fp32): divided by the temperature, banned ids at -inf."""
+        return (self.vlm.lm_head(h).float() / temperature).masked_fill(self.banned, -torch.inf)
+
+    def forward(self, batch, temperature=1.0):
+        """Log-probability and entropy of every trained token: two (n,) tensors, in the order of batch mask == 1.
+
+        Logits exist only where the mask is 1, and a slab of 2^26 entries at a time, recomputed in the backward pass.
+        No attention mask: padding is on the right, where causal attention never looks.
+        """
+        b = {k: v.to(self.device) for k, v in batch.items() if k != "views"}
+        features, deep = self.see(batch["views"])
+        seen = features[b["feature"]], [d[b["feature"]] for d in deep]
+        h = self.hidden(b["ids"], b["pos"], seen)
+        where = b["mask"][:, 1:] > 0                     # (B, T-1): the state at t predicts the token at t + 1
+        h, target = h[:, :-1][where], b["ids"][:, 1:][where]
+
+        def score(h, target):
+            logits = self.logits(h, temperature)         # (n, V)
+            total = logits.logsumexp(-1)
+            p = (logits.detach() - total.detach()[:, None]).exp()
+            entropy = total.detach() - (p * logits.detach().masked_fill(self.banned, 0)).sum(-1)
+            return logits.gather(1, target[:, None])[:, 0] - total, entropy
+
+        size = max(1, 2 ** 26 // len(self.banned))
+        slabs = list(zip(h.split(size), target.split(size)))
+        if len(slabs) > 1:
+            parts = [checkpoint(score, *s, use_reentrant=False) for s in slabs]
+        else:
+            parts = [score(h, target)]
+        return tuple(torch.cat(p) for p in zip(*parts))
+
+
+class Cache:
+    """Keys and values of B ragged conversations; slot j of a row holds its j-th token, so there are no holes.
+
+    The last slot is a bin for padding. `rows` (None: all) and `slots` (b, n) say where the next update writes;
+    rows attend to slots 0..end-1 under the mask from `causal`.
+    """
+
+    def __init__(self, layers):
+        self.k, self.v = [None] * layers, [None] * layers
+        self.rows = self.slots = None
+        self.capacity = self.end = 0
+
+    def get_seq_length(self, layer_idx=0):
+        return self.end
+
+    def reserve(self, batch, capacity, like):
+        """Room for `capacity` tokens a row. like: (heads, width, dtype, device)."""
+        heads, width, dtype, device = like
+        for store in (self.k, self.v):
+            for i, old in enumerate(store):
+                if old is None or old.shape[2] <= capacity:
+                    store[i] = torch.zeros(batch, heads, capacity + 1, width, dtype=dtype, device=device)
+                    if old is not None:
+                        store[i][:, :, :self.end] = old[:, :, :self.end]
+        self.capacity = max(capacity, self.capacity)
+
+    def select(self, rows):
+        """Keep only these rows (repeats allowed: a prompt's row becomes the rows of its samples)."""
+        self.k, self.v = [k[rows] for k in self.k], [v[rows] for v in self.v]
+
+    def causal(self):
+        """Boolean mask (b, 1, n, end): each new token sees its own row's slots up to itself."""
+        return (torch.arange(self.end, device=self.slots.device) <= self.slots[..., None])[:, None]
+
+    def update(self, k, v, layer, *_):
+        """k, v (b, heads, n, d) of the new tokens -> those of all tokens (b, heads, end, d)."""
+        rows = torch.arange(len(k), device=k.device) if self.rows is None else self.rows
+        out = []
+        for store, new in ((self.k[layer], k), (self.v[layer], v)):
+            store[rows[:, None], :, self.slots] = new.transpose(1, 2).to(store.dtype)
+            old = store[:, :, :self.end]
+            out.append((old if self.rows is None else old[rows]).to(new.dtype))
+        return out
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The rollout.
+
+def uniforms(seed, prompt, sample, n):
+    """n numbers in [0, 1) that depend on (seed, step, prompt, sample) alone, not on the batch or the number of ranks."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence([*seed, prompt, sample]))).random(n)
+
+
+def prefill(policy, cache, trajs, cached):
+    """Feed each trajectory's tokens from cached[i] on, ragged. Returns the last hidden states (b, width)."""
+    proc, device = policy.proc, policy.device
+    chunks = [t.ids[c:] for t, c in zip(trajs, cached)]
+    b, n = len(chunks), max(map(len, chunks))
+    cache.end = max(len(t.ids) for t in trajs)
+    ids, slots, pos = torch.full((b, n), proc.end), torch.full((b, n), cache.capacity), torch.zeros(3, b, n, dtype=torch.long)
+    views = []
+    for i, (t, c, chunk) in enumerate(zip(trajs, cached, chunks)):
+        ids[i, :len(chunk)], slots[i, :len(chunk)] = torch.tensor(chunk), torch.arange(c, c + len(chunk))
+        full, _ = mrope(t.ids, [proc.grid(v) for v in t.views], proc.image, 0)
+        pos[:, i, :len(chunk)] = torch.from_numpy(full[:, c:])
+        new = chunk.count(proc.vision_start)
+        views += t.views[len(t.views) - new:]
+    seen = None
+    if views:
+        distinct, feature = pack(views, proc)
+        features, deep = policy.see(distinct)
+        seen = features[feature], [d[feature] for d in deep]
+    cache.slots = slots.to(device)
+    h = policy.hidden(ids.to(device), pos.to(device), seen, cache.causal(), cache)
+    return h[torch.arange(b), torch.tensor([len(c) - 1 for c in chunks])]
+
+
+def sample_turn(policy, cache, last, trajs, noise, cfg, greedy):
+    """Decode one turn for b rows in step, from last (b, width). Returns per row the sampled ids and log-probabilities.
+
+    A row stops at <|im_end|> or at its budget; its last token is not fed here: the next prefill does that. Nothing
+    waits for the device but the test for the end, every 8th token on a GPU.
+    """
+    device = last.device
+    length = torch.tensor([len(t.ids) for t in trajs], device=device)      # also the slot of the next token
+    position = torch.tensor([mrope(t.ids, [policy.proc.grid(v) for v in t.views], policy.proc.image, 0)[1] for t in trajs],
+                            device=device)
+    budget = torch.tensor([min(cfg.turn_tokens, cfg.max_tokens - len(t.ids) - 1) for t in trajs], device=device)
+    u = torch.stack([noise[i][sum(t.mask):][:cfg.turn_tokens] for i, t in enumerate(trajs)]).to(device)
+    done, tokens, logps = torch.zeros_like(length, dtype=torch.bool), [], []
+    for step in range(cfg.turn_tokens):
+        logp = policy.logits(last, cfg.temperature).log_softmax(-1)        # (b, V)
+        if greedy:
+            token = logp.argmax(-1)
+        else:  # inverse of the distribution function: one uniform number a token
+            cdf = logp.double().exp().cumsum(-1)
+            token = torch.searchsorted(cdf, u[:, step:step + 1] * cdf[:, -1:] * (1 - 1e-9), right=True)[:, 0]
+        tokens.append(token.masked_fill(done, -1))
+        logps.append(logp.gather(1, token[:, None])[:, 0])
+        done = done | (token == policy.proc.end) | (step + 1 >= budget)
+        if (device.type == "cpu" or step % 8 == 7) and done.all() or step + 1 == cfg.turn_tokens:
+            break
+        cache.end += 1
+        cache.slots = length.masked_fill(done, cache.capacity)[:, None]    # rows that are done write into the bin
+        last = policy.hidden(token[:, None], position.expand(3, -1)[..., None], None, cache.causal(), cache)[:, 0]
+        length, position = length + 1, position + 1
+    tokens, logps = torch.stack(tokens, 1).cpu(), torch.stack(logps, 1).cpu()
+    return [(t[t >= 0].tolist(), p[t >= 0].tolist()) for t, p in zip(tokens, logps)]
+
+
+@torch.no_grad()
+def rollout(policy, rows, cfg, samples=1, seed=(0, 0), prompt_ids=None, greedy=False, tool=True, batch=128):
+    """Sample `samples` trajectories of every row; returns them prompt by prompt, P*G in all.
+
+    Every prompt is prefilled once and its cache repeated for its samples; the cache lives across turns, so that only
+    new tokens are ever fed; trajectories that have ended leave the batch. prompt_ids (default 0, 1, ...) name the rows
+    in the random streams, seed = (seed, step). `batch` bounds the trajectories in flight.
+    """
+    prompt_ids = range(len(rows)) if prompt_ids is None else prompt_ids
+    per = max(1, batch // samples)
+    if len(rows) > per:
+        parts = [rollout(policy, rows[i:i + per], cfg, samples, seed, prompt_ids[i:i + per], greedy, tool, batch)
+                 for i in range(0, len(rows), per)]
+        return [t for part in parts for t in part]
+    policy.eval()  # in train mode, activation checkpointing would drop the cache
+    prompts = [reset(policy.proc, row, cfg, tool=tool) for row in rows]
+    text = policy.vlm.config.get_text_config()
+    cache = Cache(text.num_hidden_layers)
+    like = (text.num_key_value_heads, getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+            torch.bfloat16 if policy.device.type == "cuda" else torch.float32, policy.device)
+    with policy.autocast():
+        cache.reserve(len(prompts), max(len(t.ids) for t in prompts), like)
+        last = prefill(policy, cache, prompts, [0] * len(prompts))
+        owner = torch.arange(len(prompts), device=policy.device).repeat_interleave(samples)
+        cache.select(owner)
+        last = last[owner]
+        trajs = [Trajectory(t.row, t.image, list(t.ids), list(t.mask), list(t.logp), list(t.views), list(t.boxes))
+                 for t in prompts for _ in range(samples)]
+        room = min((cfg.max_crops + 1) * cfg.turn_tokens, cfg.max_tokens) + cfg.turn_tokens
+        noise = [torch.from_numpy(uniforms(seed, p, g, room)) for p in prompt_ids for g in range(samples)]
+        live = list(range(len(trajs)))
+        while True:
+            cache.reserve(len(live), cache.end + cfg.turn_tokens, like)
+            turns = sample_turn(policy, cache, last, [trajs[i] for i in live], [noise[i] for i in live], cfg, greedy)
+            cached = [len(trajs[i].ids) + len(ids) - 1 for i, (ids, _) in zip(live, turns)]
+            for i, (ids, logp) in zip(live, turns):
+                respond(trajs[i], policy.proc, ids, logp)
+                observe(trajs[i], policy.proc, cfg)
+            keep = [k for k, i in enumerate(live) if trajs[i].status == "open"]
+            if not keep:
+                return trajs
+            if len(keep) < len(live):
+                cache.select(torch.tensor(keep, device=policy.device))
+            live, cached = [live[k] for k in keep], [cached[k] for k in keep]
+            cache.reserve(len(live), max(len(trajs[i].ids) for i in live), like)
+            last = prefill(policy, cache, [trajs[i] for i in live], cached)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What a trajectory is worth.
+
+def normalise(text):
+    """Lower case, no outer punctuation or article, single spaces."""
+    text = re.sub(r"\s+", " ", str(text).strip().lower()).strip(" .,;:!?\"'`*()[]")
+    return re.sub(r"^(the|a|an) ", "", text)
+
+
+def _choice(text, choices):
+    """Index of the option that text names by letter ("B", "(B)", "B. red") or by its words; None if it names none."""
+    m = re.fullmatch(r"\s*\(?([A-Za-z])\)?[.:)]?(\s.*)?", str(text), re.DOTALL)
+    if m and ord(m[1].upper()) - 65 < len(choices) and (not m[2] or m[1].isupper() and re.search(r"[.:)]", str(text)[:5])):
+        return ord(m[1].upper()) - 65
+    hits = [i for i, c in enumerate(choices) if normalise(c) == normalise(text)]
+    return hits[0] if len(hits) == 1 else None
+
+
+def match(answer, row):
+    """Is the answer right? Options by letter or words, numbers by value, anything else as normalised text; a solution
+    that is a list accepts each of its entries."""
+    solutions = row["solution"] if isinstance(row["solution"], list) else [row["solution"]]
+    for s in solutions:
+        if row.get("choices"):
+            said, true = _choice(answer, row["choices"]), _choice(s, row["choices"])
+            if said is not None and said == true:
+                return True
+            continue
+        a, b = normalise(answer), normalise(s)
+        if a == b:
+            return True
+        try:
+            if math.isclose(float(a.replace(",", "")), float(b.replace(",", "")), rel_tol=1e-4):
+                return True
+        except ValueError:
+            pass
+    return False
+
+
+def reward(traj, row, cfg):
+    """FORK: the reward, as named parts (each becomes a metric) and their total.
+
+    R = R_acc + 1{R_acc = 0 and T > 1} * Gamma,   Gamma = -lam / T^2 * sum_{t<t'} max(0, IoU(b_t, b_t') - eps)   (DRIM)
+    T counts executed crops, b_t are the boxes as executed, all in the frame of the original.
+    """
+    right = traj.answer is not None and match(traj.answer, row)
+    parts = {"accuracy": float(right),
+             "redundancy": 0.0 if right else -cfg.lam * redundancy(traj.crops, cfg.eps),
+             "tool": cfg.tool_bonus if right and traj.crops else 0.0,
+             "format": -cfg.format_weight if traj.status != "answered" or any(t[2] for t in traj.turns) else 0.0}
+    return {**parts, "total": sum(parts.values())}
+
+
+def covers(traj, row):
+    """Did one crop of at most a quarter of the image contain at least 90 % of every evidence box?"""
+    area = lambda b: (b[2] - b[0]) * (b[3] - b[1])
+    inside = lambda b, e: max(0, min(b[2], e[2]) - max(b[0], e[0])) * max(0, min(b[3], e[3]) - max(b[1], e[1]))
+    return any(area(c) <= area(traj.boxes[0]) / 4 and all(inside(c, e) >= 0.9 * area(e) for e in row["boxes"])
+               for c in traj.crops)
+
+
+MEASURES = ("accuracy", "crops_right", "crops_wrong", "redundancy_wrong", "overlap_wrong", "unanswered_rate", "guess_rate",
+            "evidence_coverage", "repeats", "crops", "invalid", "calls")
+
+
+def measure(traj, cfg):
+    """One trajectory's share of every metric, in the order of MEASURES; NaN where it has none."""
+    crops, nan = traj.crops, math.nan
+    right = traj.answer is not None and match(traj.answer, traj.row)
+    nearest = [max((iou(b, e) for e in crops[:i]), default=0.0) for i, b in enumerate(crops)]
+    invalid = sum(error is not None and "<tool_call>" in text for text, _, error in traj.turns)
+    answered, seen = traj.status == "answered", covers(traj, traj.row) if traj.row.get("boxes") else nan
+    return [right, len(crops) if right else nan, nan if right else len(crops),
+            nan if right or len(crops) < 2 else redundancy(crops, cfg.eps), nan if right else any(x >= 0.5 for x in nearest),
+            not answered, nan if seen != seen else answered and not seen, seen,
+            sum(x >= 0.7 for x in nearest), len(crops), invalid, invalid + len(crops)]
+
+
+def metrics(records):
+    """Averages over records (n, len(MEASURES)), as in every log line and eval.json (README: glossary); None where there
+    is nothing to average."""
+    table = np.asarray(records, float).reshape(-1, len(MEASURES))
+    mean = lambda x: float(x[~np.isnan(x)].mean()) if (~np.isnan(x)).any() else None
+    out = {k: mean(table[:, i]) for i, k in enumerate(MEASURES[:8])}
+    repeats, crops, invalid, calls = table[:, 8:].sum(0)
+    return {**out, "repeat_rate": repeats / crops if crops else None, "invalid_call_rate": invalid / calls if calls else None}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Plumbing that every stage uses: flags, ranks, checkpoints.
+
+def configure(Config, real, argv=None, **given):
+    """Config from --key=value flags. With --model the defaults are those of the checkpoint's world.json if it has one
+    (so it is scored under the settings it was trained with), else the `real` preset."""
+    flags = dict(given)
+    kinds = {f.name: f.type if isinstance(f.type, str) else f.type.__name__ for f in fields(Config)}
+    for arg in sys.argv[1:] if argv is None else argv:
+        key, eq, value = arg.partition("=")
+        key = key.removeprefix("--")
+        if not arg.startswith("--") or not eq or key not in kinds:
+            raise UserError(f"{arg}: flags are --key=value; the keys are " + ", ".join(kinds))
+        try:
+            flags[key] = {"true": True, "false": False}[value.lower()] if kinds[key] == "bool" else \
+                {"int": lambda v: int(float(v)) if float(v).is_integer() else int(v), "float": float, "str": str}[kinds[key]](value)
+        except (ValueError, KeyError, OverflowError):
+            raise UserError(f"{arg}: {key} takes a value of type {kinds[key]}")
+    defaults = {}
+    if flags.get("model"):
+        flags["model"] = newest(flags["model"])
+        saved = os.path.join(flags["model"], "world.json")
+        trained = read_json(saved, {"preset": "real", **REAL_WORLD})
+        defaults = {**(real if trained.pop("preset") == "real" else {}), **trained}
+    cfg = Config(**{k: v for k, v in {**defaults, **flags}.items() if k in kinds})
+    for k, v in vars(cfg).items():
+        if isinstance(v, str):
+            setattr(cfg, k, v.replace("{seed}", str(cfg.seed)))
+    return cfg
+
+
+def newest(folder):
+    """A run folder stands for its newest checkpoint; anything else (a checkpoint, a hub id) for itself."""
+    last = os.path.join(folder, "last")
+    return os.path.join(folder, "checkpoints", open(last).read().strip()) if os.path.exists(last) else folder
+
+
+def setup():
+    """Returns (rank, world, device); joins torchrun's process group when there is one."""
+    world, cuda = int(os.environ.get("WORLD_SIZE", 1)), torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if cuda else "gloo")
+    return int(os.environ.get("RANK", 0)), world, torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+
+
+def load_policy(path, device):
+    """FORK: the model. The one place that knows a family: Qwen3-VL and Qwen2.5-VL, from a folder or a hub id."""
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
+    config = AutoConfig.from_pretrained(path)
+    if config.model_type not in ("qwen3_vl", "qwen2_5_vl"):
+        raise UserError(f"{path}: a {config.model_type} model; --model takes Qwen3-VL (2B, 4B, 8B) or Qwen2.5-VL (3B, 7B)")
+    vlm = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
+    mean, std = ((0.5,) * 3, (0.5,) * 3) if config.model_type == "qwen3_vl" else \
+        ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+    vision = config.vision_config
+    proc = Processor(AutoTokenizer.from_pretrained(path), vision.patch_size, vision.spatial_merge_size, mean, std,
+                     config.get_text_config().vocab_size)
+    return Policy(vlm, proc).to(device)
+
+
+def save_checkpoint(out, step, policy, cfg, preset, optimizers):
+    """Write out/checkpoints/<step>: a plain save_pretrained folder, world.json, and the optimizer's state. Complete or
+    absent: it is written beside and renamed, and only then does out/last name it. Call on rank 0."""
+    from safetensors.torch import save_file
+    folder = os.path.join(out, "checkpoints", str(step))
+    tmp = folder + ".tmp"
+    os.makedirs(tmp, exist_ok=True)
+    policy.vlm.save_pretrained(tmp)
+    policy.proc.save(tmp)
+    with open(os.path.join(tmp, "world.json"), "w") as f:
+        json.dump({"preset": preset, **{x.name: getattr(cfg, x.name) for x in fields(World)}}, f, indent=1)
+    names = {p: n for n, p in policy.named_parameters()}
+    save_file({f"{names[p]}|{k}": torch.as_tensor(v) for o in optimizers for p, s in o.state.items() for k, v in s.items()},
+              os.path.join(tmp, "optimizer.safetensors"))
+    if os.path.exists(folder):
+        shutil.rmtree(folder)
+    os.replace(tmp, folder)
+    write_text(os.path.join(out, "last"), str(step))
+
+
+def load_optimizer(folder, policy, optimizers):
+    """Restore what save_checkpoint wrote."""
+    from safetensors.torch import load_file
+    params = dict(policy.named_parameters())
+    owner = {p: o for o in optimizers for g in o.param_groups for p in g["params"]}
+    for key, v in load_file(os.path.join(folder, "optimizer.safetensors")).items():
+        name, k = key.split("|")
+        p = params[name]
+        owner[p].state[p][k] = v if k == "step" else v.to(p.device)
+
+
+def same_settings(folder, cfg):
+    """True if folder/config.json holds cfg, False if there is none; UserError listing the differences otherwise."""
+    old, new = read_json(os.path.join(folder, "config.json"), None), asdict(cfg)
+    if old is None:
+        return False
+    differ = [f"{k}: {old.get(k)} -> {v}" for k, v in new.items() if k not in ("resume", "out") and old.get(k) != v]
+    if differ:
+        raise UserError(f"{folder} was made with other settings ({'; '.join(differ)}); give another --out, or --resume=false "
+                        "to put it aside and start anew")
+    return True
+
+
+def begin(cfg, rank, world):
+    """Open the run folder cfg.out. Returns the step to go on from (0 for a new run). All ranks must reach this."""
+    step = 0
+    if rank == 0:
+        if not cfg.resume and os.path.exists(cfg.out):
+            aside = next(f"{cfg.out.rstrip('/')}.{i}" for i in range(1, 10 ** 6) if not os.path.exists(f"{cfg.out.rstrip('/')}.{i}"))
+            os.rename(cfg.out, aside)
+            print(f"--resume=false: the old run is now {aside}")
+        if same_settings(cfg.out, cfg) and os.path.exists(os.path.join(cfg.out, "last")):
+            step = int(open(os.path.join(cfg.out, "last")).read())
+            print(f"{cfg.out}: going on from step {step} of {cfg.steps}")
+        os.makedirs(cfg.out, exist_ok=True)
+        write_text(os.path.join(cfg.out, "config.json"), json.dumps(asdict(cfg), indent=1))
+        log = os.path.join(cfg.out, "log.jsonl")
+        kept = [x for x in open(log) if json.loads(x)["step"] < step] if os.path.exists(log) else []
+        write_text(log, "".join(kept))
+    return int(total([step], world, torch.device("cuda") if torch.cuda.is_available() else "cpu")[0])
+
+
+def append_log(out, entry):
+    with open(os.path.join(out, "log.jsonl"), "a") as f:
+        f.write(json.dumps(entry) + "\n")
+
+
+def prune(out, keep, best=None):
+    """Remove all but the newest `keep` checkpoints and the best one."""
+    steps = sorted(int(x) for x in os.listdir(os.path.join(out, "checkpoints")) if x.isdigit())
+    for step in steps[:-keep]:
+        if step != best:
+            shutil.rmtree(os.path.join(out, "checkpoints", str(step)))
+
+
+def read_json(path, default):
+    if not os.path.exists(path):
+        return default
+    with open(path) as f:
+        return json.load(f)
+
+
+def write_text(path, text):
+    with open(path + ".tmp", "w") as f:
+        f.write(text)
+    os.replace(path + ".tmp", path)
+
+
+def sync_gradients(policy, world):
+    """Sum gradients over the ranks (each rank's loss is already divided by the global count). All ranks must reach this."""
+    if world == 1:
+        return
+    params = [p for p in policy.parameters() if p.requires_grad]
+    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in params])
+    dist.all_reduce(flat)
+    for p, g in zip(params, flat.split([p.numel() for p in params])):
+        p.grad = g.view_as(p)
+
+
+def gather(records, world):
+    """The records of all ranks, rank by rank. All ranks must reach this."""
+    parts = [records]
+    if world > 1:
+        parts = [None] * world
+        dist.all_gather_object(parts, records)
+    return [r for part in parts for r in part]
+
+
+def total(value, world, device):
+    """Sum of a number (float64) over the ranks. All ranks must reach this."""
+    t = torch.tensor(value, dtype=torch.float64, device=device)
+    if world > 1:
+        dist.all_reduce(t)
+    return t.tolist()

@@ -1,0 +1,257 @@
+"""rppo.py, file 4 of 5 (read env.py, data.py and sft.py first): redundancy-penalized policy optimization.
+
+    torchrun rppo.py                                              # from nothing: scenes, tiny model, cold start, RPPO, scores
+    torchrun rppo.py --lam=0 --out=runs/grpo/rppo                 # plain GRPO, for comparison
+    torchrun --nproc-per-node=8 rppo.py --model=runs/sft --data=data/mine
+
+For each of P prompts, G trajectories are sampled; trajectory i makes T_i crops with boxes b_1 .. b_T (DRIM, arXiv 2512.17306):
+
+    gamma     = -lam / T^2 * sum_{t<t'} max(0, IoU(b_t, b_t') - eps)                    env.redundancy
+    reward    = accuracy + 1{accuracy = 0 and T > 1} * gamma                            env.reward
+    advantage = reward - mean_group(reward)        optionally / std_group(reward)       group_advantages
+    ratio     = exp(logp - old_logp)                                                    policy_loss
+    loss      = - sum_{i,t} mask * min(ratio * advantage, clip(ratio, 1 - clip_low, 1 + clip_high) * advantage) / n_tokens
+
+mask is 1 on sampled tokens only; n_tokens is its sum over all trajectories of the step on all ranks. No KL term.
+Neighbours are numbers of the same config: lam=0 is GRPO, tool_bonus is DeepEyes', mask_over_turns is Mini-o3's.
+Reads <data>/train.jsonl; writes <out>/{config.json, log.jsonl, checkpoints/<step>/, last, best.json, trajectory.png}, and for
+the main job ../eval/{sft,rppo}/eval.json and ../summary.json.
+"""
+import json
+import os
+import time
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+import torch
+
+import data
+import env
+import eval as evaluation
+import sft
+
+
+@dataclass
+class Config(env.World):
+    seed: int = 0
+    model: str = ""                  # the cold-started policy; empty: the tiny one of sft.py, made if missing
+    data: str = "data/scenes-{seed}"
+    out: str = "runs/rppo"
+    steps: int = 100
+    prompts: int = 16                # P per step, over all ranks
+    samples: int = 8                 # G per prompt
+    updates: int = 1                 # passes over each rollout; above 1 the ratio leaves 1 and clipping acts
+    micro_batch: int = 32            # trajectories per forward pass
+    lr: float = 3e-4
+    warmup: int = 10                 # steps to reach lr, then constant
+    weight_decay: float = 0.0
+    clip_low: float = 0.2
+    clip_high: float = 0.28          # a wider upper clip, as the neighbours have it
+    clip_norm: float = 1.0
+    norm_std: bool = True            # divide advantages by the group's std: chosen by measurement, see README
+    mask_over_turns: bool = False    # no loss on trajectories that ran out of turns or tokens (Mini-o3)
+    eval_every: int = 25             # steps between held-out evaluations ...
+    eval_rows: int = 128             # ... on the last rows of train.jsonl, which are never trained on
+    show_every: int = 25             # steps between printed trajectories
+    save_every: int = 50
+    keep: int = 2                    # newest checkpoints kept (the best is kept too)
+    resume: bool = True              # go on from the last checkpoint in out; false: start anew beside it
+    n_test: int = 768                # test rows scored at the end; 0: leave scoring to eval.py
+
+
+REAL = dict(steps=200, prompts=32, samples=8, micro_batch=1, lr=1e-6, warmup=5, eval_every=20, eval_rows=64, save_every=20,
+            show_every=5, n_test=0)
+
+
+def group_advantages(rewards, norm_std):
+    """rewards (P, G) -> advantages (P, G): minus the group's mean, divided by its unbiased std if asked.
+
+    Exactly 0 for a flat group and for G = 1 (a rounding residue divided by a tiny std would be noise of size 1).
+    Computed in float64.
+    """
+    r = torch.as_tensor(rewards).double()
+    centred = r - r.mean(1, keepdim=True)
+    if norm_std and r.shape[1] > 1:
+        centred = centred / r.std(1, keepdim=True).clamp_min(1e-12)
+    flat = r.amax(1, keepdim=True) == r.amin(1, keepdim=True)
+    return centred.masked_fill(flat, 0.0)
+
+
+def policy_loss(logp, old_logp, advantages, mask, clip_low, clip_high, n_tokens=None):
+    """The clipped loss. logp, old_logp, mask (B, T), advantages (B,) -> scalar; 0 for an empty mask.
+
+    Summed over the mask and divided by n_tokens (default: the mask's sum; training passes the global count of the step,
+    so that the loss does not depend on micro-batches or ranks).
+    """
+    log_ratio = torch.where(mask > 0, logp - old_logp, 0.0)
+    ratio, a = log_ratio.exp(), advantages[:, None]
+    surrogate = torch.minimum(ratio * a, ratio.clamp(1 - clip_low, 1 + clip_high) * a)
+    n = mask.sum().clamp_min(1) if n_tokens is None else n_tokens
+    return -torch.where(mask > 0, surrogate * mask, 0.0).sum() / n
+
+
+def prompts_of(step, cfg, n):
+    """Row numbers of a step: consecutive pieces of a permutation that is drawn anew for each pass over the n rows."""
+    at = np.arange(step * cfg.prompts, (step + 1) * cfg.prompts)
+    return [int(np.random.default_rng([cfg.seed, 11, a // n]).permutation(n)[a % n]) for a in at]
+
+
+def prepare(cfg):
+    """What the run starts from: the given model, or the tiny cold start, made here if it is missing. Returns its folder
+    and the seconds that making it took."""
+    seconds, parent = {}, os.path.dirname(cfg.out.rstrip("/"))
+    if cfg.model:
+        return cfg.model, seconds
+    scenes = data.Config(seed=cfg.seed, out=cfg.data)
+    t = time.time()
+    data.main(scenes)
+    seconds["data"], t = time.time() - t, time.time()
+    start = sft.Config(seed=cfg.seed, data=cfg.data, out=os.path.join(parent, "sft"))
+    sft.main(start)
+    seconds["sft"] = time.time() - t
+    return env.newest(start.out), seconds
+
+
+def update(policy, optimizer, trajs, advantages, cfg, world):
+    """`updates` passes over one rollout. trajs: this rank's B trajectories; advantages (B,). Returns sums for the log.
+
+    A trajectory whose advantage is 0 has no gradient and is not computed, but its tokens count in n_tokens.
+    """
+    device = policy.device
+    masked = lambda t: cfg.mask_over_turns and t.status != "answered"
+    n_tokens = env.total([sum(sum(t.mask) for t in trajs if not masked(t))], world, device)[0]
+    use = [i for i in range(len(trajs)) if advantages[i] != 0 and not masked(trajs[i])]
+    use.sort(key=lambda i: len(trajs[i].ids))  # little padding
+    micro = [use[i:i + cfg.micro_batch] for i in range(0, len(use), cfg.micro_batch)]
+    batches = [env.collate([trajs[i] for i in m], policy.proc) for m in micro]
+    sampled = [torch.tensor([p for i in m for p, k in zip(trajs[i].logp, trajs[i].mask) if k], device=device) for m in micro]
+    old, stats = [None] * len(micro), torch.zeros(6, dtype=torch.float64)  # tokens, entropy, clipped, |dlogp|, max, norm
+    policy.train()
+    if cfg.updates > 1:  # log-probabilities before any update, by the code that will compute them during the updates
+        with torch.no_grad(), policy.autocast():
+            old = [policy(b, cfg.temperature)[0] for b in batches]
+    for k in range(cfg.updates):
+        for j, (m, b) in enumerate(zip(micro, batches)):
+            with policy.autocast():
+                logp, entropy = policy(b, cfg.temperature)                    # (n,) the trained tokens of the micro-batch
+            before = logp.detach() if old[j] is None else old[j]
+            mask = b["mask"][:, 1:].to(device)                                # (b, T-1)
+            wide = lambda x: torch.zeros_like(mask).masked_scatter(mask > 0, x)
+            a = torch.tensor([advantages[i] for i in m], dtype=torch.float32, device=device)
+            policy_loss(wide(logp), wide(before), a, mask, cfg.clip_low, cfg.clip_high, n_tokens).backward()
+            if k == 0:
+                gap = (logp.detach() - sampled[j]).abs()
+                stats += torch.stack([torch.tensor(float(len(gap))), entropy.sum().cpu(), torch.tensor(0.), gap.sum().cpu(),
+                                      torch.tensor(0.), torch.tensor(0.)]).double()
+                stats[4] = max(stats[4], gap.max().item())
+            if k == cfg.updates - 1:
+                ratio = (logp.detach() - before).exp()
+                stats[2] += ((ratio < 1 - cfg.clip_low) | (ratio > 1 + cfg.clip_high)).sum().item()
+        env.sync_gradients(policy, world)
+        stats[5] = float(torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.clip_norm))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return n_tokens, stats
+
+
+def main(cfg):
+    started = time.time()
+    rank, world, device = env.setup()
+    if cfg.prompts % world:
+        raise env.UserError(f"--prompts={cfg.prompts} is not a multiple of the {world} ranks; change --prompts or --nproc-per-node")
+    start, seconds = prepare(cfg)
+    rows = data.load_rows(os.path.join(cfg.data, "train.jsonl"))
+    if len(rows) <= cfg.eval_rows:
+        raise env.UserError(f"{cfg.data}/train.jsonl has {len(rows)} rows, {cfg.eval_rows} are held out; lower --eval_rows")
+    rows, held_out = rows[:len(rows) - cfg.eval_rows], rows[len(rows) - cfg.eval_rows:]
+    resumed = env.begin(cfg, rank, world)              # the step to go on from, or 0
+    policy = env.load_policy(env.newest(cfg.out) if resumed else start, device)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay)
+    if resumed:
+        env.load_optimizer(env.newest(cfg.out), policy, [optimizer])
+    preset = "real" if cfg.model else "tiny"
+    best = env.read_json(os.path.join(cfg.out, "best.json"), {"accuracy": -1.0})
+    if rank == 0:
+        print(f"rppo: {cfg.prompts} prompts x {cfg.samples} samples on {world} ranks, {cfg.steps} steps from {start}\n"
+              f"{'':10} reward  {evaluation.header()}  entrpy   norm tok/tr roll_s  upd_s    eta")
+    t0 = time.time()
+
+    for step in range(resumed, cfg.steps):
+        # 1. rollout: this rank's prompts, G samples each
+        t = time.time()
+        mine = list(range(rank, cfg.prompts, world))
+        numbers = prompts_of(step, cfg, len(rows))
+        trajs = env.rollout(policy, [rows[numbers[p]] for p in mine], cfg, cfg.samples, seed=(cfg.seed, step), prompt_ids=mine)
+        rollout_s = time.time() - t
+
+        # 2. reward, as named parts
+        parts = [env.reward(x, x.row, cfg) for x in trajs]
+
+        # 3. advantage, within each group
+        rewards = torch.tensor([p["total"] for p in parts]).view(len(mine), cfg.samples)      # (P, G)
+        advantages = group_advantages(rewards, cfg.norm_std).flatten().tolist()               # B = P*G
+
+        # 4. update
+        t = time.time()
+        for g in optimizer.param_groups:
+            g["lr"] = cfg.lr * min(1.0, (step + 1) / max(cfg.warmup, 1))
+        n_tokens, stats = update(policy, optimizer, trajs, advantages, cfg, world)
+        update_s = time.time() - t
+
+        # 5. log
+        tokens, entropy, clipped, gap, _, _ = env.total(stats.tolist(), world, device)
+        keys = list(parts[0])
+        table = np.array(env.gather([env.measure(x, cfg) + [p[k] for k in keys] for x, p in zip(trajs, parts)], world), float)
+        flat = float(np.mean(env.gather([float(r.max() == r.min()) for r in rewards], world)))
+        entry = dict(step=step, reward=float(table[:, -1].mean()), **env.metrics(table[:, :len(env.MEASURES)]),
+                     parts={k: float(v) for k, v in zip(keys, table[:, len(env.MEASURES):].mean(0))}, flat_groups=flat,
+                     tokens=int(n_tokens), entropy=entropy / max(tokens, 1), clip_share=clipped / max(tokens, 1),
+                     log_ratio=gap / max(tokens, 1), log_ratio_max=stats[4].item(), grad_norm=stats[5].item(),
+                     lr=optimizer.param_groups[0]["lr"], norm_std=cfg.norm_std, rollout_s=rollout_s, update_s=update_s)
+        if (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps:
+            entry["held_out"] = evaluation.evaluate(policy, held_out, cfg, rank, world)[0]
+        if rank == 0:
+            eta = (time.time() - t0) / (step + 1 - resumed) * (cfg.steps - step - 1)
+            print(f"step {step:5d} {entry['reward']:6.3f}  {evaluation.line(entry)}  {entry['entropy']:6.3f} {entry['grad_norm']:6.3f} "
+                  f"{n_tokens / len(table):6.1f} {rollout_s:6.2f} {update_s:6.2f} {int(eta) // 60:3d}:{int(eta) % 60:02d}", flush=True)
+            if "held_out" in entry:
+                print(f"held-out          {evaluation.line(entry['held_out'])}", flush=True)
+            if (step + 1) % cfg.show_every == 0:
+                shown = max(trajs, key=lambda x: len(x.turns))
+                print(evaluation.show(shown, policy.proc), flush=True)
+                evaluation.draw(shown, os.path.join(cfg.out, "trajectory.png"))
+            env.append_log(cfg.out, entry)
+
+        # 6. save
+        if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps or "held_out" in entry:
+            if "held_out" in entry and entry["held_out"]["accuracy"] > best["accuracy"]:
+                best = {"step": step + 1, "accuracy": entry["held_out"]["accuracy"]}
+            if rank == 0:
+                env.save_checkpoint(cfg.out, step + 1, policy, cfg, preset, [optimizer])
+                env.write_text(os.path.join(cfg.out, "best.json"), json.dumps(best))
+                env.prune(cfg.out, cfg.keep, best.get("step"))
+    seconds["rppo"] = time.time() - t0
+    if cfg.n_test and not resumed == cfg.steps:
+        compare(cfg, start, seconds, started, rank)
+    return policy
+
+
+def compare(cfg, start, seconds, started, rank):
+    """Score the cold start and the final policy on the test rows; print the table, write summary.json."""
+    parent, summary = os.path.dirname(cfg.out.rstrip("/")), {}
+    for name, model in (("sft", start), ("rppo", cfg.out)):
+        given = {k: v for k, v in asdict(cfg).items() if k in vars(env.World())}
+        summary[name] = evaluation.main(evaluation.Config(**given, seed=cfg.seed, model=env.newest(model), data=cfg.data,
+                                                          out=os.path.join(parent, "eval", name), n=cfg.n_test))
+        seconds[f"eval_{name}"] = summary[name]["seconds"]
+    if rank == 0:
+        summary["seconds"] = {**{k: round(v, 1) for k, v in seconds.items()}, "total": round(time.time() - started, 1)}
+        env.write_text(os.path.join(parent, "summary.json"), json.dumps(summary, indent=1))
+        print(f"\n{'':10}{'greedy':>7} {evaluation.header()}")
+        for name in ("sft", "rppo"):
+            print(f"{name:10}{summary[name]['accuracy_greedy']:7.3f} {evaluation.line(summary[name])}")
+        print("seconds " + " ".join(f"{k}={v}" for k, v in summary["seconds"].items()) + f" -> {parent}/summary.json")
+
+
+if __name__ == "__main__":
+    main(env.configure(Config, REAL))

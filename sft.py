@@ -1,0 +1,171 @@
+"""sft.py, file 3 of 5 (read env.py and data.py first): cold start by imitation.
+
+    torchrun sft.py                                                # the tiny model on the built-in scenes, from nothing
+    torchrun --nproc-per-node=8 sft.py --model=Qwen/Qwen3-VL-4B-Instruct --data=data/mine
+
+    loss = - sum_{i,t} m_it log p(token_it | tokens before it) / sum m        m = 1 on the assistant's tokens only
+
+The sums run over all conversations of a step on all ranks. A conversation is rendered by replaying its turns through
+the tool, by the code that makes rollouts. Rows are taken in the order of the file, so a curriculum is the data's affair.
+Reads <data>/sft.jsonl; writes <out>/checkpoints/<step>/ (plain save_pretrained), config.json, log.jsonl, last.
+"""
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+
+import data
+import env
+
+@dataclass
+class Config(env.World):
+    seed: int = 0
+    model: str = ""                  # a folder or hub id; empty: the tiny model, made here
+    data: str = "data/scenes-{seed}"
+    out: str = "runs/sft"
+    steps: int = 450
+    batch: int = 48                  # conversations per step, over all ranks
+    micro_batch: int = 16            # conversations per forward pass
+    lr: float = 4e-3
+    muon_lr: float = 0.03
+    warmup: int = 30                 # steps to reach lr
+    decay: float = 0.3               # last share of the steps: linear to zero
+    weight_decay: float = 0.01
+    clip_norm: float = 1.0
+    log_every: int = 25              # steps between printed lines; log.jsonl has every step
+    save_every: int = 150
+    keep: int = 2                    # newest checkpoints kept
+    resume: bool = True              # go on from the last checkpoint in out; false: start anew beside it
+
+
+REAL = dict(steps=1000, batch=32, micro_batch=1, lr=1e-5, warmup=50, save_every=200)
+
+
+def make_tiny(rows, seed):
+    """A randomly initialised Qwen3-VL of 0.6 M parameters and a tokenizer trained on the rows' own text.
+
+    Same special tokens and chat format as Qwen3-VL, on a small scale: a word is a token, and so are the system prompt
+    and the three constant pieces of a call. A patch is 8 pixels, an image token 16 x 16.
+    """
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
+               "<|image_pad|>", "<|video_pad|>"]
+    tok = Tokenizer(models.BPE())
+    tok.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(r"\s*</?\w+>|,? ?\w+|[^\w<]+|<"), "isolated"),
+                                                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tok.decoder = decoders.ByteLevel()
+    frames = [env.SYSTEM, '\n{"name": "image_zoom_in_tool", "arguments": {"bbox_2d": [', '], "img_idx": ', "}}\n"]
+    texts = [t for r in rows for t in (r["problem"], *r["turns"])] + list(env.ERRORS.values()) * 50 + [env.SYSTEM_NO_TOOL] * 50
+    texts = [p for t in texts for p in _split(t, frames + list(env.TAGS))]
+    texts += ["user\n", "assistant\n", "system\n", "\n"] * 50
+    tok.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=1200, min_frequency=20, show_progress=False,
+                            special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tok.add_tokens([AddedToken(t, normalized=False) for t in (*env.TAGS, *frames)])
+    tok = PreTrainedTokenizerFast(tokenizer_object=tok, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    ids = {k: tok.convert_tokens_to_ids(f"<|{k}|>") for k in ("image_pad", "video_pad", "vision_start", "vision_end", "im_end")}
+    torch.manual_seed(seed)
+    config = Qwen3VLConfig(
+        text_config=dict(vocab_size=len(tok), hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=3,
+                         num_key_value_heads=3, head_dim=32, max_position_embeddings=4096, tie_word_embeddings=True,
+                         eos_token_id=ids["im_end"],
+                         rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[6, 5, 5], mrope_interleaved=True)),
+        vision_config=dict(depth=2, hidden_size=64, intermediate_size=192, num_heads=2, patch_size=8, spatial_merge_size=2,
+                           temporal_patch_size=2, out_hidden_size=96, num_position_embeddings=64, deepstack_visual_indexes=[0]),
+        image_token_id=ids["image_pad"], video_token_id=ids["video_pad"], vision_start_token_id=ids["vision_start"],
+        vision_end_token_id=ids["vision_end"], tie_word_embeddings=True)
+    vlm = Qwen3VLForConditionalGeneration(config)
+    return env.Policy(vlm, env.Processor(tok, 8, 2, (0.5,) * 3, (0.5,) * 3, len(tok)))
+
+
+def _split(text, cuts):
+    """Text without the pieces in cuts."""
+    for c in cuts:
+        text = text.replace(c, "\0")
+    return [t for t in text.split("\0") if t]
+
+
+def lr_scale(step, cfg):
+    """Share of the peak rate: linear warm-up, constant, then linear to zero over the last `decay` share of the steps."""
+    return min((step + 1) / max(cfg.warmup, 1), 1, (cfg.steps - step) / max(cfg.decay * cfg.steps, 1))
+
+
+def make_optimizers(policy, cfg):
+    mats = {p for n, p in policy.named_parameters() if p.ndim == 2 and "embed" not in n and "lm_head" not in n and cfg.muon_lr}
+    rest = [p for p in policy.parameters() if p not in mats]
+    out = [torch.optim.AdamW(rest, lr=cfg.lr, betas=(0.9, 0.98), weight_decay=cfg.weight_decay)]
+    if mats:
+        out.append(torch.optim.Muon([p for p in policy.parameters() if p in mats], lr=cfg.muon_lr, momentum=0.95, weight_decay=0.0))
+    for o in out:
+        for g in o.param_groups:
+            g["peak"] = g["lr"]
+    return out
+
+
+def main(cfg):
+    rank, world, device = env.setup()
+    if cfg.batch % (world * cfg.micro_batch):
+        raise env.UserError(f"--batch={cfg.batch} is not a multiple of {world} ranks x --micro_batch={cfg.micro_batch}")
+    rows = data.load_rows(os.path.join(cfg.data, "sft.jsonl"))
+    resumed = env.begin(cfg, rank, world)              # the step to go on from, or 0
+    start = env.newest(cfg.out) if resumed else cfg.model
+    policy = env.load_policy(start, device) if start else make_tiny(rows, cfg.seed).to(device)
+    optimizers = make_optimizers(policy, cfg)
+    if resumed:
+        env.load_optimizer(start, policy, optimizers)
+    share, preset = cfg.batch // world, "real" if cfg.model else "tiny"
+
+    def batch_of(step):
+        """This rank's micro-batches of a step: conversations of like length together, so that little is padding."""
+        at = [(step * cfg.batch + rank + i * world) % len(rows) for i in range(share)]
+        trajs = sorted((env.render(policy.proc, rows[i], rows[i]["turns"], cfg) for i in at), key=lambda t: len(t.ids))
+        return [env.collate(trajs[i:i + cfg.micro_batch], policy.proc) for i in range(0, share, cfg.micro_batch)]
+
+    policy.train()
+    pool, t0 = ThreadPoolExecutor(1), time.time()      # the next step is rendered while this one computes
+    pending = pool.submit(batch_of, resumed) if resumed < cfg.steps else None
+    for step in range(resumed, cfg.steps):
+        # 1. batch
+        batches = pending.result()
+        pending = pool.submit(batch_of, step + 1) if step + 1 < cfg.steps else None
+        n_tokens = env.total([sum(b["mask"].sum().item() for b in batches)], world, device)[0]
+
+        # 2. loss and gradient, normalised by the trained tokens of all ranks
+        loss_sum = 0.0
+        for b in batches:
+            with policy.autocast():
+                logp, _ = policy(b)
+            loss = -logp.sum() / n_tokens
+            loss.backward()
+            loss_sum += loss.item()
+        env.sync_gradients(policy, world)
+
+        # 3. step
+        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.clip_norm).item()
+        for o in optimizers:
+            for g in o.param_groups:
+                g["lr"] = g["peak"] * lr_scale(step, cfg)
+            o.step()
+            o.zero_grad(set_to_none=True)
+
+        # 4. log and save
+        loss_sum = env.total([loss_sum], world, device)[0]
+        if rank == 0:
+            seconds = time.time() - t0
+            eta = seconds / (step + 1 - resumed) * (cfg.steps - step - 1)
+            env.append_log(cfg.out, dict(step=step, loss=loss_sum, tokens=int(n_tokens), grad_norm=norm, seconds=seconds,
+                                         lr=optimizers[0].param_groups[0]["lr"]))
+            if step % cfg.log_every == 0 or step + 1 == cfg.steps:
+                print(f"step {step:5d} loss {loss_sum:7.4f} norm {norm:6.3f} tokens {int(n_tokens):6d} "
+                      f"{seconds:7.1f}s eta {int(eta) // 60:3d}:{int(eta) % 60:02d}", flush=True)
+            if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
+                env.save_checkpoint(cfg.out, step + 1, policy, cfg, preset, optimizers)
+                env.prune(cfg.out, cfg.keep)
+    if world > 1:
+        env.dist.barrier()                             # the checkpoint is there before anyone reads it
+
+
+if __name__ == "__main__":
+    main(env.configure(Config, REAL))
