@@ -32,7 +32,7 @@ COLOURS = {"red": (220, 40, 40), "green": (40, 170, 60), "blue": (50, 80, 230), 
            "purple": (160, 50, 190), "cyan": (40, 200, 215)}
 SHAPES = ("triangle", "square", "cross")
 # size: pixels per side; grid: cells per side; mark: pixels; scales: zooms needed; kinds: what is asked
-LEVELS = {0: dict(size=256, grid=4, mark=5, scales=1, kinds=("colour",)),
+LEVELS = {0: dict(size=256, grid=4, mark=10, scales=1, kinds=("colour",)),
           1: dict(size=1024, grid=4, mark=14, scales=1, kinds=("colour", "shape", "count")),
           2: dict(size=2048, grid=6, mark=12, scales=2, kinds=("colour", "shape", "count")),
           3: dict(size=4096, grid=8, mark=16, scales=2, kinds=("colour", "shape", "count", "text"))}
@@ -47,8 +47,8 @@ class Config:
     seed: int = 0                     # of the sft and train scenes; the test scenes never change
     out: str = "data/scenes-{seed}"   # where the rows and images go
     level: int = 0                    # 0 (256 px, the tiny task) to 3 (4096 px, two scales, small text)
-    n_sft: int = 4000                 # scenes; each asks two questions
-    n_train: int = 1000
+    n_sft: int = 2560                 # scenes; each asks two questions (a scene for RL or testing asks one)
+    n_train: int = 1800
     n_test: int = 768
     per_question: int = 3             # cold-start trajectories per question
     p_guess: float = 0.25             # imperfect half of the cold start: after an empty crop, guess at once ...
@@ -187,7 +187,7 @@ def write_rows(cfg, split, n, seed):
         rng = np.random.default_rng([seed, {"sft": 0, "train": 1, "test": 2}[split], cfg.level, i])
         image, questions = make_scene(rng, cfg.level)
         image.save(os.path.join(folder, f"{i}.png"), compress_level=1)
-        for j, q in enumerate(questions[:1] if split == "test" else questions):
+        for j, q in enumerate(questions if split == "sft" else questions[:1]):
             row = dict(images=[f"{split}/{i}.png"], doc_id=f"{split}-{i}-{j}", problem=QUESTIONS[q["kind"]].format(q["colour"]),
                        solution=q["answer"], data_source=f"scenes-{cfg.level}", boxes=[q["evidence"]], difficulty=len(q["cells"]))
             if split != "sft":
@@ -245,4 +245,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    main(env.configure(Config, {}))
+    env.run(main, Config, {})

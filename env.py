@@ -20,7 +20,6 @@ import json
 import math
 import os
 import re
-import shutil
 import sys
 from dataclasses import asdict, dataclass, field, fields
 from importlib import import_module
@@ -42,7 +41,7 @@ class UserError(SystemExit):
 class World:
     """Numbers that define the task. The defaults are the embedded tiny task; REAL_WORLD is for real checkpoints."""
     max_crops: int = 5               # tool turns; then one more turn that may only answer
-    max_pixels: int = 64 * 64        # pixel budget of the original, as the model sees it
+    max_pixels: int = 32 * 32        # pixel budget of the original, as the model sees it
     min_crop_pixels: int = 32 * 32   # crops are resized into [min_crop_pixels, max_crop_pixels]
     max_crop_pixels: int = 48 * 48
     min_crop_side: int = 16          # a smaller box (pixels of the original) is enlarged about its centre
@@ -817,6 +816,13 @@ def configure(Config, real, argv=None, **given):
     return cfg
 
 
+def run(main, Config, real):
+    """The command line of a stage."""
+    main(configure(Config, real))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def newest(folder):
     """A run folder stands for its newest checkpoint; anything else (a checkpoint, a hub id) for itself."""
     last = os.path.join(folder, "last")
@@ -836,6 +842,8 @@ def setup():
 def load_policy(path, device):
     """FORK: the model. The one place that knows a family: Qwen3-VL and Qwen2.5-VL, from a folder or a hub id."""
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
+    from transformers.utils import logging
+    logging.disable_progress_bar()
     config = AutoConfig.from_pretrained(path)
     if config.model_type not in ("qwen3_vl", "qwen2_5_vl"):
         raise UserError(f"{path}: a {config.model_type} model; --model takes Qwen3-VL (2B, 4B, 8B) or Qwen2.5-VL (3B, 7B)")
@@ -848,37 +856,6 @@ def load_policy(path, device):
     return Policy(vlm, proc).to(device)
 
 
-def save_checkpoint(out, step, policy, cfg, preset, optimizers):
-    """Write out/checkpoints/<step>: a plain save_pretrained folder, world.json, and the optimizer's state. Complete or
-    absent: it is written beside and renamed, and only then does out/last name it. Call on rank 0."""
-    from safetensors.torch import save_file
-    folder = os.path.join(out, "checkpoints", str(step))
-    tmp = folder + ".tmp"
-    os.makedirs(tmp, exist_ok=True)
-    policy.vlm.save_pretrained(tmp)
-    policy.proc.save(tmp)
-    with open(os.path.join(tmp, "world.json"), "w") as f:
-        json.dump({"preset": preset, **{x.name: getattr(cfg, x.name) for x in fields(World)}}, f, indent=1)
-    names = {p: n for n, p in policy.named_parameters()}
-    save_file({f"{names[p]}|{k}": torch.as_tensor(v) for o in optimizers for p, s in o.state.items() for k, v in s.items()},
-              os.path.join(tmp, "optimizer.safetensors"))
-    if os.path.exists(folder):
-        shutil.rmtree(folder)
-    os.replace(tmp, folder)
-    write_text(os.path.join(out, "last"), str(step))
-
-
-def load_optimizer(folder, policy, optimizers):
-    """Restore what save_checkpoint wrote."""
-    from safetensors.torch import load_file
-    params = dict(policy.named_parameters())
-    owner = {p: o for o in optimizers for g in o.param_groups for p in g["params"]}
-    for key, v in load_file(os.path.join(folder, "optimizer.safetensors")).items():
-        name, k = key.split("|")
-        p = params[name]
-        owner[p].state[p][k] = v if k == "step" else v.to(p.device)
-
-
 def same_settings(folder, cfg):
     """True if folder/config.json holds cfg, False if there is none; UserError listing the differences otherwise."""
     old, new = read_json(os.path.join(folder, "config.json"), None), asdict(cfg)
@@ -889,38 +866,6 @@ def same_settings(folder, cfg):
         raise UserError(f"{folder} was made with other settings ({'; '.join(differ)}); give another --out, or --resume=false "
                         "to put it aside and start anew")
     return True
-
-
-def begin(cfg, rank, world):
-    """Open the run folder cfg.out. Returns the step to go on from (0 for a new run). All ranks must reach this."""
-    step = 0
-    if rank == 0:
-        if not cfg.resume and os.path.exists(cfg.out):
-            aside = next(f"{cfg.out.rstrip('/')}.{i}" for i in range(1, 10 ** 6) if not os.path.exists(f"{cfg.out.rstrip('/')}.{i}"))
-            os.rename(cfg.out, aside)
-            print(f"--resume=false: the old run is now {aside}")
-        if same_settings(cfg.out, cfg) and os.path.exists(os.path.join(cfg.out, "last")):
-            step = int(open(os.path.join(cfg.out, "last")).read())
-            print(f"{cfg.out}: going on from step {step} of {cfg.steps}")
-        os.makedirs(cfg.out, exist_ok=True)
-        write_text(os.path.join(cfg.out, "config.json"), json.dumps(asdict(cfg), indent=1))
-        log = os.path.join(cfg.out, "log.jsonl")
-        kept = [x for x in open(log) if json.loads(x)["step"] < step] if os.path.exists(log) else []
-        write_text(log, "".join(kept))
-    return int(total([step], world, torch.device("cuda") if torch.cuda.is_available() else "cpu")[0])
-
-
-def append_log(out, entry):
-    with open(os.path.join(out, "log.jsonl"), "a") as f:
-        f.write(json.dumps(entry) + "\n")
-
-
-def prune(out, keep, best=None):
-    """Remove all but the newest `keep` checkpoints and the best one."""
-    steps = sorted(int(x) for x in os.listdir(os.path.join(out, "checkpoints")) if x.isdigit())
-    for step in steps[:-keep]:
-        if step != best:
-            shutil.rmtree(os.path.join(out, "checkpoints", str(step)))
 
 
 def read_json(path, default):
@@ -936,17 +881,6 @@ def write_text(path, text):
     os.replace(path + ".tmp", path)
 
 
-def sync_gradients(policy, world):
-    """Sum gradients over the ranks (each rank's loss is already divided by the global count). All ranks must reach this."""
-    if world == 1:
-        return
-    params = [p for p in policy.parameters() if p.requires_grad]
-    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in params])
-    dist.all_reduce(flat)
-    for p, g in zip(params, flat.split([p.numel() for p in params])):
-        p.grad = g.view_as(p)
-
-
 def gather(records, world):
     """The records of all ranks, rank by rank. All ranks must reach this."""
     parts = [records]
@@ -954,11 +888,3 @@ def gather(records, world):
         parts = [None] * world
         dist.all_gather_object(parts, records)
     return [r for part in parts for r in part]
-
-
-def total(value, world, device):
-    """Sum of a number (float64) over the ranks. All ranks must reach this."""
-    t = torch.tensor(value, dtype=torch.float64, device=device)
-    if world > 1:
-        dist.all_reduce(t)
-    return t.tolist()

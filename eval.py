@@ -18,8 +18,9 @@ from PIL import Image, ImageDraw, ImageFont
 import data
 import env
 
-COLUMNS = ("accuracy", "crops_right", "crops_wrong", "redundancy_wrong", "overlap_wrong", "repeat_rate", "invalid_call_rate",
-           "unanswered_rate", "guess_rate", "evidence_coverage")
+COLUMNS = {"accuracy": "acc", "crops_right": "crop+", "crops_wrong": "crop-", "redundancy_wrong": "redun-", "overlap_wrong": "over-",
+           "repeat_rate": "repeat", "invalid_call_rate": "inval", "unanswered_rate": "unansw", "guess_rate": "guess",
+           "evidence_coverage": "cover"}  # metric -> heading; + over right answers, - over wrong ones
 
 
 @dataclass
@@ -28,7 +29,7 @@ class Config(env.World):
     model: str = ""                  # a checkpoint, a run folder or a hub id
     data: str = "data/scenes-{seed}" # its test.jsonl is scored
     out: str = "runs/eval"
-    n: int = 0                       # rows scored, from the beginning; 0: all
+    limit: int = 0                   # rows scored, from the beginning; 0: all
     k: int = 1                       # samples per row at temperature 1
 
 
@@ -63,7 +64,7 @@ def line(m):
 
 
 def header():
-    return " ".join(f"{c.replace('_rate', '').replace('redundancy', 'redund').replace('evidence_', '')[:6]:>6}" for c in COLUMNS)
+    return " ".join(f"{c:>6}" for c in COLUMNS.values())
 
 
 def show(traj, proc):
@@ -71,7 +72,7 @@ def show(traj, proc):
     out, at = [], 0
     while at < len(traj.ids):
         end = next((i for i in range(at, len(traj.ids)) if traj.mask[i] != traj.mask[at]), len(traj.ids))
-        ids, piece = traj.ids[at:end], ""
+        ids = traj.ids[at:end]
         pads = [i for i, x in enumerate(ids) if x == proc.image]
         text = proc.decode([x for x in ids if x != proc.image]) if not pads else \
             proc.decode(ids[:pads[0]]) + f"[{len(pads)} image tokens]" + proc.decode(ids[pads[-1] + 1:])
@@ -131,7 +132,7 @@ def main(cfg):
     rank, world, device = env.setup()
     if not cfg.model:
         raise env.UserError("eval.py needs --model=FOLDER, for example --model=runs/rppo (make it with `torchrun rppo.py`)")
-    rows = data.load_rows(os.path.join(cfg.data, "test.jsonl"))[:cfg.n or None]
+    rows = data.load_rows(os.path.join(cfg.data, "test.jsonl"))[:cfg.limit or None]
     policy, t = env.load_policy(cfg.model, device), time.time()
     result, trajs = score(policy, rows, cfg, rank, world)
     result["seconds"] = round(time.time() - t, 1)
@@ -148,4 +149,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    main(env.configure(Config, REAL))
+    env.run(main, Config, REAL)

@@ -20,7 +20,7 @@ the main job ../eval/{sft,rppo}/eval.json and ../summary.json.
 import json
 import os
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
@@ -119,7 +119,7 @@ def update(policy, optimizer, trajs, advantages, cfg, world):
     """
     device = policy.device
     masked = lambda t: cfg.mask_over_turns and t.status != "answered"
-    n_tokens = env.total([sum(sum(t.mask) for t in trajs if not masked(t))], world, device)[0]
+    n_tokens = sft.total([sum(sum(t.mask) for t in trajs if not masked(t))], world, device)[0]
     use = [i for i in range(len(trajs)) if advantages[i] != 0 and not masked(trajs[i])]
     use.sort(key=lambda i: len(trajs[i].ids))  # little padding
     micro = [use[i:i + cfg.micro_batch] for i in range(0, len(use), cfg.micro_batch)]
@@ -147,7 +147,7 @@ def update(policy, optimizer, trajs, advantages, cfg, world):
             if k == cfg.updates - 1:
                 ratio = (logp.detach() - before).exp()
                 stats[2] += ((ratio < 1 - cfg.clip_low) | (ratio > 1 + cfg.clip_high)).sum().item()
-        env.sync_gradients(policy, world)
+        sft.sync_gradients(policy, world)
         stats[5] = float(torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.clip_norm))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -164,11 +164,11 @@ def main(cfg):
     if len(rows) <= cfg.eval_rows:
         raise env.UserError(f"{cfg.data}/train.jsonl has {len(rows)} rows, {cfg.eval_rows} are held out; lower --eval_rows")
     rows, held_out = rows[:len(rows) - cfg.eval_rows], rows[len(rows) - cfg.eval_rows:]
-    resumed = env.begin(cfg, rank, world)              # the step to go on from, or 0
+    resumed = sft.begin(cfg, rank, world)              # the step to go on from, or 0
     policy = env.load_policy(env.newest(cfg.out) if resumed else start, device)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay)
     if resumed:
-        env.load_optimizer(env.newest(cfg.out), policy, [optimizer])
+        sft.load_optimizer(env.newest(cfg.out), policy, [optimizer])
     preset = "real" if cfg.model else "tiny"
     best = env.read_json(os.path.join(cfg.out, "best.json"), {"accuracy": -1.0})
     if rank == 0:
@@ -199,7 +199,7 @@ def main(cfg):
         update_s = time.time() - t
 
         # 5. log
-        tokens, entropy, clipped, gap, _, _ = env.total(stats.tolist(), world, device)
+        tokens, entropy, clipped, gap, _, _ = sft.total(stats.tolist(), world, device)
         keys = list(parts[0])
         table = np.array(env.gather([env.measure(x, cfg) + [p[k] for k in keys] for x, p in zip(trajs, parts)], world), float)
         flat = float(np.mean(env.gather([float(r.max() == r.min()) for r in rewards], world)))
@@ -220,18 +220,18 @@ def main(cfg):
                 shown = max(trajs, key=lambda x: len(x.turns))
                 print(evaluation.show(shown, policy.proc), flush=True)
                 evaluation.draw(shown, os.path.join(cfg.out, "trajectory.png"))
-            env.append_log(cfg.out, entry)
+            sft.append_log(cfg.out, entry)
 
         # 6. save
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps or "held_out" in entry:
             if "held_out" in entry and entry["held_out"]["accuracy"] > best["accuracy"]:
                 best = {"step": step + 1, "accuracy": entry["held_out"]["accuracy"]}
             if rank == 0:
-                env.save_checkpoint(cfg.out, step + 1, policy, cfg, preset, [optimizer])
+                sft.save_checkpoint(cfg.out, step + 1, policy, cfg, preset, [optimizer])
                 env.write_text(os.path.join(cfg.out, "best.json"), json.dumps(best))
-                env.prune(cfg.out, cfg.keep, best.get("step"))
+                sft.prune(cfg.out, cfg.keep, best.get("step"))
     seconds["rppo"] = time.time() - t0
-    if cfg.n_test and not resumed == cfg.steps:
+    if cfg.n_test:
         compare(cfg, start, seconds, started, rank)
     return policy
 
@@ -242,7 +242,7 @@ def compare(cfg, start, seconds, started, rank):
     for name, model in (("sft", start), ("rppo", cfg.out)):
         given = {k: v for k, v in asdict(cfg).items() if k in vars(env.World())}
         summary[name] = evaluation.main(evaluation.Config(**given, seed=cfg.seed, model=env.newest(model), data=cfg.data,
-                                                          out=os.path.join(parent, "eval", name), n=cfg.n_test))
+                                                          out=os.path.join(parent, "eval", name), limit=cfg.n_test))
         seconds[f"eval_{name}"] = summary[name]["seconds"]
     if rank == 0:
         summary["seconds"] = {**{k: round(v, 1) for k, v in seconds.items()}, "total": round(time.time() - started, 1)}
@@ -254,4 +254,4 @@ def compare(cfg, start, seconds, started, rank):
 
 
 if __name__ == "__main__":
-    main(env.configure(Config, REAL))
+    env.run(main, Config, REAL)

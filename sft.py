@@ -9,12 +9,15 @@ The sums run over all conversations of a step on all ranks. A conversation is re
 the tool, by the code that makes rollouts. Rows are taken in the order of the file, so a curriculum is the data's affair.
 Reads <data>/sft.jsonl; writes <out>/checkpoints/<step>/ (plain save_pretrained), config.json, log.jsonl, last.
 """
+import json
 import os
+import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 
 import torch
+import torch.distributed as dist
 
 import data
 import env
@@ -25,7 +28,7 @@ class Config(env.World):
     model: str = ""                  # a folder or hub id; empty: the tiny model, made here
     data: str = "data/scenes-{seed}"
     out: str = "runs/sft"
-    steps: int = 450
+    steps: int = 320
     batch: int = 48                  # conversations per step, over all ranks
     micro_batch: int = 16            # conversations per forward pass
     lr: float = 4e-3
@@ -104,17 +107,102 @@ def make_optimizers(policy, cfg):
     return out
 
 
+# ---------------------------------------------------------------------------------------------------------------
+# What both training stages need: run folders, checkpoints, sums over ranks (rppo.py imports these).
+
+def save_checkpoint(out, step, policy, cfg, preset, optimizers):
+    """Write out/checkpoints/<step>: a plain save_pretrained folder, world.json, and the optimizer's state. Complete or
+    absent: it is written beside and renamed, and only then does out/last name it. Call on rank 0."""
+    from safetensors.torch import save_file
+    folder = os.path.join(out, "checkpoints", str(step))
+    tmp = folder + ".tmp"
+    os.makedirs(tmp, exist_ok=True)
+    policy.vlm.save_pretrained(tmp)
+    policy.proc.save(tmp)
+    with open(os.path.join(tmp, "world.json"), "w") as f:
+        json.dump({"preset": preset, **{x.name: getattr(cfg, x.name) for x in fields(env.World)}}, f, indent=1)
+    names = {p: n for n, p in policy.named_parameters()}
+    save_file({f"{names[p]}|{k}": torch.as_tensor(v) for o in optimizers for p, s in o.state.items() for k, v in s.items()},
+              os.path.join(tmp, "optimizer.safetensors"))
+    if os.path.exists(folder):
+        shutil.rmtree(folder)
+    os.replace(tmp, folder)
+    env.write_text(os.path.join(out, "last"), str(step))
+
+
+def load_optimizer(folder, policy, optimizers):
+    """Restore what save_checkpoint wrote."""
+    from safetensors.torch import load_file
+    params = dict(policy.named_parameters())
+    owner = {p: o for o in optimizers for g in o.param_groups for p in g["params"]}
+    for key, v in load_file(os.path.join(folder, "optimizer.safetensors")).items():
+        name, k = key.split("|")
+        p = params[name]
+        owner[p].state[p][k] = v if k == "step" else v.to(p.device)
+
+
+def prune(out, keep, best=None):
+    """Remove all but the newest `keep` checkpoints and the best one."""
+    steps = sorted(int(x) for x in os.listdir(os.path.join(out, "checkpoints")) if x.isdigit())
+    for step in steps[:-keep]:
+        if step != best:
+            shutil.rmtree(os.path.join(out, "checkpoints", str(step)))
+
+
+def begin(cfg, rank, world):
+    """Open the run folder cfg.out. Returns the step to go on from (0 for a new run). All ranks must reach this."""
+    step = 0
+    if rank == 0:
+        if not cfg.resume and os.path.exists(cfg.out):
+            aside = next(f"{cfg.out.rstrip('/')}.{i}" for i in range(1, 10 ** 6) if not os.path.exists(f"{cfg.out.rstrip('/')}.{i}"))
+            os.rename(cfg.out, aside)
+            print(f"--resume=false: the old run is now {aside}")
+        if env.same_settings(cfg.out, cfg) and os.path.exists(os.path.join(cfg.out, "last")):
+            step = int(open(os.path.join(cfg.out, "last")).read())
+            print(f"{cfg.out}: going on from step {step} of {cfg.steps}")
+        os.makedirs(cfg.out, exist_ok=True)
+        env.write_text(os.path.join(cfg.out, "config.json"), json.dumps(asdict(cfg), indent=1))
+        log = os.path.join(cfg.out, "log.jsonl")
+        kept = [x for x in open(log) if json.loads(x)["step"] < step] if os.path.exists(log) else []
+        env.write_text(log, "".join(kept))
+    return int(total([step], world, torch.device("cuda") if torch.cuda.is_available() else "cpu")[0])
+
+
+def append_log(out, entry):
+    with open(os.path.join(out, "log.jsonl"), "a") as f:
+        f.write(json.dumps(entry) + "\n")
+
+
+def sync_gradients(policy, world):
+    """Sum gradients over the ranks (each rank's loss is already divided by the global count). All ranks must reach this."""
+    if world == 1:
+        return
+    params = [p for p in policy.parameters() if p.requires_grad]
+    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in params])
+    dist.all_reduce(flat)
+    for p, g in zip(params, flat.split([p.numel() for p in params])):
+        p.grad = g.view_as(p)
+
+
+def total(value, world, device):
+    """Sum of a number (float64) over the ranks. All ranks must reach this."""
+    t = torch.tensor(value, dtype=torch.float64, device=device)
+    if world > 1:
+        dist.all_reduce(t)
+    return t.tolist()
+
+
 def main(cfg):
     rank, world, device = env.setup()
-    if cfg.batch % (world * cfg.micro_batch):
-        raise env.UserError(f"--batch={cfg.batch} is not a multiple of {world} ranks x --micro_batch={cfg.micro_batch}")
+    if cfg.batch % world:
+        raise env.UserError(f"--batch={cfg.batch} is not a multiple of the {world} ranks; change --batch or --nproc-per-node")
     rows = data.load_rows(os.path.join(cfg.data, "sft.jsonl"))
-    resumed = env.begin(cfg, rank, world)              # the step to go on from, or 0
+    resumed = begin(cfg, rank, world)              # the step to go on from, or 0
     start = env.newest(cfg.out) if resumed else cfg.model
     policy = env.load_policy(start, device) if start else make_tiny(rows, cfg.seed).to(device)
     optimizers = make_optimizers(policy, cfg)
     if resumed:
-        env.load_optimizer(start, policy, optimizers)
+        load_optimizer(start, policy, optimizers)
     share, preset = cfg.batch // world, "real" if cfg.model else "tiny"
 
     def batch_of(step):
@@ -130,7 +218,7 @@ def main(cfg):
         # 1. batch
         batches = pending.result()
         pending = pool.submit(batch_of, step + 1) if step + 1 < cfg.steps else None
-        n_tokens = env.total([sum(b["mask"].sum().item() for b in batches)], world, device)[0]
+        n_tokens = total([sum(b["mask"].sum().item() for b in batches)], world, device)[0]
 
         # 2. loss and gradient, normalised by the trained tokens of all ranks
         loss_sum = 0.0
@@ -140,7 +228,7 @@ def main(cfg):
             loss = -logp.sum() / n_tokens
             loss.backward()
             loss_sum += loss.item()
-        env.sync_gradients(policy, world)
+        sync_gradients(policy, world)
 
         # 3. step
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.clip_norm).item()
@@ -151,21 +239,21 @@ def main(cfg):
             o.zero_grad(set_to_none=True)
 
         # 4. log and save
-        loss_sum = env.total([loss_sum], world, device)[0]
+        loss_sum = total([loss_sum], world, device)[0]
         if rank == 0:
             seconds = time.time() - t0
             eta = seconds / (step + 1 - resumed) * (cfg.steps - step - 1)
-            env.append_log(cfg.out, dict(step=step, loss=loss_sum, tokens=int(n_tokens), grad_norm=norm, seconds=seconds,
+            append_log(cfg.out, dict(step=step, loss=loss_sum, tokens=int(n_tokens), grad_norm=norm, seconds=seconds,
                                          lr=optimizers[0].param_groups[0]["lr"]))
             if step % cfg.log_every == 0 or step + 1 == cfg.steps:
                 print(f"step {step:5d} loss {loss_sum:7.4f} norm {norm:6.3f} tokens {int(n_tokens):6d} "
                       f"{seconds:7.1f}s eta {int(eta) // 60:3d}:{int(eta) % 60:02d}", flush=True)
             if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
-                env.save_checkpoint(cfg.out, step + 1, policy, cfg, preset, optimizers)
-                env.prune(cfg.out, cfg.keep)
+                save_checkpoint(cfg.out, step + 1, policy, cfg, preset, optimizers)
+                prune(cfg.out, cfg.keep)
     if world > 1:
-        env.dist.barrier()                             # the checkpoint is there before anyone reads it
+        dist.barrier()                             # the checkpoint is there before anyone reads it
 
 
 if __name__ == "__main__":
-    main(env.configure(Config, REAL))
+    env.run(main, Config, REAL)
