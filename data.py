@@ -32,7 +32,7 @@ COLOURS = {"red": (220, 40, 40), "green": (40, 170, 60), "blue": (50, 80, 230), 
            "purple": (160, 50, 190), "cyan": (40, 200, 215)}
 SHAPES = ("triangle", "square", "cross")
 # size: pixels per side; grid: cells per side; mark: pixels; scales: zooms needed; kinds: what is asked
-LEVELS = {0: dict(size=256, grid=4, mark=10, scales=1, kinds=("colour",)),
+LEVELS = {0: dict(size=256, grid=4, mark=12, scales=1, kinds=("colour",)),
           1: dict(size=1024, grid=4, mark=14, scales=1, kinds=("colour", "shape", "count")),
           2: dict(size=2048, grid=6, mark=12, scales=2, kinds=("colour", "shape", "count")),
           3: dict(size=4096, grid=8, mark=16, scales=2, kinds=("colour", "shape", "count", "text"))}
@@ -47,11 +47,11 @@ class Config:
     seed: int = 0                     # of the sft and train scenes; the test scenes never change
     out: str = "data/scenes-{seed}"   # where the rows and images go
     level: int = 0                    # 0 (256 px, the tiny task) to 3 (4096 px, two scales, small text)
-    n_sft: int = 2560                 # scenes; each asks two questions (a scene for RL or testing asks one)
+    n_sft: int = 2400                 # scenes; each asks two questions (a scene for RL or testing asks one)
     n_train: int = 1800
     n_test: int = 768
     per_question: int = 3             # cold-start trajectories per question
-    p_guess: float = 0.25             # imperfect half of the cold start: after an empty crop, guess at once ...
+    p_guess: float = 0.15             # imperfect half of the cold start: after an empty crop, guess at once ...
     p_again: float = 0.40             # ... or look at the same place again, shifted a little
     clean: float = 0.7                # share of the cold start, at its beginning, that is free of both
 
@@ -89,7 +89,7 @@ def make_scene(rng, level):
     c = S // g
     # blotches as large as a pixel of the whole view, so that shrinking does not average them away
     blotch = S // 64
-    noise = rng.integers(-40, 41, (64, 64, 3)).repeat(blotch, 0).repeat(blotch, 1)
+    noise = rng.integers(-30, 31, (64, 64, 3)).repeat(blotch, 0).repeat(blotch, 1)
     image = Image.fromarray((150 + np.zeros((S, S, 3), int)).astype(np.uint8))
     draw = ImageDraw.Draw(image)
     names = list(rng.permutation(list(COLOURS)))

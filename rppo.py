@@ -169,7 +169,7 @@ def main(cfg):
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay)
     if resumed:
         sft.load_optimizer(env.newest(cfg.out), policy, [optimizer])
-    preset = "real" if cfg.model else "tiny"
+    preset = env.read_json(os.path.join(start, "world.json"), {"preset": "real"})["preset"]
     best = env.read_json(os.path.join(cfg.out, "best.json"), {"accuracy": -1.0})
     if rank == 0:
         print(f"rppo: {cfg.prompts} prompts x {cfg.samples} samples on {world} ranks, {cfg.steps} steps from {start}\n"

@@ -28,7 +28,7 @@ class Config(env.World):
     model: str = ""                  # a folder or hub id; empty: the tiny model, made here
     data: str = "data/scenes-{seed}"
     out: str = "runs/sft"
-    steps: int = 320
+    steps: int = 300
     batch: int = 48                  # conversations per step, over all ranks
     micro_batch: int = 16            # conversations per forward pass
     lr: float = 4e-3
@@ -80,6 +80,8 @@ def make_tiny(rows, seed):
         image_token_id=ids["image_pad"], video_token_id=ids["video_pad"], vision_start_token_id=ids["vision_start"],
         vision_end_token_id=ids["vision_end"], tie_word_embeddings=True)
     vlm = Qwen3VLForConditionalGeneration(config)
+    # At transformers' 0.02 an image token hardly says where it is, and finding the boxes takes three times as long to learn.
+    torch.nn.init.normal_(vlm.model.visual.pos_embed.weight, std=0.5)
     return env.Policy(vlm, env.Processor(tok, 8, 2, (0.5,) * 3, (0.5,) * 3, len(tok)))
 
 
