@@ -51,7 +51,7 @@ class Config:
     n_train: int = 1800
     n_test: int = 768
     per_question: int = 3             # cold-start trajectories per question
-    p_guess: float = 0.15             # imperfect half of the cold start: after an empty crop, guess at once ...
+    p_guess: float = 0.20             # imperfect half of the cold start: after an empty crop, guess at once ...
     p_again: float = 0.40             # ... or look at the same place again, shifted a little
     clean: float = 0.7                # share of the cold start, at its beginning, that is free of both
 

@@ -37,7 +37,7 @@ class Config(env.World):
     model: str = ""                  # the cold-started policy; empty: the tiny one of sft.py, made if missing
     data: str = "data/scenes-{seed}"
     out: str = "runs/rppo"
-    steps: int = 100
+    steps: int = 80
     prompts: int = 16                # P per step, over all ranks
     samples: int = 8                 # G per prompt
     updates: int = 1                 # passes over each rollout; above 1 the ratio leaves 1 and clipping acts
@@ -50,10 +50,10 @@ class Config(env.World):
     clip_norm: float = 1.0
     norm_std: bool = True            # divide advantages by the group's std: chosen by measurement, see README
     mask_over_turns: bool = False    # no loss on trajectories that ran out of turns or tokens (Mini-o3)
-    eval_every: int = 25             # steps between held-out evaluations ...
+    eval_every: int = 20             # steps between held-out evaluations ...
     eval_rows: int = 128             # ... on the last rows of train.jsonl, which are never trained on
-    show_every: int = 25             # steps between printed trajectories
-    save_every: int = 50
+    show_every: int = 20             # steps between printed trajectories
+    save_every: int = 40
     keep: int = 2                    # newest checkpoints kept (the best is kept too)
     resume: bool = True              # go on from the last checkpoint in out; false: start anew beside it
     n_test: int = 768                # test rows scored at the end; 0: leave scoring to eval.py

@@ -253,6 +253,8 @@ def test_crops_are_cut_from_the_original(policy):
     assert np.array_equal(proc.view(image, box, 32 * 32, 32 * 32), np.asarray(image)[96:128, 96:128])
     assert proc.view(image, (0, 0, 8, 8), 32 * 32, 48 * 48).shape == (32, 32, 3)
     assert proc.view(image, boxes[0], 32 * 32, 48 * 48).shape == (32, 48, 3)     # the aspect ratio is kept, in steps of 16
+    small = env.reset(proc, {"problem": "?"}, World(), image=picture(20, 20))    # so are originals smaller than the budget
+    assert small.views[0].shape == (32, 32, 3) and small.boxes == [(0, 0, 20, 20)]
     big = proc.view(image, boxes[0], 32 * 32, 128 * 128).numpy().astype(float)
     want = np.asarray(image.resize((144, 96), Image.BICUBIC)).astype(float)      # at most 128 * 128 pixels
     assert big.shape == want.shape and np.abs(big - want).mean() < 1
@@ -676,11 +678,12 @@ def test_cached_decoding_equals_full_forward(family, searched):
     assert want.std() > 0.5 and uncertainty.min() < 0.95 * math.log(len(family.banned))       # the policy prefers something
     for got, exact in ((recorded, want), (logp, want), (entropy, uncertainty)):
         torch.testing.assert_close(got.double(), exact, atol=1e-4, rtol=0)
-    # and the comparison would see a mistake: one-dimensional positions, or the images of a row in another order
+    # and the comparison would see a mistake: one-dimensional positions, image tokens in another order, other pixels
     batch = env.collate(searched, family.proc)
     flat = {**batch, "pos": torch.arange(batch["ids"].shape[1]).expand_as(batch["pos"])}
     swapped = {**batch, "feature": batch["feature"].flip(0)}
-    for wrong in (flat, swapped):
+    negative = {**batch, "views": [255 - v for v in batch["views"]]}
+    for wrong in (flat, swapped, negative):
         assert (family(wrong, HOT.temperature)[0] - want).abs().max() > 0.1
 
 
@@ -762,6 +765,15 @@ def test_random_streams(family, rows):
     assert (best > -entropy).all()                                   # the likeliest token beats the average log-probability
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable")
+def test_rollout_of_a_policy_in_training(family, rows):
+    """A policy that is being trained with gradient checkpointing (which drops the cache) is rolled out the same."""
+    quiet = [(t.ids, t.logp) for t in env.rollout(family, rows[:2], SHORT, samples=2)]
+    model = env.Policy(stock(family.vlm), family.proc)
+    model.vlm.gradient_checkpointing_enable()
+    assert [(t.ids, t.logp) for t in env.rollout(model.train(), rows[:2], SHORT, samples=2)] == quiet
+
+
 def test_banned_ids_are_never_sampled(policy25, rows, monkeypatch):
     """Vision ids and ids past the tokenizer have log-probability -inf and are not sampled, however much the model wants
     them; the update's distribution is the sampler's."""
@@ -784,6 +796,17 @@ def test_banned_ids_are_never_sampled(policy25, rows, monkeypatch):
             assert not {i for t in trajs for i, m in zip(t.ids, t.mask) if m} & set(banned)
             recorded = torch.tensor([p for t in trajs for p, m in zip(t.logp, t.mask) if m])
             torch.testing.assert_close(policy25(env.collate(trajs, policy25.proc))[0], recorded, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("u", [0.0, 1 - 2 ** -53])
+def test_extreme_random_numbers(policy25, rows, monkeypatch, u):
+    """The least and the greatest random number still draw ids that are allowed, when both ends of the vocabulary are not."""
+    model = env.Policy(policy25.vlm, policy25.proc).eval()
+    model.banned = model.banned.clone().index_fill_(0, torch.arange(3), True)
+    monkeypatch.setattr(env, "uniforms", lambda seed, prompt, sample, n: np.full(n, u))
+    [traj] = env.rollout(model, rows[:1], SHORT)
+    sampled = [i for i, m in zip(traj.ids, traj.mask) if m]
+    assert sampled and not any(model.banned[i] for i in sampled)
 
 
 def test_samples_follow_the_distribution(policy, rows):
