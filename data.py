@@ -67,15 +67,16 @@ def draw_mark(draw, kind, value, x, y, m, colour):
         font = ImageFont.load_default(m)
         draw.text((x, y), value, fill=colour, font=font)
         return [int(v) for v in draw.textbbox((x, y), value, font=font)]
-    if kind == "count":
-        for i in range(int(value)):
+    if kind == "count":  # dots of half the size in a row
+        n, m = int(value), m // 2
+        for i in range(n):
             draw.ellipse((x + 2 * m * i, y, x + 2 * m * i + m - 1, y + m - 1), fill=colour)
-        return [x, y, x + 2 * m * int(value) - m, y + m]
+        return [x, y, x + (2 * n - 1) * m, y + m]
     if value == "triangle":
         draw.polygon([(x, y + m - 1), (x + m - 1, y + m - 1), (x + m // 2, y)], fill=colour)
     elif value == "cross":
-        draw.line((x, y, x + m - 1, y + m - 1), fill=colour, width=max(1, m // 4))
-        draw.line((x, y + m - 1, x + m - 1, y), fill=colour, width=max(1, m // 4))
+        for a, b in ((y + 2, y + m - 3), (y + m - 3, y + 2)):  # two pixels in: the ends of a thick line stand out
+            draw.line((x + 2, a, x + m - 3, b), fill=colour, width=max(1, m // 5))
     else:
         (draw.ellipse if m > 4 and value != "square" else draw.rectangle)((x, y, x + m - 1, y + m - 1), fill=colour)
     return [x, y, x + m, y + m]
@@ -114,7 +115,7 @@ def make_scene(rng, level):
                 x, y = x + int(rng.integers(0, side - w)), y + int(rng.integers(0, side - w))
                 draw.rectangle((x, y, x + w - 1, y + w - 1), fill=(225, 225, 215))
                 labels[cell], side = (x, y, x + w, y + w), w
-            width = m * (2 * int(answer) - 1 if kind == "count" else 3 if kind == "text" else 1)
+            width = m // 2 * (2 * int(answer) - 1) if kind == "count" else m * (3 if kind == "text" else 1)
             at = [int(p + rng.integers(1, max(2, side - extent - 1))) for p, extent in ((x, width), (y, m))]
             marks.append((cell == target, kind, answer, *at, name))
             if cell == target:
@@ -161,18 +162,19 @@ def oracle(q, rng, level, max_crops, p_guess=0.0, p_again=0.0):
             box = box + (shift if 0 <= (box + shift).min() and (box + shift).max() <= 1000 else -shift)
         turns.append(f"<think>{thought} {name}.</think>\n{look(box)}")
         crops += 1
-        if spec["scales"] == 2 and crops < max_crops:  # zoom into the crop, at the label with a margin
+        readable = spec["scales"] == 1 or crops < max_crops
+        if spec["scales"] == 2 and readable:  # zoom into the crop, at the label with a margin
             frame, label = box / 1000 * S, np.array(q["labels"][cell], float)
             w = (label[2] - label[0]) / 4
             inner = (label + [-w, -w, w, w] - frame[[0, 1, 0, 1]]) / (frame[2:] - frame[:2])[[0, 1, 0, 1]] * 1000
             turns.append(f"<think>At {name} a label. Look closer.</think>\n{look(inner.clip(0, 1000), crops)}")
             crops += 1
-        if cell == q["target"]:
+        if cell == q["target"] and readable:
             return turns + [f"<think>At {name} {q['answer']}.</think>\n<answer>{q['answer']}</answer>"]
         luck = rng.random()
         again = p_guess <= luck < p_guess + p_again
         if crops >= max_crops or luck < p_guess or not again and at + 1 == len(q["cells"]):
-            return turns + [f"<think>At {name} {plain}. Guess.</think>\n<answer>{rng.choice(answers[q['kind']])}</answer>"]
+            return turns + [f"<think>At {name} {plain if readable else 'a label'}. Guess.</think>\n<answer>{rng.choice(answers[q['kind']])}</answer>"]
         at += not again
         thought = f"At {name} {plain}. Look " + ("again" if again else str(at + 1))
 
@@ -213,19 +215,21 @@ def load_rows(path):
     Raises UserError naming file and row when a field is missing or an image does not exist.
     """
     try:
-        with open(path, encoding="utf-8") as f:
+        with open(path, encoding="utf-8-sig") as f:
             text = f.read()
-        rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(x) for x in text.splitlines() if x.strip()]
+        rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(x) for x in text.split("\n") if x.strip()]
     except OSError as e:
         raise UserError(f"{path}: {e.strerror}; make the built-in scenes with `python data.py` or give --data=FOLDER")
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise UserError(f"{path}: not JSON or JSONL ({e})")
     if not rows:
         raise UserError(f"{path}: no rows")
     for i, row in enumerate(rows):
         for key in ("images", "problem", "solution"):
-            if not row.get(key):
+            if not isinstance(row, dict) or row.get(key) in (None, "", []):
                 raise UserError(f"{path}: row {i} has no `{key}`; every row needs images, problem and solution")
+        if not isinstance(row["images"], list) or not all(isinstance(p, str) for p in row["images"]):
+            raise UserError(f"{path}: row {i}: `images` is not a list of paths")
         row["images"] = [os.path.join(os.path.dirname(os.path.abspath(path)), p) for p in row["images"]]
         if not os.path.exists(row["images"][0]):
             raise UserError(f"{path}: row {i}: image {row['images'][0]} does not exist; paths are relative to the file")

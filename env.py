@@ -40,10 +40,10 @@ class UserError(SystemExit):
 @dataclass
 class World:
     """Numbers that define the task. The defaults are the embedded tiny task; REAL_WORLD is for real checkpoints."""
-    max_crops: int = 5               # tool turns; then one more turn that may only answer
+    max_crops: int = 5               # tool turns; then one more turn that may only answer; 0 takes the tool away
     max_pixels: int = 32 * 32        # pixel budget of the original, as the model sees it
     min_crop_pixels: int = 32 * 32   # crops are resized into [min_crop_pixels, max_crop_pixels]
-    max_crop_pixels: int = 48 * 48
+    max_crop_pixels: int = 49 * 49   # a little over 48 * 48, or a cell of 64 x 65 pixels would be shown as 32 x 48
     min_crop_side: int = 16          # a smaller box (pixels of the original) is enlarged about its centre
     turn_tokens: int = 48            # most tokens the policy may sample in one turn
     max_tokens: int = 512            # most tokens of a whole trajectory, image tokens included
@@ -208,7 +208,10 @@ def open_image(path):
     """Decode an image file to RGB, upright, 8 bit. Raises UserError naming the file when that cannot be done."""
     try:
         with Image.open(path) as im:
-            im = ImageOps.exif_transpose(im).convert("RGB")
+            im = ImageOps.exif_transpose(im)
+            if im.mode.startswith("I"):  # 16 bits: Pillow would clip them to 8, not scale them
+                im = Image.fromarray((np.asarray(im).clip(0, 65535) // 257).astype(np.uint8))
+            im = im.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
         raise UserError(f"{path}: not a readable image ({type(e).__name__}: {e}); remove its row or mend the file")
     if max(im.size) > 100 * min(im.size):
@@ -222,10 +225,8 @@ class Processor:
     def __init__(self, tok, patch, merge, mean, std, vocab):
         """patch: pixels per side of a patch; merge: patches per side of an image token; vocab: V, rows of lm_head."""
         self.tok, self.patch, self.merge, self.mean, self.std = tok, patch, merge, mean, std
-        names = {"start": "<|im_start|>", "end": "<|im_end|>", "image": "<|image_pad|>", "vision_start": "<|vision_start|>",
-                 "vision_end": "<|vision_end|>"}
-        for name, token in names.items():
-            setattr(self, name, tok.convert_tokens_to_ids(token))
+        self.end, self.image, self.vision_start, self.vision_end = tok.convert_tokens_to_ids(
+            ["<|im_end|>", "<|image_pad|>", "<|vision_start|>", "<|vision_end|>"])
         # A sampled vision token would be taken for an image, an id past the tokenizer decodes to nothing: both are banned.
         vision = [tok.convert_tokens_to_ids(t) for t in ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")]
         self.banned = torch.zeros(vocab, dtype=torch.bool)
@@ -352,24 +353,19 @@ def _image_ids(proc, view):
     return [proc.vision_start] + [proc.image] * (h * w) + [proc.vision_end]
 
 
-def reset(proc, row, cfg, image=None, view=None, tool=True):
+def reset(proc, row, cfg, image=None):
     """A new conversation about a row: system prompt, image, question, and the header of the first turn."""
     image = image or open_image(row["images"][0])  # FORK: more than one image per question starts here
     box = (0, 0, image.width, image.height)
-    view = proc.view(image, box, min_crop_floor(cfg), cfg.max_pixels) if view is None else view
+    view = proc.view(image, box, min(cfg.min_crop_pixels, cfg.max_pixels), cfg.max_pixels)
     traj = Trajectory(row, image, views=[view], boxes=[box])
-    traj.add(proc.frame("<|im_start|>system\n") + proc.frame(SYSTEM if tool else SYSTEM_NO_TOOL)
+    traj.add(proc.frame("<|im_start|>system\n") + proc.frame(SYSTEM if cfg.max_crops else SYSTEM_NO_TOOL)
              + proc.frame("<|im_end|>\n<|im_start|>user\n") + _image_ids(proc, view) + proc.encode(row["problem"])
              + proc.frame("<|im_end|>\n<|im_start|>assistant\n"))
     if len(traj.ids) + 2 > cfg.max_tokens:
         raise UserError(f"row {row.get('doc_id')}: its prompt of {len(traj.ids)} tokens does not fit; raise --max_tokens "
                         f"(now {cfg.max_tokens}) or lower --max_pixels")
     return traj
-
-
-def min_crop_floor(cfg):
-    """Least pixels of the original's view: small originals are enlarged like small crops."""
-    return min(cfg.min_crop_pixels, cfg.max_pixels)
 
 
 def respond(traj, proc, ids, logp=None):
@@ -542,14 +538,13 @@ class Policy(torch.nn.Module):
 class Cache:
     """Keys and values of B ragged conversations; slot j of a row holds its j-th token, so there are no holes.
 
-    The last slot is a bin for padding. `rows` (None: all) and `slots` (b, n) say where the next update writes;
-    rows attend to slots 0..end-1 under the mask from `causal`.
+    The last slot is a bin for padding. `slots` (B, n) says where the next update writes; a token attends to slots
+    0..end-1 under the mask from `causal`.
     """
 
     def __init__(self, layers):
         self.k, self.v = [None] * layers, [None] * layers
-        self.rows = self.slots = None
-        self.capacity = self.end = 0
+        self.slots, self.capacity, self.end = None, 0, 0
 
     def get_seq_length(self, layer_idx=0):
         return self.end
@@ -570,18 +565,15 @@ class Cache:
         self.k, self.v = [k[rows] for k in self.k], [v[rows] for v in self.v]
 
     def causal(self):
-        """Boolean mask (b, 1, n, end): each new token sees its own row's slots up to itself."""
+        """Boolean mask (B, 1, n, end): each new token sees its own row's slots up to itself."""
         return (torch.arange(self.end, device=self.slots.device) <= self.slots[..., None])[:, None]
 
     def update(self, k, v, layer, *_):
-        """k, v (b, heads, n, d) of the new tokens -> those of all tokens (b, heads, end, d)."""
-        rows = torch.arange(len(k), device=k.device) if self.rows is None else self.rows
-        out = []
+        """k, v (B, heads, n, d) of the new tokens -> those of all tokens (B, heads, end, d)."""
+        rows = torch.arange(len(k), device=k.device)[:, None]
         for store, new in ((self.k[layer], k), (self.v[layer], v)):
-            store[rows[:, None], :, self.slots] = new.transpose(1, 2).to(store.dtype)
-            old = store[:, :, :self.end]
-            out.append((old if self.rows is None else old[rows]).to(new.dtype))
-        return out
+            store[rows, :, self.slots] = new.transpose(1, 2).to(store.dtype)
+        return self.k[layer][:, :, :self.end].to(k.dtype), self.v[layer][:, :, :self.end].to(v.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -650,7 +642,7 @@ def sample_turn(policy, cache, last, trajs, noise, cfg, greedy):
 
 
 @torch.no_grad()
-def rollout(policy, rows, cfg, samples=1, seed=(0, 0), prompt_ids=None, greedy=False, tool=True, batch=128):
+def rollout(policy, rows, cfg, samples=1, seed=(0, 0), prompt_ids=None, greedy=False, batch=128):
     """Sample `samples` trajectories of every row; returns them prompt by prompt, P*G in all.
 
     Every prompt is prefilled once and its cache repeated for its samples; the cache lives across turns, so that only
@@ -660,11 +652,11 @@ def rollout(policy, rows, cfg, samples=1, seed=(0, 0), prompt_ids=None, greedy=F
     prompt_ids = range(len(rows)) if prompt_ids is None else prompt_ids
     per = max(1, batch // samples)
     if len(rows) > per:
-        parts = [rollout(policy, rows[i:i + per], cfg, samples, seed, prompt_ids[i:i + per], greedy, tool, batch)
+        parts = [rollout(policy, rows[i:i + per], cfg, samples, seed, prompt_ids[i:i + per], greedy, batch)
                  for i in range(0, len(rows), per)]
         return [t for part in parts for t in part]
     policy.eval()  # in train mode, activation checkpointing would drop the cache
-    prompts = [reset(policy.proc, row, cfg, tool=tool) for row in rows]
+    prompts = [reset(policy.proc, row, cfg) for row in rows]
     text = policy.vlm.config.get_text_config()
     cache = Cache(text.num_hidden_layers)
     like = (text.num_key_value_heads, getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
@@ -701,9 +693,9 @@ def rollout(policy, rows, cfg, samples=1, seed=(0, 0), prompt_ids=None, greedy=F
 # What a trajectory is worth.
 
 def normalise(text):
-    """Lower case, no outer punctuation or article, single spaces."""
-    text = re.sub(r"\s+", " ", str(text).strip().lower()).strip(" .,;:!?\"'`*()[]")
-    return re.sub(r"^(the|a|an) ", "", text)
+    """Lower case, no outer punctuation or article, single spaces, 0.5 for .5."""
+    text = re.sub(r"(?<![\w.])\.(?=\d)", "0.", re.sub(r"\s+", " ", str(text).strip().lower()))
+    return re.sub(r"^(the|a|an) ", "", text.strip(" .,;:!?\"'`*()[]"))
 
 
 def _choice(text, choices):
@@ -729,10 +721,11 @@ def match(answer, row):
         if a == b:
             return True
         try:
-            if math.isclose(float(a.replace(",", "")), float(b.replace(",", "")), rel_tol=1e-4):
-                return True
+            x, y = float(a.replace(",", "")), float(b.replace(",", ""))
         except ValueError:
-            pass
+            continue
+        if math.isclose(x, y, rel_tol=0 if y.is_integer() else 1e-4):  # whole numbers must be met exactly
+            return True
     return False
 
 
@@ -767,7 +760,7 @@ def measure(traj, cfg):
     crops, nan = traj.crops, math.nan
     right = traj.answer is not None and match(traj.answer, traj.row)
     nearest = [max((iou(b, e) for e in crops[:i]), default=0.0) for i, b in enumerate(crops)]
-    invalid = sum(error is not None and "<tool_call>" in text for text, _, error in traj.turns)
+    invalid = sum(error is not None and "<tool_call>" in _without_thoughts(text) for text, _, error in traj.turns)
     answered, seen = traj.status == "answered", covers(traj, traj.row) if traj.row.get("boxes") else nan
     return [right, len(crops) if right else nan, nan if right else len(crops),
             nan if right or len(crops) < 2 else redundancy(crops, cfg.eps), nan if right else any(x >= 0.5 for x in nearest),
@@ -844,7 +837,10 @@ def load_policy(path, device):
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
     from transformers.utils import logging
     logging.disable_progress_bar()
-    config = AutoConfig.from_pretrained(path)
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as e:
+        raise UserError(f"--model={path}: no checkpoint there ({str(e).splitlines()[0]}); make one with `torchrun sft.py`")
     if config.model_type not in ("qwen3_vl", "qwen2_5_vl"):
         raise UserError(f"{path}: a {config.model_type} model; --model takes Qwen3-VL (2B, 4B, 8B) or Qwen2.5-VL (3B, 7B)")
     vlm = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
@@ -863,8 +859,8 @@ def same_settings(folder, cfg):
         return False
     differ = [f"{k}: {old.get(k)} -> {v}" for k, v in new.items() if k not in ("resume", "out") and old.get(k) != v]
     if differ:
-        raise UserError(f"{folder} was made with other settings ({'; '.join(differ)}); give another --out, or --resume=false "
-                        "to put it aside and start anew")
+        raise UserError(f"{folder} was made with other settings ({'; '.join(differ)}); give another --out (or --data), "
+                        "or put a run aside with --resume=false")
     return True
 
 

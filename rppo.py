@@ -215,7 +215,7 @@ def main(cfg):
             print(f"step {step:5d} {entry['reward']:6.3f}  {evaluation.line(entry)}  {entry['entropy']:6.3f} {entry['grad_norm']:6.3f} "
                   f"{n_tokens / len(table):6.1f} {rollout_s:6.2f} {update_s:6.2f} {int(eta) // 60:3d}:{int(eta) % 60:02d}", flush=True)
             if "held_out" in entry:
-                print(f"held-out          {evaluation.line(entry['held_out'])}", flush=True)
+                print(f"{'held-out':19}{evaluation.line(entry['held_out'])}", flush=True)
             if (step + 1) % cfg.show_every == 0:
                 shown = max(trajs, key=lambda x: len(x.turns))
                 print(evaluation.show(shown, policy.proc), flush=True)

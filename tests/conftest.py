@@ -10,7 +10,7 @@ import data  # noqa: E402
 import env  # noqa: E402
 import sft  # noqa: E402
 
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
+torch.set_num_threads(1)  # the models are tiny: on busy cores a second thread makes the tests several times slower
 
 
 def pytest_configure(config):

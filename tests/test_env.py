@@ -22,11 +22,6 @@ from env import Trajectory, World, iou, match, parse_action, redundancy, resolve
 ROOMY = World(max_crops=3, max_pixels=96 * 96, max_crop_pixels=64 * 64, turn_tokens=64, max_tokens=700)
 
 
-def bug(reason):
-    """A known mistake in the sources: the test says what is right, and fails as soon as it is (then remove the mark)."""
-    return pytest.mark.xfail(strict=True, reason=reason)
-
-
 def call(bbox, **more):
     """The text of a crop call, with any value where a number belongs."""
     return "<tool_call>\n" + json.dumps({"name": "image_zoom_in_tool", "arguments": {"bbox_2d": bbox, **more}}) + "\n</tool_call>"
@@ -186,13 +181,14 @@ def test_hostile_turns(policy, talk):
     """Conversations of hostile turns never raise: every turn but the last gets an observation, and images, boxes and image
     tokens stay in step."""
     row, _, _ = talk
+    [start] = encode(policy, "<|im_start|>")
     image, texts, executed = env.open_image(row["images"][0]), list(hostile_texts(1000, seed=2)), 0
     for i in range(0, len(texts), 4):
         traj = env.render(policy.proc, row, texts[i:i + 4], ROOMY, image=image)
         assert len(traj.views) == len(traj.boxes) and len(traj.ids) == len(traj.mask) == len(traj.logp)
         assert traj.ids.count(policy.proc.image) == sum(math.prod(policy.proc.grid(v)) for v in traj.views)
         assert all(error is None or error in env.ERRORS for *_, error in traj.turns)
-        assert traj.ids.count(policy.proc.start) == 3 + 2 * (len(traj.turns) - 1)    # none but the frame's own
+        assert traj.ids.count(start) == 3 + 2 * (len(traj.turns) - 1)    # none but the frame's own
         executed += len(traj.crops)
     assert executed > 25
 
@@ -365,8 +361,9 @@ OPTIONS = ["red", "dark green", "blue", "a big car"]
     ("red", "B", OPTIONS, False), ("E", "B", OPTIONS, False), ("green", "B", OPTIONS, False), ("", "B", OPTIONS, False),
     ("a big car", "D", OPTIONS, True), ("A big car", "D", OPTIONS, True), ("big car", "D", OPTIONS, True),  # not option A
     ("C", ["B", "C"], OPTIONS, True), ("1", "1", ["1", "1.0", "2"], True),
-    pytest.param("5", ".5", None, False, marks=bug("normalise takes the point of .5 for punctuation")),
-    pytest.param("20241", "20240", None, False, marks=bug("a relative tolerance of 1e-4 accepts a wrong whole number")),
+    ("5", ".5", None, False),
+    (".5", "0.5", None, True),
+    ("20241", "20240", None, False),
 ])
 def test_match(answer, solution, choices, right):
     """Options by letter or words, numbers by value, lists by any entry, the rest as normalised text."""
@@ -447,7 +444,7 @@ def test_supervised_ids(policy, talk):
     assert len(traj.ids) == len(traj.mask) == len(traj.logp) and set(traj.mask) == {0, 1}
     trained = [i for i, m in zip(traj.ids, traj.mask) if m]
     assert trained == [i for t in turns for i in encode(policy, t + "<|im_end|>")]
-    assert not {policy.proc.image, policy.proc.vision_start, policy.proc.vision_end, policy.proc.start} & set(trained)
+    assert not {policy.proc.image, policy.proc.vision_start, policy.proc.vision_end, *encode(policy, "<|im_start|>")} & set(trained)
     batch = env.collate([traj], policy.proc)                         # the update sees the same tokens
     assert batch["ids"][0][batch["mask"][0] > 0].tolist() == trained
 
@@ -483,7 +480,7 @@ def test_system_prompt(policy, talk):
         example = example.replace(name, str(len(example) % 7 * 100))
     assert parse_action(example).kind == "crop"
     assert data.look([1, 2, 3, 4], 5) == call([1, 2, 3, 4], img_idx=5)
-    text = policy.proc.decode(env.reset(policy.proc, row, ROOMY, tool=False).ids)
+    text = policy.proc.decode(env.reset(policy.proc, row, dataclasses.replace(ROOMY, max_crops=0)).ids)
     assert env.SYSTEM_NO_TOOL in text and "tool" not in text.split("<|im_end|>")[0]
 
 
@@ -857,7 +854,6 @@ def test_metrics():
         "repeat_rate": 2 / 10, "invalid_call_rate": 2 / 12})
 
 
-@bug("measure looks for <tool_call> in the thoughts too")
 def test_a_thought_is_no_call():
     """A call that is only thought of is no invalid call."""
     idle = traj_of("blue", [], errors=[(f"<think>{call([0, 0, 9, 9])}</think>", "none")])
@@ -906,7 +902,7 @@ def test_splits(scenes, rows, tmp_path):
 
 
 @pytest.mark.parametrize("kind, value, m", [("colour", "green", 10), ("shape", "triangle", 14), ("shape", "square", 14), ("shape", "dot", 12),
-                                            pytest.param("shape", "cross", 14, marks=bug("the cross's thick lines leave its box by a pixel")),
+                                            ("shape", "cross", 14),
                                             ("count", "1", 14), ("count", "5", 14), ("text", "AC4W", 16), ("text", "--", 16)])
 def test_evidence_box_encloses_the_mark(kind, value, m):
     """The box that a mark returns contains every pixel that it changes, and hardly more."""
@@ -918,7 +914,7 @@ def test_evidence_box_encloses_the_mark(kind, value, m):
     assert (left - x0, top - y0, x1 - right, y1 - bottom) <= (2, 2, 2, 2)
 
 
-@pytest.mark.parametrize("kind", ["colour", "shape", "text", pytest.param("count", marks=bug("up to 9 marks wide, wider than the label"))])
+@pytest.mark.parametrize("kind", ["colour", "shape", "text", "count"])
 def test_marks_fit_their_label(kind, monkeypatch):
     """At two scales the mark lies wholly on the pale label, which the second zoom shows, and the label on its box's cell."""
     spec = {**data.LEVELS[2], "kinds": (kind,)}
@@ -930,7 +926,6 @@ def test_marks_fit_their_label(kind, monkeypatch):
             assert set(q["labels"]) == set(q["cells"]) and x0 <= e[0] and y0 <= e[1] and e[2] <= x1 and e[3] <= y1
 
 
-@bug("after max_crops the outer crop of a two-scale target is answered without the second zoom")
 def test_oracle_states_only_what_it_saw():
     """At two scales a label is read in the second zoom alone: when crops run out before it, the oracle guesses."""
     labels = {c: (c * 341 + 100, 100, c * 341 + 160, 160) for c in range(3)}
@@ -1022,7 +1017,6 @@ def test_load_rows(tmp_path, scenes):
         data.load_rows(str(tmp_path / "nowhere.jsonl"))
 
 
-@bug("`not row.get(key)`, str.splitlines, rows that are no objects")
 @pytest.mark.parametrize("text, fine", [
     ('[{"images": ["a.png"], "problem": "How many?", "solution": 0}]', True),
     ('{"images": ["a.png"], "problem": "a\u2028b", "solution": "x"}\n', True),
@@ -1038,7 +1032,6 @@ def test_odd_rows(tmp_path, text, fine):
             data.load_rows(str(tmp_path / "x.jsonl"))
 
 
-@bug("Pillow clips 16 bits to 8 instead of scaling them")
 def test_open_image_of_16_bits(tmp_path):
     """A 16-bit grey image keeps its tones."""
     Image.fromarray(np.linspace(0, 65535, 1600).reshape(40, 40).astype(np.uint16)).save(tmp_path / "deep.png")
