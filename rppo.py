@@ -42,8 +42,9 @@ class Config(env.World):
     samples: int = 8                 # G per prompt
     updates: int = 1                 # passes over each rollout; above 1 the ratio leaves 1 and clipping acts
     micro_batch: int = 32            # trajectories per forward pass
-    lr: float = 3e-4
-    warmup: int = 10                 # steps to reach lr, then constant
+    lr: float = 2e-4
+    warmup: int = 5                  # steps to reach lr
+    decay: float = 0.5               # last share of the steps: linear to zero (0: constant)
     weight_decay: float = 0.0
     clip_low: float = 0.2
     clip_high: float = 0.28          # a wider upper clip, as the neighbours have it
@@ -59,7 +60,7 @@ class Config(env.World):
     n_test: int = 768                # test rows scored at the end; 0: leave scoring to eval.py
 
 
-REAL = dict(steps=200, prompts=32, samples=8, micro_batch=1, lr=1e-6, warmup=5, eval_every=20, eval_rows=64, save_every=20,
+REAL = dict(steps=200, prompts=32, samples=8, micro_batch=1, lr=1e-6, warmup=5, decay=0.0, eval_every=20, eval_rows=64, save_every=20,
             show_every=5, n_test=0)
 
 
@@ -194,7 +195,7 @@ def main(cfg):
         # 4. update
         t = time.time()
         for g in optimizer.param_groups:
-            g["lr"] = cfg.lr * min(1.0, (step + 1) / max(cfg.warmup, 1))
+            g["lr"] = cfg.lr * sft.lr_scale(step, cfg)
         n_tokens, stats = update(policy, optimizer, trajs, advantages, cfg, world)
         update_s = time.time() - t
 

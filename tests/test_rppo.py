@@ -194,9 +194,15 @@ def test_prompts_depend_on_the_seed():
 SMALL = dict(max_crops=2, turn_tokens=6, lr=1e-3, clip_norm=1e9)
 
 
+parse_action = env.parse_action
+
+
 def acting(text):
-    """Read any text as an action, by its checksum: so that the gibberish of a random policy crops, errs and answers."""
-    n = zlib.crc32(text.encode())
+    """Read text that holds no action as one, by its checksum: so that the gibberish of a random policy crops, errs and
+    answers, and is penalised and right by chance."""
+    action, n = parse_action(text), zlib.crc32(text.encode())
+    if action.kind != "none":
+        return action
     if n % 4 == 0:
         return env.Action("answer", answer=list(data.COLOURS)[n // 4 % 6])
     if n % 4 == 1:
@@ -245,7 +251,7 @@ def gradient(policy, trajs, advantages, cfg):
     """The gradient of an update, its token count and its sums."""
     recorder = Recorder(policy)
     n_tokens, stats = rppo.update(policy, recorder, trajs, advantages, cfg, 1)
-    return recorder.seen[-1], n_tokens, stats
+    return recorder.seen[-1] if recorder.seen else torch.zeros(1), n_tokens, stats     # an empty step may leave it out
 
 
 def distance(a, b):
@@ -256,13 +262,15 @@ def tokens(trajs):
     return sum(sum(t.mask) for t in trajs)
 
 
-def test_gradient_is_that_of_the_formula(learner, trajs):
+def test_gradient_is_that_of_the_formula(learner, trajs, rows):
     """update() follows -sum advantage * logp / n over every sampled token of every trajectory: written out here one
     trajectory at a time, with full-vocabulary log-probabilities and without skipping those of advantage 0."""
     cfg = rppo.Config(**SMALL, temperature=0.7, micro_batch=5)
-    got, n_tokens, stats = gradient(learner, trajs, ADVANTAGES, cfg)
+    trajs = trajs + [env.render(learner.proc, rows[0], rows[0]["turns"], env.World())]     # ends in a sampled <|im_end|>
+    advantages = ADVANTAGES + [0.8]
+    got, n_tokens, stats = gradient(learner, trajs, advantages, cfg)
     loss = entropy = 0.0
-    for t, a in zip(trajs, ADVANTAGES):
+    for t, a in zip(trajs, advantages):
         b = env.collate([t], learner.proc)
         features, deep = learner.see(b["views"])
         h = learner.hidden(b["ids"], b["pos"], (features[b["feature"]], [d[b["feature"]] for d in deep]))
