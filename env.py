@@ -649,6 +649,8 @@ def rollout(policy, rows, cfg, samples=1, seed=(0, 0), prompt_ids=None, greedy=F
     new tokens are ever fed; trajectories that have ended leave the batch. prompt_ids (default 0, 1, ...) name the rows
     in the random streams, seed = (seed, step). `batch` bounds the trajectories in flight.
     """
+    if not rows:
+        return []
     prompt_ids = range(len(rows)) if prompt_ids is None else prompt_ids
     per = max(1, batch // samples)
     if len(rows) > per:

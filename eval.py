@@ -42,6 +42,7 @@ def evaluate(policy, rows, cfg, rank=0, world=1, k=1, greedy=False):
     mine = list(range(rank, len(rows), world))
     trajs = env.rollout(policy, [rows[i] for i in mine], cfg, samples=k, seed=(cfg.seed, 2 ** 31), prompt_ids=mine, greedy=greedy)
     records = np.array(env.gather([env.measure(t, cfg) + [t.row.get("difficulty") or 0] for t in trajs], world), float)
+    records = records.reshape(-1, len(env.MEASURES) + 1)
     levels, crops = records[:, -1], records[:, env.MEASURES.index("crops")]
     by_level = {str(int(d)): dict(n=int((levels == d).sum()), accuracy=float(records[levels == d, 0].mean()),
                                   crops=float(crops[levels == d].mean())) for d in np.unique(levels)}
@@ -105,11 +106,14 @@ def draw(traj, path):
     sheet = Image.new("RGB", (side + 3 * left + thumb + 700, height), "white")
     d = ImageDraw.Draw(sheet)
     sheet.paste(scene, (left, left))
+    def tag(x, y, k):
+        d.rectangle((x, y, x + 20, y + 20), fill=inks[k % 8])
+        d.text((x + 6, y + 1), str(k), fill="white", font=font)
+
     for k, box in enumerate(traj.crops, 1):
         x0, y0, x1, y1 = (left + v * scale for v in box)
         d.rectangle((x0, y0, x1 - 1, y1 - 1), outline=inks[k % 8], width=3)
-        d.rectangle((x0 + 22 * (k - 1) % 88, y0, x0 + 22 * (k - 1) % 88 + 20, y0 + 20), fill=inks[k % 8])
-        d.text((x0 + 22 * (k - 1) % 88 + 6, y0 + 1), str(k), fill="white", font=font)
+        tag(x0 + 22 * (k - 1) % 88, y0, k)  # side by side where boxes share a corner
     for i, q in enumerate(question):
         d.text((left, left + scene.height + 14 + 24 * i), q, fill="black", font=font)
     y = left
@@ -120,7 +124,7 @@ def draw(traj, path):
             s = thumb / max(im.size)
             sheet.paste(im.resize((max(1, round(im.width * s)), max(1, round(im.height * s))), Image.BICUBIC), (x, y))
             d.rectangle((x - 2, y - 2, x + thumb + 1, y + thumb + 1), outline=inks[crop % 8], width=3)
-            d.text((x + 5, y + 2), str(crop), fill=inks[crop % 8], font=font)
+            tag(x, y, crop)
         for i, t in enumerate(wrapped):
             d.text((x + thumb + left, y + 20 * i), t.encode("ascii", "replace").decode(), fill="black", font=font)
         y += h

@@ -37,24 +37,24 @@ class Config(env.World):
     model: str = ""                  # the cold-started policy; empty: the tiny one of sft.py, made if missing
     data: str = "data/scenes-{seed}"
     out: str = "runs/rppo"
-    steps: int = 80
+    steps: int = 100
     prompts: int = 16                # P per step, over all ranks
     samples: int = 8                 # G per prompt
     updates: int = 1                 # passes over each rollout; above 1 the ratio leaves 1 and clipping acts
     micro_batch: int = 32            # trajectories per forward pass
-    lr: float = 2e-4
+    lr: float = 2.5e-4
     warmup: int = 5                  # steps to reach lr
-    decay: float = 0.5               # last share of the steps: linear to zero (0: constant)
+    decay: float = 0.4               # last share of the steps: linear to zero (0: constant)
     weight_decay: float = 0.0
     clip_low: float = 0.2
     clip_high: float = 0.28          # a wider upper clip, as the neighbours have it
     clip_norm: float = 1.0
     norm_std: bool = True            # divide advantages by the group's std: chosen by measurement, see README
     mask_over_turns: bool = False    # no loss on trajectories that ran out of turns or tokens (Mini-o3)
-    eval_every: int = 20             # steps between held-out evaluations ...
+    eval_every: int = 25             # steps between held-out evaluations ...
     eval_rows: int = 128             # ... on the last rows of train.jsonl, which are never trained on
-    show_every: int = 20             # steps between printed trajectories
-    save_every: int = 40
+    show_every: int = 25             # steps between printed trajectories
+    save_every: int = 50
     keep: int = 2                    # newest checkpoints kept (the best is kept too)
     resume: bool = True              # go on from the last checkpoint in out; false: start anew beside it
     n_test: int = 768                # test rows scored at the end; 0: leave scoring to eval.py
@@ -120,8 +120,8 @@ def update(policy, optimizer, trajs, advantages, cfg, world):
     """
     device = policy.device
     masked = lambda t: cfg.mask_over_turns and t.status != "answered"
-    n_tokens = sft.total([sum(sum(t.mask) for t in trajs if not masked(t))], world, device)[0]
     use = [i for i in range(len(trajs)) if advantages[i] != 0 and not masked(trajs[i])]
+    n_tokens, n_used = sft.total([sum(sum(t.mask) for t in trajs if not masked(t)), len(use)], world, device)
     use.sort(key=lambda i: len(trajs[i].ids))  # little padding
     micro = [use[i:i + cfg.micro_batch] for i in range(0, len(use), cfg.micro_batch)]
     batches = [env.collate([trajs[i] for i in m], policy.proc) for m in micro]
@@ -150,7 +150,8 @@ def update(policy, optimizer, trajs, advantages, cfg, world):
                 stats[2] += ((ratio < 1 - cfg.clip_low) | (ratio > 1 + cfg.clip_high)).sum().item()
         sft.sync_gradients(policy, world)
         stats[5] = float(torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.clip_norm))
-        optimizer.step()
+        if n_used:  # in a step of flat groups alone, the optimizer's momentum would still move the weights
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return n_tokens, stats
 
@@ -207,9 +208,9 @@ def main(cfg):
         entry = dict(step=step, reward=float(table[:, -1].mean()), **env.metrics(table[:, :len(env.MEASURES)]),
                      parts={k: float(v) for k, v in zip(keys, table[:, len(env.MEASURES):].mean(0))}, flat_groups=flat,
                      tokens=int(n_tokens), entropy=entropy / max(tokens, 1), clip_share=clipped / max(tokens, 1),
-                     log_ratio=gap / max(tokens, 1), log_ratio_max=stats[4].item(), grad_norm=stats[5].item(),
+                     log_ratio=gap / max(tokens, 1), log_ratio_max=max(env.gather([stats[4].item()], world)), grad_norm=stats[5].item(),
                      lr=optimizer.param_groups[0]["lr"], norm_std=cfg.norm_std, rollout_s=rollout_s, update_s=update_s)
-        if (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps:
+        if cfg.eval_rows and ((step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps):
             entry["held_out"] = evaluation.evaluate(policy, held_out, cfg, rank, world)[0]
         if rank == 0:
             eta = (time.time() - t0) / (step + 1 - resumed) * (cfg.steps - step - 1)
