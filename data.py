@@ -51,9 +51,9 @@ class Config:
     n_train: int = 1800
     n_test: int = 768
     per_question: int = 3             # cold-start trajectories per question
-    p_guess: float = 0.20             # imperfect half of the cold start: after an empty crop, guess at once ...
+    p_guess: float = 0.20             # the imperfect part of the cold start: after an empty crop, guess at once ...
     p_again: float = 0.40             # ... or look at the same place again, shifted a little
-    clean: float = 0.7                # share of the cold start, at its beginning, that is free of both
+    clean: float = 0.7                # share of the cold start, at its beginning, in which only a tenth have these flaws
 
 
 def cell_name(cell, grid):
@@ -91,7 +91,7 @@ def make_scene(rng, level):
     # blotches as large as a pixel of the whole view, so that shrinking does not average them away
     blotch = S // 64
     noise = rng.integers(-30, 31, (64, 64, 3)).repeat(blotch, 0).repeat(blotch, 1)
-    image = Image.fromarray((150 + np.zeros((S, S, 3), int)).astype(np.uint8))
+    image = Image.new("RGB", (S, S), (150, 150, 150))
     draw = ImageDraw.Draw(image)
     names = list(rng.permutation(list(COLOURS)))
     sizes = [int(rng.integers(2, 7)), int(rng.integers(2, 4)), *[1] * int(rng.integers(0, 2))]
@@ -239,6 +239,10 @@ def load_rows(path):
 def main(cfg):
     """Make the scenes of cfg.out unless they are there; returns the number of rows of each split."""
     rank, world, _ = env.setup()
+    if cfg.level not in LEVELS:
+        raise UserError(f"--level={cfg.level}: the levels are {', '.join(map(str, LEVELS))}")
+    if rank == 0 and not os.path.exists(os.path.join(cfg.out, "config.json")) and os.path.exists(os.path.join(cfg.out, "train.jsonl")):
+        raise UserError(f"{cfg.out} holds rows that data.py did not make (or not completely); give another --out (rppo.py: --data)")
     if rank == 0 and not env.same_settings(cfg.out, cfg):
         counts = {split: write_rows(cfg, split, n, seed) for split, n, seed in
                   (("sft", cfg.n_sft, cfg.seed), ("train", cfg.n_train, cfg.seed), ("test", cfg.n_test, 2 ** 32))}

@@ -6,14 +6,14 @@ token or a number its meaning is defined here and nowhere else: prompt, tool, pa
 log-probabilities, answer matching, reward, metrics. Training and evaluation call the same functions.
 
     World                       the numbers that define the task and the reward (every stage's Config extends it)
-    parse_action, run_tool      the policy's text -> an action -> a box on the original, or an error it can read
+    parse_action, resolve_box   the policy's text -> an action -> a box on the original, or an error it can read
     reset, respond, observe     one conversation, token by token; SFT rendering and RL rollout both use these three
     Policy, load_policy         a Qwen VLM behind two calls: log-probabilities of a batch, and one incremental step
     rollout                     P prompts x G samples: shared prefill, one KV cache across turns
     match, reward, metrics      is the answer right, what is it worth, what happened on the way
 
 Shapes: P prompts, G samples per prompt, B = P*G trajectories, T tokens of the longest, N image tokens,
-V rows of the language-model head, S cache slots. Boxes are (x0, y0, x1, y1) in pixels of the original image.
+V rows of the language-model head. (In formulas T is DRIM's number of crops.) Boxes are (x0, y0, x1, y1) in pixels of the original image.
 The method is DRIM (arXiv 2512.17306), written from its description; "our choice" marks what is not published.
 """
 import json
@@ -47,6 +47,7 @@ class World:
     min_crop_side: int = 16          # a smaller box (pixels of the original) is enlarged about its centre
     turn_tokens: int = 48            # most tokens the policy may sample in one turn
     max_tokens: int = 512            # most tokens of a whole trajectory, image tokens included
+    in_flight: int = 128             # most trajectories that are sampled at once: the size of the cache
     temperature: float = 1.0         # of sampling, and of every log-probability in an update
     # FORK: the reward (see `reward`). lam and eps are not published; these are our choice.
     lam: float = 1.0                 # weight of the redundancy penalty; 0 is plain GRPO
@@ -56,7 +57,7 @@ class World:
 
 
 REAL_WORLD = dict(max_pixels=2_000_000, min_crop_pixels=65_536, max_crop_pixels=524_288, min_crop_side=28,
-                  turn_tokens=1024, max_tokens=12_288)
+                  turn_tokens=1024, max_tokens=12_288, in_flight=16)
 
 # ---------------------------------------------------------------------------------------------------------------
 # FORK: the tool. Schema, prompt and parser stand together so that they cannot disagree.
@@ -503,7 +504,7 @@ class Policy(torch.nn.Module):
                                    use_cache=cache is not None, **extra).last_hidden_state
 
     def logits(self, h, temperature):
-        """Logits of the sampling distribution (fp32): divided by the temperature, banned ids at -inf."""
+        """Logits of the sampling distribution, in fp32 after a product in the compute type: divided by the temperature, banned ids at -inf."""
         return (self.vlm.lm_head(h).float() / temperature).masked_fill(self.banned, -torch.inf)
 
     def forward(self, batch, temperature=1.0):
@@ -573,7 +574,7 @@ class Cache:
         rows = torch.arange(len(k), device=k.device)[:, None]
         for store, new in ((self.k[layer], k), (self.v[layer], v)):
             store[rows, :, self.slots] = new.transpose(1, 2).to(store.dtype)
-        return self.k[layer][:, :, :self.end].to(k.dtype), self.v[layer][:, :, :self.end].to(v.dtype)
+        return self.k[layer][:, :, :self.end], self.v[layer][:, :, :self.end]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -642,22 +643,22 @@ def sample_turn(policy, cache, last, trajs, noise, cfg, greedy):
 
 
 @torch.no_grad()
-def rollout(policy, rows, cfg, samples=1, seed=(0, 0), prompt_ids=None, greedy=False, batch=128):
+def rollout(policy, rows, cfg, samples=1, seed=(0, 0), prompt_ids=None, greedy=False):
     """Sample `samples` trajectories of every row; returns them prompt by prompt, P*G in all.
 
     Every prompt is prefilled once and its cache repeated for its samples; the cache lives across turns, so that only
     new tokens are ever fed; trajectories that have ended leave the batch. prompt_ids (default 0, 1, ...) name the rows
-    in the random streams, seed = (seed, step). `batch` bounds the trajectories in flight.
+    in the random streams, seed = (seed, step).
     """
     if not rows:
         return []
     prompt_ids = range(len(rows)) if prompt_ids is None else prompt_ids
-    per = max(1, batch // samples)
+    per = max(1, cfg.in_flight // samples)
     if len(rows) > per:
-        parts = [rollout(policy, rows[i:i + per], cfg, samples, seed, prompt_ids[i:i + per], greedy, batch)
+        parts = [rollout(policy, rows[i:i + per], cfg, samples, seed, prompt_ids[i:i + per], greedy)
                  for i in range(0, len(rows), per)]
         return [t for part in parts for t in part]
-    policy.eval()  # in train mode, activation checkpointing would drop the cache
+    policy.eval()  # in train mode, activation checkpointing (if enabled) drops the cache
     prompts = [reset(policy.proc, row, cfg) for row in rows]
     text = policy.vlm.config.get_text_config()
     cache = Cache(text.num_hidden_layers)
@@ -783,6 +784,10 @@ def metrics(records):
 # ---------------------------------------------------------------------------------------------------------------
 # Plumbing that every stage uses: flags, ranks, checkpoints.
 
+AT_LEAST_1 = ("steps", "batch", "micro_batch", "prompts", "samples", "updates", "keep", "k", "in_flight", "turn_tokens",
+              "max_tokens", "save_every", "eval_every", "log_every", "show_every")
+
+
 def configure(Config, real, argv=None, **given):
     """Config from --key=value flags. With --model the defaults are those of the checkpoint's world.json if it has one
     (so it is scored under the settings it was trained with), else the `real` preset."""
@@ -798,6 +803,9 @@ def configure(Config, real, argv=None, **given):
                 {"int": lambda v: int(float(v)) if float(v).is_integer() else int(v), "float": float, "str": str}[kinds[key]](value)
         except (ValueError, KeyError, OverflowError):
             raise UserError(f"{arg}: {key} takes a value of type {kinds[key]}")
+        least = 1 if key in AT_LEAST_1 else 1e-6 if key == "temperature" else 0
+        if kinds[key] in ("int", "float") and not flags[key] >= least:
+            raise UserError(f"{arg}: {key} is at least {least:g}" + ("; eval.py scores greedily too" if key == "temperature" else ""))
     defaults = {}
     if flags.get("model"):
         flags["model"] = newest(flags["model"])
@@ -859,7 +867,8 @@ def same_settings(folder, cfg):
     old, new = read_json(os.path.join(folder, "config.json"), None), asdict(cfg)
     if old is None:
         return False
-    differ = [f"{k}: {old.get(k)} -> {v}" for k, v in new.items() if k not in ("resume", "out") and old.get(k) != v]
+    free = ("resume", "out", "keep", "log_every", "show_every", "n_score")  # these decide nothing about the result
+    differ = [f"{k}: {old.get(k)} -> {v}" for k, v in new.items() if k not in free and old.get(k) != v]
     if differ:
         raise UserError(f"{folder} was made with other settings ({'; '.join(differ)}); give another --out (or --data), "
                         "or put a run aside with --resume=false")

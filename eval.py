@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
 
 import data
 import env
@@ -37,26 +38,30 @@ REAL = dict()
 
 
 def evaluate(policy, rows, cfg, rank=0, world=1, k=1, greedy=False):
-    """Score rows, shared out over the ranks. Returns (metrics, one trajectory of this rank, {difficulty: [n, accuracy,
+    """Score rows, shared out over the ranks. Returns (metrics, a long trajectory of this rank, {difficulty: [n, accuracy,
     crops]}, redundancy of wrong trajectories by their number of crops). All ranks must reach this."""
-    mine = list(range(rank, len(rows), world))
-    trajs = env.rollout(policy, [rows[i] for i in mine], cfg, samples=k, seed=(cfg.seed, 2 ** 31), prompt_ids=mine, greedy=greedy)
-    records = np.array(env.gather([env.measure(t, cfg) + [t.row.get("difficulty") or 0] for t in trajs], world), float)
-    records = records.reshape(-1, len(env.MEASURES) + 1)
+    mine, per, records, longest = list(range(rank, len(rows), world)), max(1, cfg.in_flight // k), [], None
+    for i in tqdm(range(0, len(mine), per), desc="eval", disable=None if rank == 0 else True, leave=False):
+        at = mine[i:i + per]  # a piece at a time: a trajectory holds its full-resolution image
+        for t in env.rollout(policy, [rows[j] for j in at], cfg, k, seed=(cfg.seed, 2 ** 31), prompt_ids=at, greedy=greedy):
+            level = t.row.get("difficulty")
+            records.append(env.measure(t, cfg) + [level if isinstance(level, (int, float)) else 0])
+            longest = t if longest is None or len(t.turns) > len(longest.turns) and len(records) < 64 else longest
+    records = np.array(env.gather(records, world), float).reshape(-1, len(env.MEASURES) + 1)
     levels, crops = records[:, -1], records[:, env.MEASURES.index("crops")]
     by_level = {str(int(d)): dict(n=int((levels == d).sum()), accuracy=float(records[levels == d, 0].mean()),
                                   crops=float(crops[levels == d].mean())) for d in np.unique(levels)}
     wrong = lambda c: records[(crops == c) & (records[:, 0] == 0), env.MEASURES.index("redundancy_wrong")]
     by_crops = {str(int(c)): dict(n=len(wrong(c)), redundancy=float(wrong(c).mean())) for c in np.unique(crops) if c > 1 and len(wrong(c))}
-    return env.metrics(records[:, :-1]), trajs, by_level, by_crops
+    return env.metrics(records[:, :-1]), longest, by_level, by_crops
 
 
 def score(policy, rows, cfg, rank=0, world=1):
     """The contents of eval.json: sampled metrics, greedy ones beside them."""
-    sampled, trajs, by_level, by_crops = evaluate(policy, rows, cfg, rank, world, k=cfg.k)
+    sampled, longest, by_level, by_crops = evaluate(policy, rows, cfg, rank, world, k=cfg.k)
     greedy, *_ = evaluate(policy, rows, cfg, rank, world, greedy=True)
     return {**sampled, "accuracy_greedy": greedy["accuracy"], "greedy": greedy, "n": len(rows), "k": cfg.k, "seed": cfg.seed,
-            "temperature": cfg.temperature, "accuracy_by_candidates": by_level, "redundancy_wrong_by_crops": by_crops}, trajs
+            "temperature": cfg.temperature, "accuracy_by_candidates": by_level, "redundancy_wrong_by_crops": by_crops}, longest
 
 
 def line(m):
@@ -138,12 +143,11 @@ def main(cfg):
         raise env.UserError("eval.py needs --model=FOLDER, for example --model=runs/rppo (make it with `torchrun rppo.py`)")
     rows = data.load_rows(os.path.join(cfg.data, "test.jsonl"))[:cfg.limit or None]
     policy, t = env.load_policy(cfg.model, device), time.time()
-    result, trajs = score(policy, rows, cfg, rank, world)
+    result, longest = score(policy, rows, cfg, rank, world)
     result["seconds"] = round(time.time() - t, 1)
     if rank == 0:
         os.makedirs(cfg.out, exist_ok=True)
         env.write_text(os.path.join(cfg.out, "eval.json"), json.dumps({**result, "config": asdict(cfg)}, indent=1))
-        longest = max(trajs[:64], key=lambda x: len(x.turns))
         draw(longest, os.path.join(cfg.out, "trajectory.png"))
         print(f"eval {cfg.model}: {len(rows)} rows, seed {cfg.seed}, {result['seconds']} s\n{'':8} {header()}\n"
               f"sampled  {line(result)}\ngreedy   {line(result['greedy'])}")

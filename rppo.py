@@ -57,11 +57,11 @@ class Config(env.World):
     save_every: int = 50
     keep: int = 2                    # newest checkpoints kept (the best is kept too)
     resume: bool = True              # go on from the last checkpoint in out; false: start anew beside it
-    n_test: int = 768                # test rows scored at the end; 0: leave scoring to eval.py
+    n_score: int = 768               # test rows scored at the end; 0: leave scoring to eval.py
 
 
 REAL = dict(steps=200, prompts=32, samples=8, micro_batch=1, lr=1e-6, warmup=5, decay=0.0, eval_every=20, eval_rows=64, save_every=20,
-            show_every=5, n_test=0)
+            show_every=5, n_score=0)
 
 
 def group_advantages(rewards, norm_std):
@@ -87,8 +87,8 @@ def policy_loss(logp, old_logp, advantages, mask, clip_low, clip_high, n_tokens=
     log_ratio = torch.where(mask > 0, logp - old_logp, 0.0)
     ratio, a = log_ratio.exp(), advantages[:, None]
     surrogate = torch.minimum(ratio * a, ratio.clamp(1 - clip_low, 1 + clip_high) * a)
-    n = mask.sum().clamp_min(1) if n_tokens is None else n_tokens
-    return -torch.where(mask > 0, surrogate * mask, 0.0).sum() / n
+    n = mask.sum().clamp_min(1) if n_tokens is None else max(n_tokens, 1)
+    return -(surrogate * mask).sum() / n
 
 
 def prompts_of(step, cfg, n):
@@ -107,7 +107,9 @@ def prepare(cfg):
     t = time.time()
     data.main(scenes)
     seconds["data"], t = time.time() - t, time.time()
-    start = sft.Config(seed=cfg.seed, data=cfg.data, out=os.path.join(parent, "sft"))
+    reward = ("temperature", "lam", "eps", "tool_bonus", "format_weight")  # the rest of World is the task, the same for both
+    task = {k: getattr(cfg, k) for k in vars(env.World()) if k not in reward}
+    start = sft.Config(**task, seed=cfg.seed, data=cfg.data, out=os.path.join(parent, "sft"))
     sft.main(start)
     seconds["sft"] = time.time() - t
     return env.newest(start.out), seconds
@@ -233,7 +235,7 @@ def main(cfg):
                 env.write_text(os.path.join(cfg.out, "best.json"), json.dumps(best))
                 sft.prune(cfg.out, cfg.keep, best.get("step"))
     seconds["rppo"] = time.time() - t0
-    if cfg.n_test:
+    if cfg.n_score:
         compare(cfg, start, seconds, started, rank)
     return policy
 
@@ -244,7 +246,7 @@ def compare(cfg, start, seconds, started, rank):
     for name, model in (("sft", start), ("rppo", cfg.out)):
         given = {k: v for k, v in asdict(cfg).items() if k in vars(env.World())}
         summary[name] = evaluation.main(evaluation.Config(**given, seed=cfg.seed, model=env.newest(model), data=cfg.data,
-                                                          out=os.path.join(parent, "eval", name), limit=cfg.n_test))
+                                                          out=os.path.join(parent, "eval", name), limit=cfg.n_score))
         seconds[f"eval_{name}"] = summary[name]["seconds"]
     if rank == 0:
         summary["seconds"] = {**{k: round(v, 1) for k, v in seconds.items()}, "total": round(time.time() - started, 1)}

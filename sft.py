@@ -1,6 +1,6 @@
 """sft.py, file 3 of 5 (read env.py and data.py first): cold start by imitation.
 
-    torchrun sft.py                                                # the tiny model on the built-in scenes, from nothing
+    torchrun sft.py                                                # the tiny model on the scenes of `python data.py`
     torchrun --nproc-per-node=8 sft.py --model=Qwen/Qwen3-VL-4B-Instruct --data=data/mine
 
     loss = - sum_{i,t} m_it log p(token_it | tokens before it) / sum m        m = 1 on the assistant's tokens only
@@ -28,7 +28,7 @@ class Config(env.World):
     model: str = ""                  # a folder or hub id; empty: the tiny model, made here
     data: str = "data/scenes-{seed}"
     out: str = "runs/sft"
-    steps: int = 300
+    steps: int = 300                 # x batch = 14,400 rows: one pass over the scenes, whose last 30 % are the imperfect ones
     batch: int = 48                  # conversations per step, over all ranks
     micro_batch: int = 16            # conversations per forward pass
     lr: float = 4e-3
@@ -43,7 +43,7 @@ class Config(env.World):
     resume: bool = True              # go on from the last checkpoint in out; false: start anew beside it
 
 
-REAL = dict(steps=1000, batch=32, micro_batch=1, lr=1e-5, warmup=50, save_every=200)
+REAL = dict(steps=1000, batch=32, micro_batch=1, lr=1e-5, muon_lr=0.0, warmup=50, save_every=200)
 
 
 def make_tiny(rows, seed):
@@ -143,7 +143,8 @@ def save_checkpoint(out, step, policy, cfg, preset, optimizers):
     from safetensors.torch import save_file
     folder = os.path.join(out, "checkpoints", str(step))
     tmp = folder + ".tmp"
-    os.makedirs(tmp, exist_ok=True)
+    shutil.rmtree(tmp, ignore_errors=True)
+    os.makedirs(tmp)
     policy.vlm.save_pretrained(tmp)
     policy.proc.save(tmp)
     with open(os.path.join(tmp, "world.json"), "w") as f:
@@ -186,11 +187,12 @@ def begin(cfg, rank, world):
             print(f"--resume=false: the old run is now {aside}")
         if env.same_settings(cfg.out, cfg) and os.path.exists(os.path.join(cfg.out, "last")):
             step = int(open(os.path.join(cfg.out, "last")).read())
-            print(f"{cfg.out}: going on from step {step} of {cfg.steps}")
+            print(f"{cfg.out}: " + (f"going on from step {step} of {cfg.steps}" if step < cfg.steps else "finished before, reused"))
         os.makedirs(cfg.out, exist_ok=True)
         env.write_text(os.path.join(cfg.out, "config.json"), json.dumps(asdict(cfg), indent=1))
         log = os.path.join(cfg.out, "log.jsonl")
-        kept = [x for x in open(log) if json.loads(x)["step"] < step] if os.path.exists(log) else []
+        lines = [x for x in open(log) if x.endswith("}\n")] if os.path.exists(log) else []  # a killed run may leave half a line
+        kept = [x for x in lines if json.loads(x)["step"] < step]
         env.write_text(log, "".join(kept))
     return int(total([step], world, torch.device("cuda") if torch.cuda.is_available() else "cpu")[0])
 
@@ -224,6 +226,8 @@ def main(cfg):
     if cfg.batch % world:
         raise env.UserError(f"--batch={cfg.batch} is not a multiple of the {world} ranks; change --batch or --nproc-per-node")
     rows = data.load_rows(os.path.join(cfg.data, "sft.jsonl"))
+    if lacking := [i for i, r in enumerate(rows) if not r.get("turns")]:
+        raise env.UserError(f"{cfg.data}/sft.jsonl: row {lacking[0]} has no `turns` ({len(lacking)} rows in all)")
     resumed = begin(cfg, rank, world)              # the step to go on from, or 0
     start = env.newest(cfg.out) if resumed else cfg.model
     policy = env.load_policy(start, device) if start else make_tiny(rows, cfg.seed).to(device)

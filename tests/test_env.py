@@ -745,12 +745,12 @@ def test_random_streams(family, rows):
     """What is sampled for a prompt depends on (seed, step, prompt, sample) alone: not on the rest of the batch, not on how
     the batch is cut. Samples, steps, seeds and prompts differ. Greedy decoding is deterministic and follows the argmax."""
     three = list({r["problem"]: r for r in rows}.values())[:3]
-    ids = lambda rows, samples=2, **how: [t.ids for t in env.rollout(family, rows, SHORT, samples=samples, **how)]
+    ids = lambda rows, samples=2, cfg=SHORT, **how: [t.ids for t in env.rollout(family, rows, cfg, samples=samples, **how)]
     together = ids(three, prompt_ids=[4, 7, 9])
     assert together == ids(three, prompt_ids=[4, 7, 9])
     assert together[2:4] == ids([three[1]], prompt_ids=[7])
     assert together[4:] + together[:2] == ids([three[2], three[0]], prompt_ids=[9, 4])
-    assert together == ids(three, prompt_ids=[4, 7, 9], batch=2)
+    assert together == ids(three, prompt_ids=[4, 7, 9], cfg=World(max_crops=2, turn_tokens=7, in_flight=2))
     assert together[::2] == ids(three, prompt_ids=[4, 7, 9], samples=1)
     other = [ids([three[1]], prompt_ids=[p], seed=s) for p, s in ((7, (0, 0)), (8, (0, 0)), (7, (1, 0)), (7, (0, 1)))]
     assert len({tuple(t) for o in other for t in o}) == 8
@@ -810,7 +810,7 @@ def test_samples_follow_the_distribution(policy, rows):
     """First tokens of 2000 samples of one prompt occur as often as their probability says (the sampler's distribution is
     the one whose log-probability is recorded)."""
     model = env.Policy(amplify(stock(policy.vlm), 12), policy.proc).eval()
-    trajs = env.rollout(model, rows[:1], World(max_crops=0, turn_tokens=1), samples=2000, batch=2000)
+    trajs = env.rollout(model, rows[:1], World(max_crops=0, turn_tokens=1, in_flight=2000), samples=2000)
     seen = collections.Counter(t.ids[t.mask.index(1)] for t in trajs)
     p = {t.ids[t.mask.index(1)]: math.exp(t.logp[t.mask.index(1)]) for t in trajs}
     top = sorted(p, key=p.get)[-8:]

@@ -36,7 +36,7 @@ TIMINGS = ("seconds", "rollout_s", "update_s")
 SFT = dict(SHORT, steps=3, batch=4, micro_batch=3, warmup=1, save_every=1, log_every=1)
 # A format weight, as chance seldom gives six samples of one prompt the same number of mistakes, but often no right answer.
 RPPO = dict(SHORT, steps=3, prompts=2, samples=6, micro_batch=3, warmup=1, lr=1e-3, save_every=1, show_every=1, eval_every=2,
-            eval_rows=4, n_test=0, format_weight=0.5)
+            eval_rows=4, n_score=0, format_weight=0.5)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -83,7 +83,7 @@ def chain(tmp_path_factory):
     scenes, runs = f"{top}/data/scenes-0", f"{top}/runs"
     done = {"top": top, "data": command("data", out=scenes, n_sft=10, n_train=9, n_test=6)}
     done["sft"] = command("sft", **{**SFT, "steps": 2}, data=scenes, out=f"{runs}/sft")
-    done["rppo"] = command("rppo", **{**RPPO, "steps": 2, "n_test": 4}, data=scenes, model=f"{runs}/sft", out=f"{runs}/rppo")
+    done["rppo"] = command("rppo", **{**RPPO, "steps": 2, "n_score": 4}, data=scenes, model=f"{runs}/sft", out=f"{runs}/rppo")
     done["eval"] = command("eval", data=scenes, model=f"{runs}/rppo", out=f"{runs}/eval/own", limit=5, k=2, seed=3)
     return done
 
@@ -218,7 +218,7 @@ def test_main_job_from_nothing(tmp_path, monkeypatch, capsys):
     second call makes nothing anew."""
     monkeypatch.setattr(data, "Config", partial(data.Config, n_sft=10, n_train=9, n_test=4))    # what prepare() asks for,
     monkeypatch.setattr(sft, "Config", partial(sft.Config, **{**SFT, "steps": 2}))              # but small
-    cfg = rppo.Config(**{**RPPO, "steps": 2, "n_test": 4}, seed=3, data=f"{tmp_path}/scenes", out=f"{tmp_path}/runs/rppo")
+    cfg = rppo.Config(**{**RPPO, "steps": 2, "n_score": 4}, seed=3, data=f"{tmp_path}/scenes", out=f"{tmp_path}/runs/rppo")
     rppo.main(cfg)
     assert "sft rows" in capsys.readouterr().out
     runs = tmp_path / "runs"
@@ -274,10 +274,27 @@ def test_good_values(name):
     stage, real = STAGES[name]
     for f in fields(stage.Config):
         kind = f.type if isinstance(f.type, str) else f.type.__name__
-        for text, value in {"int": [("7", 7), ("-1", -1), ("2e3", 2000)], "float": [("7", 7.0), ("1e-6", 1e-6), ("-.5", -0.5)],
+        for text, value in {"int": [("7", 7), ("2e3", 2000)], "float": [("7", 7.0), ("1e-6", 1e-6), (".5", 0.5)],
                             "bool": [("true", True), ("False", False)], "str": [("a=b c", "a=b c")]}[kind]:
             got = getattr(env.configure(stage.Config, real, [f"--{f.name}={text}"]), f.name)
             assert got == value and type(got) is type(value)
+
+
+def test_values_out_of_range():
+    """A value that could only fail later is refused at once, with its bound."""
+    for name, flag, bound in (("rppo", "--temperature=0", "greedily"), ("sft", "--seed=-1", "at least 0"), ("rppo", "--samples=0", "at least 1"),
+                              ("sft", "--save_every=0", "at least 1")):
+        assert bound in refusal(name, flag)
+    with pytest.raises(env.UserError, match="the levels are 0, 1, 2, 3"):
+        data.main(data.Config(level=4))
+
+
+def test_rows_of_others_are_not_overwritten(tmp_path):
+    """Scenes are never written over a folder of rows that this program did not make."""
+    (tmp_path / "train.jsonl").write_text("{}")
+    with pytest.raises(env.UserError, match="holds rows"):
+        data.main(data.Config(out=str(tmp_path), n_sft=1, n_train=1, n_test=1))
+    assert (tmp_path / "train.jsonl").read_text() == "{}"
 
 
 @pytest.mark.parametrize("name", ["sft", "rppo", "eval"])
@@ -597,8 +614,6 @@ def test_two_ranks_make_the_same_gradient(ranks, name):
     one, first, second = (weights(out, f"{r}.safetensors")[name].double() for out, r in ((ranks[0], 0), (ranks[1], 0), (ranks[1], 1)))
     assert torch.equal(first, second) and one.norm() > 1e-3
     assert (first - one).norm() / one.norm() <= 1e-5
-
-
 
 
 @pytest.mark.parametrize("name", ["sft", "rppo"])
