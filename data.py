@@ -13,7 +13,7 @@ Image paths are relative to the file; boxes (the evidence) are pixels of the ori
 "turns": the assistant's turns as text. Their observations are not stored: they are replayed through the tool.
 
 The scenes: coloured boxes on a grid. One box of the asked colour bears the evidence, its look-alikes do not, and which
-one it is cannot be read in the shrunken whole image. So: list the look-alikes, zoom into one, and if it is empty go to
+one it is can hardly be read in the shrunken whole image. So: list the look-alikes, zoom into one, and if it is empty go to
 the next. At levels 2 and 3 the crop shows only where a label is, and a second zoom into the crop reads it.
 The cold start's trajectories are imperfect on purpose (see `oracle`), so that RL has something to improve.
 """
