@@ -16,11 +16,17 @@ Shapes: P prompts, G samples per prompt, B = P*G trajectories, T tokens of the l
 V rows of the language-model head. (In formulas T is DRIM's number of crops.) Boxes are (x0, y0, x1, y1) in pixels of the original image.
 The method is DRIM (arXiv 2512.17306), written from its description; "our choice" marks what is not published.
 """
+import base64
+import http.client
+import io
 import json
 import math
 import os
 import re
 import sys
+import time
+import urllib.error
+import urllib.request
 from dataclasses import asdict, dataclass, field, fields
 from importlib import import_module
 from types import MethodType
@@ -886,6 +892,40 @@ def write_text(path, text):
     with open(path + ".tmp", "w") as f:
         f.write(text)
     os.replace(path + ".tmp", path)
+
+
+def chat(url, name, messages, temperature=0.0, max_tokens=1024, tries=5, timeout=120):
+    """The reply (text) of an OpenAI-compatible chat endpoint. url ends before /chat/completions; the key, if one is
+    needed, is read from OPENAI_API_KEY.
+
+    What may pass (429, 5xx, a timeout, a dropped connection, a reply that is no JSON) is tried again after 1, 2, 4, ...
+    seconds and then raises ConnectionError; what will not (another 4xx: a wrong key, name or address) raises UserError.
+    """
+    body = dict(model=name, messages=messages, temperature=temperature, max_tokens=max_tokens)
+    headers = {"Content-Type": "application/json"}
+    if key := os.environ.get("OPENAI_API_KEY"):
+        headers["Authorization"] = f"Bearer {key}"
+    request = urllib.request.Request(url.rstrip("/") + "/chat/completions", json.dumps(body).encode(), headers)
+    for i in range(tries):
+        try:
+            with urllib.request.urlopen(request, timeout=timeout) as reply:
+                return str(json.load(reply)["choices"][0]["message"]["content"] or "")
+        except urllib.error.HTTPError as e:
+            if e.code != 429 and e.code < 500:
+                raise UserError(f"{url}: refused with {e.code} {e.reason}; check the address, the model's name and OPENAI_API_KEY")
+            reason = f"{e.code} {e.reason}"
+        except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as e:
+            reason = f"{type(e).__name__}: {e}"
+        if i + 1 < tries:
+            time.sleep(2 ** i)
+    raise ConnectionError(f"{url}: {reason} ({tries} tries)")
+
+
+def data_url(image):
+    """An RGB image as the `image_url` part of a chat message (JPEG, quality 95)."""
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=95)
+    return {"type": "image_url", "image_url": {"url": "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()}}
 
 
 def gather(records, world):
