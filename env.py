@@ -361,8 +361,10 @@ def _image_ids(proc, view):
 
 
 def reset(proc, row, cfg, image=None):
-    """A new conversation about a row: system prompt, image, question, and the header of the first turn."""
-    image = image or open_image(row["images"][0])  # FORK: more than one image per question starts here
+    """A new conversation about a row: system prompt, image (given here, or a path or an RGB image in the row), question, and
+    the header of the first turn."""
+    image = image or row["images"][0]  # FORK: more than one image per question starts here
+    image = image if isinstance(image, Image.Image) else open_image(image)
     box = (0, 0, image.width, image.height)
     view = proc.view(image, box, min(cfg.min_crop_pixels, cfg.max_pixels), cfg.max_pixels)
     traj = Trajectory(row, image, views=[view], boxes=[box])
@@ -384,19 +386,27 @@ def respond(traj, proc, ids, logp=None):
     traj.turns.append((text, parse_action(text), None))
 
 
-def observe(traj, proc, cfg):
-    """Act on the last turn: end the trajectory, or run the tool and append what the policy sees next."""
+def act(traj, cfg):
+    """What the last turn leads to: (box of a crop, None), (None, key of ERRORS), or (None, None) if it ended the trajectory."""
     text, action, _ = traj.turns[-1]
     if action.kind == "answer":
         traj.answer, traj.status = action.answer, "answered"
-        return
+        return None, None
     if len(traj.turns) > cfg.max_crops:  # the turn after the last tool turn may only answer
         traj.status = "over_turns"
-        return
+        return None, None
     box, error = None, action.kind
     if action.kind == "crop":
         box, error = resolve_box(action, traj.boxes, cfg.min_crop_side)
     traj.turns[-1] = (text, action, error)
+    return box, error
+
+
+def observe(traj, proc, cfg):
+    """Act on the last turn: end the trajectory, or run the tool and append what the policy sees next."""
+    box, error = act(traj, cfg)
+    if traj.status != "open":
+        return
     if box:
         view = proc.view(traj.image, box, cfg.min_crop_pixels, cfg.max_crop_pixels)
         seen = _image_ids(proc, view)
@@ -791,7 +801,7 @@ def metrics(records):
 # Plumbing that every stage uses: flags, ranks, checkpoints.
 
 AT_LEAST_1 = ("steps", "batch", "micro_batch", "prompts", "samples", "updates", "keep", "k", "in_flight", "turn_tokens",
-              "max_tokens", "save_every", "eval_every", "log_every", "show_every")
+              "max_tokens", "save_every", "eval_every", "log_every", "show_every", "per_image", "votes", "attempts", "parallel")
 
 
 def configure(Config, real, argv=None, **given):
