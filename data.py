@@ -33,7 +33,6 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from itertools import islice
 from types import SimpleNamespace
 
 import numpy as np
@@ -261,8 +260,7 @@ KINDS = (("things to be counted, or a printed number", "null"), ("the colour of 
 BLIND = "The picture is withheld. Give the answer that seems most likely from the question alone.\n"
 ZOOMS, FINER = (2, 4), 1.5  # zooms of a proposal, and how much finer each must be (ratio of lengths)
 COLOUR_WORDS = "black white grey gray silver red orange yellow gold green turquoise cyan blue purple violet pink brown beige".split()
-UNITS = dict(select="images", propose="proposals", ask="questions", verify="questions", grade="questions", collect="questions",
-             split="questions")
+STEPS = ("select", "propose", "ask", "verify", "grade", "collect", "split")
 
 
 class Photo:
@@ -289,13 +287,6 @@ class Photo:
             self.answers[key] = answer
         return self.answers[key]
 
-    def part(self, image, frame, box, low, high):
-        """A view as part of a message, encoded once. image: what frame cuts out of the photograph; box: of the image."""
-        if (frame, box, high) not in self.parts:
-            view = env.Processor.view(SimpleNamespace(patch=16, merge=2), image, box, low, high)  # as a Qwen3-VL sees it
-            self.parts[frame, box, high] = env.data_url(Image.fromarray(view.numpy()))
-        return self.parts[frame, box, high]
-
 
 @dataclass
 class Question:
@@ -303,7 +294,7 @@ class Question:
     job: SimpleNamespace                       # cfg, world (of the policy's training), annotator, policy
     photo: Photo
     n: int                                     # its number among the proposals of the photograph
-    text: str | None = None                    # the question as the annotator wrote it: JSON
+    text: str | None = None                    # as the annotator wrote it: JSON
     chain: list | None = None                  # boxes of the proposal, coarse to fine; the last one is the evidence
     row: dict | None = None
     turns: list = field(default_factory=list)  # of each kept trajectory
@@ -321,9 +312,17 @@ def load_model(flag, address, name, device):
                            busy=threading.Lock())  # a local policy holds one rollout at a time
 
 
-def messages(photo, traj, problem, world, frame, seen):
-    """A conversation so far for a chat endpoint: the system prompt, views and observations of env.py."""
-    text, part = lambda x: {"type": "text", "text": x}, partial(photo.part, traj.image, frame)
+def messages(parts, traj, problem, world, frame, seen):
+    """A conversation so far for a chat endpoint: the system prompt, views and observations of env.py. parts: what was
+    encoded before, by (frame, box, budget); traj.image is what frame cuts out of the photograph."""
+    text = lambda x: {"type": "text", "text": x}
+
+    def part(box, low, high):
+        if (frame, box, high) not in parts:
+            view = env.Processor.view(SimpleNamespace(patch=16, merge=2), traj.image, box, low, high)  # as a Qwen3-VL sees it
+            parts[frame, box, high] = env.data_url(Image.fromarray(view.numpy()))
+        return parts[frame, box, high]
+
     whole = [part(traj.boxes[0], min(world.min_crop_pixels, world.max_pixels), world.max_pixels)] if seen else []
     out = [dict(role="system", content=env.SYSTEM if world.max_crops else env.SYSTEM_NO_TOOL),
            dict(role="user", content=[*whole, text(problem)])]
@@ -354,7 +353,7 @@ def converse(q, model, problem, world, k, frame=None, seen=True):
         return [[text for text, _, _ in t.turns] for t in trajs]
 
     def reply(traj, key):
-        text = env.chat(model.url, model.name, messages(q.photo, traj, problem, world, frame, seen), world.temperature)
+        text = env.chat(model.url, model.name, messages(q.photo.parts, traj, problem, world, frame, seen), world.temperature)
         return text.strip().encode(errors="replace").decode()
 
     said = model.policy and q.photo.recall([*start, k], rollout)
@@ -485,13 +484,18 @@ def collect(q):
     return None if good else "no faultless trajectory"
 
 
-def split(cfg, photos):
-    """7. photos: {digest: has it a cold-start trajectory}, in random order -> {digest: side}. Copies of a photograph have
-    one digest. Each side gets a photograph if there are three; those of sft have trajectories."""
-    most = lambda share: max(round(share * len(photos)), len(photos) > 2)
-    test = list(photos)[:most(cfg.share_test)]
-    able = [d for d in photos if photos[d] and d not in test][:most(cfg.share_sft)]
-    return {**dict.fromkeys(photos, "train"), **dict.fromkeys(test, "test"), **dict.fromkeys(able, "sft")}
+def split(cfg, found):
+    """7. By photograph, into {side: rows}; copies of a photograph have one digest. Each side gets one if there are three;
+    those of sft have trajectories, and their questions without one are left out."""
+    able = {}
+    for q in found:  # in random order, see construct
+        able[q["digest"]] = able.get(q["digest"], False) or bool(q["turns"])
+    most = lambda share: max(round(share * len(able)), len(able) > 2)
+    test = set(list(able)[:most(cfg.share_test)])
+    sft = set([d for d in able if able[d] and d not in test][:most(cfg.share_sft)])
+    return {"sft": [{**q["row"], "turns": turns} for q in found if q["digest"] in sft for turns in q["turns"]],
+            "train": [q["row"] for q in found if q["digest"] not in sft | test],
+            "test": [q["row"] for q in found if q["digest"] in test]}
 
 
 def build(job, name):
@@ -525,12 +529,12 @@ def build(job, name):
 def write_card(cfg, world, counts):
     """data_card.json and data_card.md: the funnel, the distributions, and all settings."""
     funnel, shown = [], {}
-    for step, unit in UNITS.items():
+    for step in STEPS:
         dropped = {reason: n for (s, reason), n in sorted(counts.items()) if s == step and reason != "kept"}
         left = counts[step, "kept"]
-        funnel.append(dict(step=step, unit=unit, entered=left + sum(dropped.values()), left=left, dropped=dropped))
+        funnel.append(dict(step=step, entered=left + sum(dropped.values()), left=left, dropped=dropped))
     for (name, label), n in sorted(counts.items()):
-        if name not in UNITS:
+        if name not in STEPS:
             shown.setdefault(name, {})[label] = n
     good = [counts["trajectories", fate] for fate in ("recovered", "direct")]
     share = good[0] / sum(good) if any(good) else None
@@ -538,10 +542,11 @@ def write_card(cfg, world, counts):
     env.write_text(os.path.join(cfg.out, "data_card.json"), json.dumps(card, indent=1))
     listed = lambda d: ", ".join(f"{label}: {n}" for label, n in d.items())
     lines = [f"# Questions from {cfg.images}\n", f"Seed {cfg.seed}; annotator {cfg.annotator} {cfg.annotator_name}; policy {cfg.policy} "
-             f"{cfg.policy_name}; {cfg.per_image} proposals per image.\n", *(["**Nothing survived.**\n"] if not counts["split", "kept"] else []),
-             "| step | of | entered | left | dropped |\n|---|---|---|---|---|",
-             *(f"| {s['step']} | {s['unit']} | {s['entered']} | {s['left']} | {listed(s['dropped'])} |" for s in funnel),
-             "\nA question that collect drops has no cold-start trajectory; split gives it to train or test.\n",
+             f"{cfg.policy_name}.\n", *(["**Nothing survived.**\n"] if not counts["split", "kept"] else []),
+             f"Select counts images, the others questions: {cfg.per_image} per image are proposed. One that collect drops has no "
+             "cold-start trajectory; split gives it to train or test.\n",
+             "| step | entered | left | dropped |\n|---|---|---|---|",
+             *(f"| {s['step']} | {s['entered']} | {s['left']} | {listed(s['dropped'])} |" for s in funnel), "",
              *(f"- {name}: {listed(d)}" for name, d in shown.items()),
              f"- share of faultless trajectories that recovered: {'-' if share is None else f'{share:.2f}'}"]
     env.write_text(os.path.join(cfg.out, "data_card.md"), "\n".join(lines) + "\n")
@@ -580,36 +585,29 @@ def construct(cfg, device):
     job.policy = job.annotator if same else load_model("policy", cfg.policy, cfg.policy_name, device)
     job.world = env.configure(env.World, {}, [], model=cfg.policy, **(dict(max_pixels=cfg.max_pixels) if cfg.max_pixels else {}))
     os.makedirs(at("answers"), exist_ok=True)
-    counts, photos = Counter(), {}
-    with ThreadPoolExecutor(cfg.parallel) as pool, open(at("questions.tmp"), "w") as f:
+    counts, found = Counter(), []  # rows stay in memory, photographs do not
+    with ThreadPoolExecutor(cfg.parallel) as pool:
         try:  # results come in the order of names, whatever the order in which they are finished
-            for part, found in tqdm(pool.map(partial(build, job), names), total=len(names), desc="photographs", disable=None):
+            for part, questions in tqdm(pool.map(partial(build, job), names), total=len(names), desc="photographs", disable=None):
                 counts.update(part)
-                for q in found:
-                    photos[q["digest"]] = photos.get(q["digest"], False) or bool(q["turns"])
-                    f.write(json.dumps(q) + "\n")
+                found += questions
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    sides = split(cfg, photos)
-    for side in ("sft", "train", "test"):
-        with open(at("questions.tmp")) as f, open(at(f"{side}.tmp"), "w") as g:
-            for q in (q for q in map(json.loads, f) if sides[q["digest"]] == side):
-                rows = [{**q["row"], "turns": turns} for turns in q["turns"]] if side == "sft" else [q["row"]]
-                g.writelines(json.dumps(r) + "\n" for r in rows)
-                counts["split", "kept" if rows else "no trajectory, beside one that has"] += 1
-                counts["rows", side] += len(rows)
-        os.replace(at(f"{side}.tmp"), at(f"{side}.jsonl"))
-    with open(at("questions.tmp")) as f:
-        if shown := [json.loads(line) for line in islice(f, cfg.preview)]:
-            preview(shown, cfg)
-    os.remove(at("questions.tmp"))
+    for side, rows in split(cfg, found).items():
+        env.write_text(at(f"{side}.jsonl"), "".join(json.dumps(r) + "\n" for r in rows))
+        counts["rows", side] = len(rows)
+        counts["split", "kept"] += len({r["doc_id"] for r in rows})
+    if left_out := len(found) - counts["split", "kept"]:
+        counts["split", "no trajectory, beside one that has"] = left_out
+    if found and cfg.preview:
+        preview(found[:cfg.preview], cfg)
     write_card(cfg, job.world, counts)
     if not counts["select", "kept"]:
         raise UserError(f"--images={cfg.images}: none of {len(names)} files is a photograph that can be used; see {at('data_card.md')}")
     env.write_text(at("config.json"), json.dumps(asdict(cfg), indent=1))
-    print(f"{cfg.out}: " + ", ".join(f"{counts['rows', s]} {s} rows" for s in ("sft", "train", "test"))
-          + ("" if photos else "; nothing survived") + f"; see {at('data_card.md')}")
+    print(f"{cfg.out}: " + ", ".join(f"{counts['rows', side]} {side} rows" for side in ("sft", "train", "test"))
+          + f"{'' if found else '; nothing survived'}; see {at('data_card.md')}")
 
 
 # ---------------------------------------------------------------------------------------------------------------

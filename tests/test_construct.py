@@ -262,7 +262,7 @@ def test_funnel(done):
                                                   "redundant": 1, "evidence not covered": 1}
     assert c["recovered_share"] == 0.5 and c["settings"]["seed"] == 1 and c["settings"]["policy_name"] == "policy"
     page = (Path(out) / "data_card.md").read_text()
-    assert "| grade | questions | 8 | 5 | never solved: 1, solved too often: 1, solved with one crop or none: 1 |" in page
+    assert "| grade | 8 | 5 | never solved: 1, solved too often: 1, solved with one crop or none: 1 |" in page
     assert "policy" in page and "Nothing survived" not in page
 
 
@@ -321,13 +321,12 @@ def test_requests(done):
                                *(f"answers/{p.name}" for p in Path(out, "answers").iterdir())}
     world = env.World(**env.REAL_WORLD)
     image = env.open_image(os.path.join(cfg.images, "00.png"))
-    photo = data.Photo(image, os.path.join(cfg.images, "00.png"), "00.png", out)
     traj = env.Trajectory({}, image, boxes=[(0, 0, *SIZE)])
     for text in (call(*ZOOMS[0]), call([5, 5, 5, 9]), call([300, 300, 700, 700], 1)):
         traj.turns.append((text, env.parse_action(text), None))
         box, _ = env.act(traj, world)
         traj.boxes += [box] if box else []
-    sent = data.messages(photo, traj, "Why?", world, None, True)
+    sent = data.messages({}, traj, "Why?", world, None, True)
     assert [m["role"] for m in sent] == ["system", "user"] + ["assistant", "user"] * 3 and sent[0]["content"] == env.SYSTEM
     shown = [Image.open(io.BytesIO(base64.b64decode(p["image_url"]["url"].partition("base64,")[2])))
              for m in sent if m["role"] == "user" for p in m["content"] if p["type"] == "image_url"]
@@ -600,11 +599,14 @@ def test_questions(few, tmp_path, text, reason):
 @pytest.mark.parametrize("n", [1, 2, 3, 10, 100])
 def test_split(n):
     """Every photograph is on one side, in the shares asked for; sft has only those with trajectories."""
-    photos = {f"{i:03}": i % 3 != 1 for i in range(n)}
-    sides = data.split(data.Config(share_sft=0.4, share_test=0.1), photos)
-    count = Counter(sides.values())
-    assert list(sides) == list(photos) and all(photos[d] for d, s in sides.items() if s == "sft")
+    found = [dict(digest=i, row=dict(photo=i, n=k), turns=[["a"], ["b"]] if i % 3 != 1 and k else []) for i in range(n) for k in (0, 1)]
+    sides = data.split(data.Config(share_sft=0.4, share_test=0.1), found)
+    photos = {side: {r["photo"] for r in rows} for side, rows in sides.items()}
+    count = {side: len(p) for side, p in photos.items()}
+    assert set.union(*photos.values()) == set(range(n)) and sum(count.values()) == n
+    assert [len(sides[side]) for side in sides] == [2 * count["sft"], 2 * count["train"], 2 * count["test"]]
+    assert all("turns" in r and r["n"] == 1 for r in sides["sft"]) and not any("turns" in r for r in sides["train"] + sides["test"])
     if n >= 10:
         assert count["test"] == n // 10 and count["sft"] == 4 * n // 10
     elif n == 3:
-        assert set(sides.values()) == {"sft", "train", "test"}
+        assert all(count.values())
