@@ -360,6 +360,8 @@ def converse(q, model, problem, world, k, frame=None, seen=True):
     trajs = [env.Trajectory({}, image, boxes=[(0, 0, image.width, image.height)]) for _ in range(k)]
     for i, t in enumerate(trajs):
         while t.status == "open" and not (said and len(t.turns) == len(said[i])):
+            if q.job.stopped:
+                raise ConnectionError("stopped")
             text = said[i][len(t.turns)] if said else q.photo.recall([*start, i, [x for x, _, _ in t.turns]], partial(reply, t))
             t.turns.append((text, env.parse_action(text), None))
             box, _ = env.act(t, world)
@@ -422,7 +424,8 @@ def ask(q):
     cfg, photo = q.job.cfg, q.photo
     try:
         made = json.loads(q.text[q.text.find("{"):q.text.rfind("}") + 1])  # often in a code fence
-        problem, answer, choices = made["question"].strip(), str(made["answer"]).strip(), made.get("choices") or None
+        problem, answer, choices = made["question"].strip(), made["answer"], made.get("choices") or None
+        answer = str(answer) if type(answer) in (int, float) else answer.strip()
         texts = [problem, answer, *(choices or [])]
         if not all(isinstance(x, str) and x.isprintable() and env.normalise(x) for x in texts):
             return "malformed"
@@ -575,12 +578,13 @@ def construct(cfg, device):
     at = partial(os.path.join, cfg.out)
     if os.path.exists(at("train.jsonl")) and not os.path.exists(at("answers")):
         raise UserError(f"{cfg.out} holds rows that were not made from photographs; give another --out")
-    names = [os.path.relpath(os.path.join(folder, f), cfg.images) for folder, _, files in os.walk(cfg.images) for f in files]
+    paths = [os.path.join(folder, f) for folder, _, files in os.walk(cfg.images) for f in files]
+    names = [os.path.relpath(p, cfg.images) for p in paths if not os.path.abspath(p).startswith(os.path.abspath(cfg.out) + os.sep)]
     names = [n for n in names if not any(x.startswith(".") for x in n.split(os.sep))]
     if not names:
         raise UserError(f"--images={cfg.images}: no files there; give a folder of photographs")
     names.sort(key=lambda n: hashlib.sha256(f"{cfg.seed}".encode() + os.fsencode(n)).digest())  # random order
-    job = SimpleNamespace(cfg=cfg, annotator=load_model("annotator", cfg.annotator, cfg.annotator_name, device))
+    job = SimpleNamespace(cfg=cfg, stopped=False, annotator=load_model("annotator", cfg.annotator, cfg.annotator_name, device))
     same = (cfg.policy, cfg.policy_name) == (cfg.annotator, cfg.annotator_name)
     job.policy = job.annotator if same else load_model("policy", cfg.policy, cfg.policy_name, device)
     job.world = env.configure(env.World, {}, [], model=cfg.policy, **(dict(max_pixels=cfg.max_pixels) if cfg.max_pixels else {}))
@@ -592,6 +596,7 @@ def construct(cfg, device):
                 counts.update(part)
                 found += questions
         except BaseException:
+            job.stopped = True
             pool.shutdown(cancel_futures=True)
             raise
     for side, rows in split(cfg, found).items():

@@ -95,7 +95,7 @@ class Script:
             threading.Event().wait(self.delay * (int(key[4:8], 16) % 5))
         text = getattr(self, stage)(i, turns, nth)
         with self.lock:
-            self.log.append((stage, i, f"<answer>{ANSWERS.get(i, 'green')}</answer>" in text))
+            self.log.append((stage, i, f"<answer>{ANSWERS.get(i, 'green')}</answer>" in str(text)))
         return text
 
     def walk(self, zooms, turns, nth, answer):
@@ -388,9 +388,12 @@ class Killed(BaseException):
     pass
 
 
-def test_killed_anywhere(few, serve, tmp_path, monkeypatch):
-    """Killed before every ninth request, each time with half a line left behind, a run asks nothing twice and ends with the same
-    files as one that was never killed."""
+def test_killed_anywhere(serve, tmp_path, monkeypatch):
+    """Killed before every eleventh request, each time with half a line left behind, a run asks nothing twice and ends with the
+    same files as one that was never killed."""
+    few = tmp_path / "photos"
+    for i in (0, 7):
+        photograph(few, i)
     data.main(settings(few, serve(whole := Script()), tmp_path / "whole", parallel=1))
     script, chat, left = Script(), env.chat, [0]
     cfg = settings(few, serve(script), tmp_path / "killed", parallel=1)
@@ -403,7 +406,7 @@ def test_killed_anywhere(few, serve, tmp_path, monkeypatch):
 
     monkeypatch.setattr(env, "chat", dying)
     for runs in range(200):
-        left[0] = 9
+        left[0] = 11
         try:
             data.main(cfg)
             break
@@ -411,7 +414,7 @@ def test_killed_anywhere(few, serve, tmp_path, monkeypatch):
             newest = max(Path(cfg.out, "answers").iterdir(), key=lambda p: p.stat().st_mtime_ns, default=None)
             if newest:
                 newest.write_text(newest.read_text() + '{"key": "0123456789abcdef0123456789abcdef", "answ')
-    assert runs > 10 and script.requests and Counter(script.requests) == Counter(whole.requests)
+    assert runs > 5 and script.requests and Counter(script.requests) == Counter(whole.requests)
     ours, theirs = files(cfg.out), files(tmp_path / "whole")
     assert set(ours) == set(theirs)
     assert all(ours[k] == theirs[k] for k in ours if k.endswith((".jsonl", ".png")))
@@ -466,10 +469,17 @@ def test_endpoint_fails_for_good(few, serve, tmp_path):
 
 
 def test_refused(few, serve, tmp_path, monkeypatch):
-    """A wrong key ends the run with one line."""
+    """A wrong key ends the run with one line; so does a refusal later on, and the other photographs under way do not go on."""
+    script = Script(delay=0.02)
+    cfg = settings(few, serve(script), tmp_path / "out", parallel=2)
+    script.evidence = lambda *_: 403
+    with pytest.raises(env.UserError, match="refused with 403"):
+        data.main(cfg)
+    asked = len(script.requests)
+    assert asked < 60 and not os.path.exists(tmp_path / "out/train.jsonl")
     monkeypatch.setenv("OPENAI_API_KEY", "wrong")
     with pytest.raises(env.UserError, match="refused with 401"):
-        data.main(settings(few, serve(Script()), tmp_path / "out"))
+        data.main(cfg)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -483,16 +493,18 @@ def tiny(policy, tmp_path_factory):
     return folder
 
 
-def test_local_model(few, tiny, tmp_path, monkeypatch):
+def test_local_model(tiny, tmp_path, monkeypatch):
     """The untrained tiny model as annotator and policy: nothing survives, the card says so and the files are there. Again: no
     rollout, the same bytes."""
-    cfg = settings(few, tiny, tmp_path / "out", annotator_name="", policy_name="", per_image=2)
+    photograph(tmp_path / "photos", 0)
+    photograph(tmp_path / "photos", 1)
+    cfg = settings(tmp_path / "photos", tiny, tmp_path / "photos/out", annotator_name="", policy_name="", per_image=2)
     data.main(cfg)
-    steps = check_sums(card(cfg.out), 4, 2)
-    assert steps["propose"]["entered"] == 8 and steps["split"]["left"] == 0
-    assert "**Nothing survived.**" in (tmp_path / "out/data_card.md").read_text()
+    steps = check_sums(card(cfg.out), 2, 2)
+    assert steps["propose"]["entered"] == 4 and steps["split"]["left"] == 0
+    assert "**Nothing survived.**" in (tmp_path / "photos/out/data_card.md").read_text()
     assert card(cfg.out)["world"]["turn_tokens"] == 12 and not rows_of(cfg.out, "train")
-    before = files(cfg.out)
+    before = files(cfg.out)      # which lies among the photographs, and is no input
     monkeypatch.setattr(env, "rollout", lambda *_: pytest.fail("a recorded rollout was repeated"))
     data.main(cfg)
     assert files(cfg.out) == before
@@ -509,7 +521,7 @@ def test_local_conversation(few, policy, tmp_path, monkeypatch):
     os.makedirs(tmp_path / "answers")
     photo, _ = data.select(cfg, name)
     world = env.World(max_crops=3, turn_tokens=6)
-    job = data.SimpleNamespace(cfg=cfg, world=world)
+    job = data.SimpleNamespace(cfg=cfg, world=world, stopped=False)
     model = data.SimpleNamespace(name="m", url="", policy=learner, busy=threading.Lock())
     kept, rollout = [], env.rollout
     monkeypatch.setattr(env, "rollout", lambda *a: kept.append(rollout(*a)) or kept[-1])
@@ -580,7 +592,7 @@ def test_nothing_to_use(few, serve, tmp_path):
 
 @pytest.mark.parametrize("text, reason", [
     ('{"question": "How many?", "answer": 3}', None), ('so: {"question": "How many?", "answer": "3", "choices": []} done', None),
-    ('{"question": "How many?"}', "malformed"), ('{"question": 3, "answer": "3"}', "malformed"), ("[1, 2]", "malformed"), ("", "malformed"),
+    ('{"question": "How many?"}', "malformed"), ('{"question": "How many?", "answer": ["3"]}', "malformed"), ('{"question": 3, "answer": "3"}', "malformed"), ("[1, 2]", "malformed"), ("", "malformed"),
     ('{"question": "How many?", "answer": "?!"}', "malformed"), ('{"question": "How\\ud800", "answer": "3"}', "malformed"),
     ('{"question": "How many?", "answer": "3", "choices": 3}', "malformed"), ('{"a":' * 9999 + "}" * 9999, "malformed"),
     ('{"question": "How many?", "answer": "3", "choices": ["3", 4, "5"]}', "malformed"),
