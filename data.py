@@ -392,10 +392,11 @@ def select(cfg, name):
                 return None, "too small"
             if getattr(im, "is_animated", False) and im.format != "MPO":  # a phone's JPEG may hold a second picture
                 return None, "animated"
-        return Photo(env.open_image(path), path, name, cfg.out), im.mode
+        image = env.open_image(path)
     except (Exception, UserError) as e:  # a damaged file can make a decoder raise anything
         tqdm.write(f"left out: {e if isinstance(e, UserError) else f'{path}: {e}'}")
         return None, "too large to decode" if isinstance(e, Image.DecompressionBombError) else "unreadable"
+    return Photo(image, path, name, cfg.out), im.mode
 
 
 # The steps of a question: each returns the reason why it drops it, or None.
