@@ -1,6 +1,8 @@
 """Questions from photographs (data.py --images): the whole command against a scripted endpoint on the loopback interface,
 killed and started again, with a local model, and on images and answers that are no good."""
 import base64
+import contextlib
+import copy
 import hashlib
 import http.server
 import io
@@ -141,9 +143,9 @@ class Script:
         return self.walk([FINDS, RECOVERS, FINDS, FINDS][nth], turns, nth, "violet" if nth == 2 else truth)
 
 
-@pytest.fixture
-def serve():
-    """serve(script) -> the address of an endpoint that answers by it."""
+@contextlib.contextmanager
+def serving():
+    """Yields serve(script) -> the address of an endpoint that answers by it."""
     servers = []
 
     def start(script):
@@ -173,6 +175,12 @@ def serve():
     for s in servers:
         s.shutdown()
         s.server_close()
+
+
+@pytest.fixture
+def serve():
+    with serving() as start:
+        yield start
 
 
 @pytest.fixture(autouse=True)
@@ -234,15 +242,13 @@ def folder(tmp_path_factory):
 def done(folder, tmp_path_factory):
     """The whole command, against an endpoint of which most first tries fail: (out, script, config)."""
     out = tmp_path_factory.mktemp("made") / "mine"
-    with pytest.MonkeyPatch.context() as m:
+    with pytest.MonkeyPatch.context() as m, serving() as serve:
         m.setattr(env.time, "sleep", lambda s: None)
         m.setenv("OPENAI_API_KEY", "sk-not-to-be-written")
-        gen = serve.__wrapped__() if hasattr(serve, "__wrapped__") else serve.__pytest_wrapped__.obj()
-        script, start = Script(faults=True), next(gen)
-        cfg = settings(folder, start(script), out, preview=3, attempts=4)
+        script = Script(faults=True)
+        cfg = settings(folder, serve(script), out, preview=3)
         data.main(cfg)
         yield str(out), script, cfg
-        next(gen, None)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -513,7 +519,6 @@ def test_local_model(tiny, tmp_path, monkeypatch):
 def test_local_conversation(few, policy, tmp_path, monkeypatch):
     """A local conversation is env.rollout's, turn by turn and box by box, on the whole and on a part of the photograph, and comes
     back from the record; a question that is too long is answered by nobody."""
-    import copy
     learner = copy.deepcopy(policy)
     amplify(learner.vlm, 3.0)
     monkeypatch.setattr(env, "parse_action", acting)
