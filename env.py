@@ -27,7 +27,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import import_module
 from types import MethodType
 
@@ -336,6 +336,8 @@ class Trajectory:
     row: dict
     image: Image.Image                           # the original, full resolution; every crop is cut from it
     ids: list = field(default_factory=list)      # all tokens, image tokens expanded
+    pos: np.ndarray = field(default_factory=lambda: np.zeros((3, 0), np.int64))  # (3, T): their M-RoPE positions ...
+    next_pos: int = 0                            # ... and that of the token after them
     mask: list = field(default_factory=list)     # 1 sampled (the sampled <|im_end|> too), 0 given
     logp: list = field(default_factory=list)     # as recorded while sampling; 0 where mask is 0
     views: list = field(default_factory=list)    # uint8 (H, W, 3), what the model saw: the original, then each crop
@@ -349,10 +351,14 @@ class Trajectory:
         """Boxes of the executed crops, in order."""
         return self.boxes[1:]
 
-    def add(self, ids, sampled=False, logp=None):
-        self.ids += ids
-        self.mask += [int(sampled)] * len(ids)
-        self.logp += logp or [0.0] * len(ids)
+    def add(self, proc, ids, sampled=False, logp=None, view=None):
+        """Append tokens, and the image among them if there is one."""
+        pos, self.next_pos = mrope(ids, [] if view is None else [proc.grid(view)], proc.image, self.next_pos)
+        self.pos = np.concatenate([self.pos, pos], 1)
+        self.ids = self.ids + ids
+        self.mask = self.mask + [int(sampled)] * len(ids)
+        self.logp = self.logp + (logp or [0.0] * len(ids))
+        self.views = self.views + [view] * (view is not None)
 
 
 def _image_ids(proc, view):
@@ -365,10 +371,10 @@ def reset(proc, row, cfg, image=None):
     image = image or open_image(row["images"][0])  # FORK: more than one image per question starts here
     box = (0, 0, image.width, image.height)
     view = proc.view(image, box, min(cfg.min_crop_pixels, cfg.max_pixels), cfg.max_pixels)
-    traj = Trajectory(row, image, views=[view], boxes=[box])
-    traj.add(proc.frame("<|im_start|>system\n") + proc.frame(SYSTEM if cfg.max_crops else SYSTEM_NO_TOOL)
+    traj = Trajectory(row, image, boxes=[box])
+    traj.add(proc, proc.frame("<|im_start|>system\n") + proc.frame(SYSTEM if cfg.max_crops else SYSTEM_NO_TOOL)
              + proc.frame("<|im_end|>\n<|im_start|>user\n") + _image_ids(proc, view) + proc.encode(row["problem"])
-             + proc.frame("<|im_end|>\n<|im_start|>assistant\n"))
+             + proc.frame("<|im_end|>\n<|im_start|>assistant\n"), view=view)
     if len(traj.ids) + 2 > cfg.max_tokens:
         raise UserError(f"row {row.get('doc_id')}: its prompt of {len(traj.ids)} tokens does not fit; raise --max_tokens "
                         f"(now {cfg.max_tokens}) or lower --max_pixels")
@@ -377,9 +383,9 @@ def reset(proc, row, cfg, image=None):
 
 def respond(traj, proc, ids, logp=None):
     """Append one sampled turn. A turn that was cut off gets its <|im_end|> as a given token (mask 0)."""
-    traj.add(list(ids), sampled=True, logp=logp)
+    traj.add(proc, list(ids), sampled=True, logp=logp)
     if not ids or ids[-1] != proc.end:
-        traj.add([proc.end])
+        traj.add(proc, [proc.end])
     text = proc.decode([i for i in ids if i != proc.end])
     traj.turns.append((text, parse_action(text), None))
 
@@ -393,7 +399,7 @@ def observe(traj, proc, cfg):
     if len(traj.turns) > cfg.max_crops:  # the turn after the last tool turn may only answer
         traj.status = "over_turns"
         return
-    box, error = None, action.kind
+    box, view, error = None, None, action.kind
     if action.kind == "crop":
         box, error = resolve_box(action, traj.boxes, cfg.min_crop_side)
     traj.turns[-1] = (text, action, error)
@@ -407,9 +413,8 @@ def observe(traj, proc, cfg):
     if len(traj.ids) + len(ids) + 2 > cfg.max_tokens:  # ids and image together or not at all; 2: a token and <|im_end|>
         traj.status = "over_tokens"
         return
-    traj.add(ids)
+    traj.add(proc, ids, view=view)
     if box:
-        traj.views.append(view)
         traj.boxes.append(box)
 
 
@@ -445,7 +450,7 @@ def collate(trajs, proc):
     for b, t in enumerate(trajs):
         n = len(t.ids)
         ids[b, :n], mask[b, :n] = torch.tensor(t.ids), torch.tensor(t.mask, dtype=torch.float)
-        pos[:, b, :n] = torch.from_numpy(mrope(t.ids, [proc.grid(v) for v in t.views], proc.image, 0)[0])
+        pos[:, b, :n] = torch.from_numpy(t.pos)
     views, feature = pack([v for t in trajs for v in t.views], proc)
     return dict(ids=ids, mask=mask, pos=pos, views=views, feature=feature)
 
@@ -549,20 +554,22 @@ class Cache:
     0..end-1 under the mask from `causal`.
     """
 
-    def __init__(self, layers):
-        self.k, self.v = [None] * layers, [None] * layers
+    def __init__(self, policy):
+        text = policy.vlm.config.get_text_config()
+        self.heads, self.width = text.num_key_value_heads, getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        self.k, self.v = [None] * text.num_hidden_layers, [None] * text.num_hidden_layers
+        self.like = dict(device=policy.device, dtype=torch.bfloat16 if policy.device.type == "cuda" else torch.float32)
         self.slots, self.capacity, self.end = None, 0, 0
 
     def get_seq_length(self, layer_idx=0):
         return self.end
 
-    def reserve(self, batch, capacity, like):
-        """Room for `capacity` tokens a row. like: (heads, width, dtype, device)."""
-        heads, width, dtype, device = like
+    def reserve(self, batch, capacity):
+        """Room for `capacity` tokens in each of `batch` rows."""
         for store in (self.k, self.v):
             for i, old in enumerate(store):
                 if old is None or old.shape[2] <= capacity:
-                    store[i] = torch.zeros(batch, heads, capacity + 1, width, dtype=dtype, device=device)
+                    store[i] = torch.zeros(batch, self.heads, capacity + 1, self.width, **self.like)
                     if old is not None:
                         store[i][:, :, :self.end] = old[:, :, :self.end]
         self.capacity = max(capacity, self.capacity)
@@ -601,8 +608,7 @@ def prefill(policy, cache, trajs, cached):
     views = []
     for i, (t, c, chunk) in enumerate(zip(trajs, cached, chunks)):
         ids[i, :len(chunk)], slots[i, :len(chunk)] = torch.tensor(chunk), torch.arange(c, c + len(chunk))
-        full, _ = mrope(t.ids, [proc.grid(v) for v in t.views], proc.image, 0)
-        pos[:, i, :len(chunk)] = torch.from_numpy(full[:, c:])
+        pos[:, i, :len(chunk)] = torch.from_numpy(t.pos[:, c:])
         new = chunk.count(proc.vision_start)
         views += t.views[len(t.views) - new:]
     seen = None
@@ -623,8 +629,7 @@ def sample_turn(policy, cache, last, trajs, noise, cfg, greedy):
     """
     device = last.device
     length = torch.tensor([len(t.ids) for t in trajs], device=device)      # also the slot of the next token
-    position = torch.tensor([mrope(t.ids, [policy.proc.grid(v) for v in t.views], policy.proc.image, 0)[1] for t in trajs],
-                            device=device)
+    position = torch.tensor([t.next_pos for t in trajs], device=device)
     budget = torch.tensor([min(cfg.turn_tokens, cfg.max_tokens - len(t.ids) - 1) for t in trajs], device=device)
     u = torch.stack([noise[i][sum(t.mask):][:cfg.turn_tokens] for i, t in enumerate(trajs)]).to(device)
     done, tokens, logps = torch.zeros_like(length, dtype=torch.bool), [], []
@@ -666,23 +671,19 @@ def rollout(policy, rows, cfg, samples=1, seed=(0, 0), prompt_ids=None, greedy=F
         return [t for part in parts for t in part]
     policy.eval()  # in train mode, activation checkpointing (if enabled) drops the cache
     prompts = [reset(policy.proc, row, cfg) for row in rows]
-    text = policy.vlm.config.get_text_config()
-    cache = Cache(text.num_hidden_layers)
-    like = (text.num_key_value_heads, getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
-            torch.bfloat16 if policy.device.type == "cuda" else torch.float32, policy.device)
+    cache = Cache(policy)
     with policy.autocast():
-        cache.reserve(len(prompts), max(len(t.ids) for t in prompts), like)
+        cache.reserve(len(prompts), max(len(t.ids) for t in prompts))
         last = prefill(policy, cache, prompts, [0] * len(prompts))
         owner = torch.arange(len(prompts), device=policy.device).repeat_interleave(samples)
         cache.select(owner)
         last = last[owner]
-        trajs = [Trajectory(t.row, t.image, list(t.ids), list(t.mask), list(t.logp), list(t.views), list(t.boxes))
-                 for t in prompts for _ in range(samples)]
+        trajs = [replace(t, boxes=list(t.boxes), turns=[]) for t in prompts for _ in range(samples)]
         room = min((cfg.max_crops + 1) * cfg.turn_tokens, cfg.max_tokens) + cfg.turn_tokens
         noise = [torch.from_numpy(uniforms(seed, p, g, room)) for p in prompt_ids for g in range(samples)]
         live = list(range(len(trajs)))
         while True:
-            cache.reserve(len(live), cache.end + cfg.turn_tokens, like)
+            cache.reserve(len(live), cache.end + cfg.turn_tokens)
             turns = sample_turn(policy, cache, last, [trajs[i] for i in live], [noise[i] for i in live], cfg, greedy)
             cached = [len(trajs[i].ids) + len(ids) - 1 for i, (ids, _) in zip(live, turns)]
             for i, (ids, logp) in zip(live, turns):
@@ -694,7 +695,7 @@ def rollout(policy, rows, cfg, samples=1, seed=(0, 0), prompt_ids=None, greedy=F
             if len(keep) < len(live):
                 cache.select(torch.tensor(keep, device=policy.device))
             live, cached = [live[k] for k in keep], [cached[k] for k in keep]
-            cache.reserve(len(live), max(len(trajs[i].ids) for i in live), like)
+            cache.reserve(len(live), max(len(trajs[i].ids) for i in live))
             last = prefill(policy, cache, [trajs[i] for i in live], cached)
 
 
