@@ -32,7 +32,7 @@ COLOURS = {"red": (220, 40, 40), "green": (40, 170, 60), "blue": (50, 80, 230), 
            "purple": (160, 50, 190), "cyan": (40, 200, 215)}
 SHAPES = ("triangle", "square", "cross")
 # size: pixels per side; grid: cells per side; mark: pixels; scales: zooms needed; kinds: what is asked
-LEVELS = {0: dict(size=256, grid=4, mark=12, scales=1, kinds=("colour",)),
+LEVELS = {0: dict(size=256, grid=4, mark=14, scales=1, kinds=("colour",)),
           1: dict(size=1024, grid=4, mark=14, scales=1, kinds=("colour", "shape", "count")),
           2: dict(size=2048, grid=6, mark=12, scales=2, kinds=("colour", "shape", "count")),
           3: dict(size=4096, grid=8, mark=16, scales=2, kinds=("colour", "shape", "count", "text"))}
@@ -47,7 +47,7 @@ class Config:
     seed: int = 0                     # of the sft and train scenes; the test scenes never change
     out: str = "data/scenes-{seed}"   # where the rows and images go
     level: int = 0                    # 0 (256 px, the tiny task) to 3 (4096 px, two scales, small text)
-    n_sft: int = 2400                 # scenes; each asks two questions (a scene for RL or testing asks one)
+    n_sft: int = 3360                 # scenes; each asks two questions (a scene for RL or testing asks one)
     n_train: int = 1800
     n_test: int = 768
     per_question: int = 3             # cold-start trajectories per question

@@ -28,7 +28,7 @@ class Config(env.World):
     model: str = ""                  # a folder or hub id; empty: the tiny model, made here
     data: str = "data/scenes-{seed}"
     out: str = "runs/sft"
-    steps: int = 300                 # x batch = 14,400 rows: one pass over the scenes, whose last 30 % are the imperfect ones
+    steps: int = 420                 # x batch = 20,160 rows: one pass over the scenes, whose last 30 % are the imperfect ones
     batch: int = 48                  # conversations per step, over all ranks
     micro_batch: int = 16            # conversations per forward pass
     lr: float = 4e-3
