@@ -27,6 +27,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import import_module
 from types import MethodType
@@ -439,7 +440,8 @@ def pack(views, proc):
     for v in ordered:
         first[id(v)] = offset
         offset += math.prod(proc.grid(v))
-    return ordered, torch.cat([torch.arange(first[id(v)], first[id(v)] + math.prod(proc.grid(v))) for v in views])
+    rows = [torch.arange(first[id(v)], first[id(v)] + math.prod(proc.grid(v))) for v in views]
+    return ordered, torch.cat(rows or [torch.zeros(0, dtype=torch.long)])
 
 
 def collate(trajs, proc):
@@ -492,6 +494,19 @@ class Policy(torch.nn.Module):
         """bf16 matrix products on CUDA, fp32 on the CPU; the weights stay fp32."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
 
+    @contextmanager
+    def gathered(self):
+        """Meanwhile a sharded policy is whole on every rank (in bf16 on CUDA): a token needs no collective, and ranks may
+        differ in turns."""
+        parts = [m for m in self.modules() if hasattr(m, "reshard")]  # what fully_shard has wrapped
+        for m in parts:
+            m.unshard()
+            m.set_reshard_after_forward(False, recurse=False)
+        yield
+        for m in parts:
+            m.reshard()
+            m.set_reshard_after_forward(m is not self, recurse=False)
+
     def see(self, views):
         """Encode images. Returns features (N, width) and the deepstack features (list of (N, width), Qwen3-VL)."""
         patches, grid = self.proc.patchify(views, self.device)
@@ -525,7 +540,8 @@ class Policy(torch.nn.Module):
         No attention mask: padding is on the right, where causal attention never looks.
         """
         b = {k: v.to(self.device) for k, v in batch.items() if k != "views"}
-        features, deep = self.see(batch["views"])
+        side = self.proc.patch * self.proc.merge     # a rank without an image must still take part in the tower's collectives
+        features, deep = self.see(batch["views"] or [torch.zeros(side, side, 3, dtype=torch.uint8)])
         seen = features[b["feature"]], [d[b["feature"]] for d in deep]
         h = self.hidden(b["ids"], b["pos"], seen)
         where = b["mask"][:, 1:] > 0                     # (B, T-1): the state at t predicts the token at t + 1
@@ -655,48 +671,49 @@ def sample_turn(policy, cache, last, trajs, noise, cfg, greedy):
 
 @torch.no_grad()
 def rollout(policy, rows, cfg, samples=1, seed=(0, 0), prompt_ids=None, greedy=False):
-    """Sample `samples` trajectories of every row; returns them prompt by prompt, P*G in all.
+    """Sample `samples` trajectories of every row, in_flight at a time; returns them prompt by prompt, P*G in all.
 
     Every prompt is prefilled once and its cache repeated for its samples; the cache lives across turns, so that only
     new tokens are ever fed; trajectories that have ended leave the batch. prompt_ids (default 0, 1, ...) name the rows
-    in the random streams, seed = (seed, step).
+    in the random streams, seed = (seed, step). All ranks must reach this if the policy is sharded.
     """
-    if not rows:
-        return []
+    policy.eval()  # in train mode, activation checkpointing (if enabled) drops the cache
     prompt_ids = range(len(rows)) if prompt_ids is None else prompt_ids
     per = max(1, cfg.in_flight // samples)
-    if len(rows) > per:
-        parts = [rollout(policy, rows[i:i + per], cfg, samples, seed, prompt_ids[i:i + per], greedy)
+    with policy.gathered(), policy.autocast():
+        parts = [_rollout(policy, rows[i:i + per], cfg, samples, seed, prompt_ids[i:i + per], greedy)
                  for i in range(0, len(rows), per)]
-        return [t for part in parts for t in part]
-    policy.eval()  # in train mode, activation checkpointing (if enabled) drops the cache
+    return [t for part in parts for t in part]
+
+
+def _rollout(policy, rows, cfg, samples, seed, prompt_ids, greedy):
+    """One piece of `rollout`: all of it is in the cache at once."""
     prompts = [reset(policy.proc, row, cfg) for row in rows]
     cache = Cache(policy)
-    with policy.autocast():
-        cache.reserve(len(prompts), max(len(t.ids) for t in prompts))
-        last = prefill(policy, cache, prompts, [0] * len(prompts))
-        owner = torch.arange(len(prompts), device=policy.device).repeat_interleave(samples)
-        cache.select(owner)
-        last = last[owner]
-        trajs = [replace(t, boxes=list(t.boxes), turns=[]) for t in prompts for _ in range(samples)]
-        room = min((cfg.max_crops + 1) * cfg.turn_tokens, cfg.max_tokens) + cfg.turn_tokens
-        noise = [torch.from_numpy(uniforms(seed, p, g, room)) for p in prompt_ids for g in range(samples)]
-        live = list(range(len(trajs)))
-        while True:
-            cache.reserve(len(live), cache.end + cfg.turn_tokens)
-            turns = sample_turn(policy, cache, last, [trajs[i] for i in live], [noise[i] for i in live], cfg, greedy)
-            cached = [len(trajs[i].ids) + len(ids) - 1 for i, (ids, _) in zip(live, turns)]
-            for i, (ids, logp) in zip(live, turns):
-                respond(trajs[i], policy.proc, ids, logp)
-                observe(trajs[i], policy.proc, cfg)
-            keep = [k for k, i in enumerate(live) if trajs[i].status == "open"]
-            if not keep:
-                return trajs
-            if len(keep) < len(live):
-                cache.select(torch.tensor(keep, device=policy.device))
-            live, cached = [live[k] for k in keep], [cached[k] for k in keep]
-            cache.reserve(len(live), max(len(trajs[i].ids) for i in live))
-            last = prefill(policy, cache, [trajs[i] for i in live], cached)
+    cache.reserve(len(prompts), max(len(t.ids) for t in prompts))
+    last = prefill(policy, cache, prompts, [0] * len(prompts))
+    owner = torch.arange(len(prompts), device=policy.device).repeat_interleave(samples)
+    cache.select(owner)
+    last = last[owner]
+    trajs = [replace(t, boxes=list(t.boxes), turns=[]) for t in prompts for _ in range(samples)]
+    room = min((cfg.max_crops + 1) * cfg.turn_tokens, cfg.max_tokens) + cfg.turn_tokens
+    noise = [torch.from_numpy(uniforms(seed, p, g, room)) for p in prompt_ids for g in range(samples)]
+    live = list(range(len(trajs)))
+    while True:
+        cache.reserve(len(live), cache.end + cfg.turn_tokens)
+        turns = sample_turn(policy, cache, last, [trajs[i] for i in live], [noise[i] for i in live], cfg, greedy)
+        cached = [len(trajs[i].ids) + len(ids) - 1 for i, (ids, _) in zip(live, turns)]
+        for i, (ids, logp) in zip(live, turns):
+            respond(trajs[i], policy.proc, ids, logp)
+            observe(trajs[i], policy.proc, cfg)
+        keep = [k for k, i in enumerate(live) if trajs[i].status == "open"]
+        if not keep:
+            return trajs
+        if len(keep) < len(live):
+            cache.select(torch.tensor(keep, device=policy.device))
+        live, cached = [live[k] for k in keep], [cached[k] for k in keep]
+        cache.reserve(len(live), max(len(trajs[i].ids) for i in live))
+        last = prefill(policy, cache, [trajs[i] for i in live], cached)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -849,24 +866,78 @@ def setup():
     return int(os.environ.get("RANK", 0)), world, torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
 
 
-def load_policy(path, device):
-    """FORK: the model. The one place that knows a family: Qwen3-VL and Qwen2.5-VL, from a folder or a hub id."""
+def shard(policy, device):
+    """Split every block's weights over the ranks (FSDP2); a block is gathered while it computes, in bf16 on CUDA, and
+    gradients come back as fp32 averages over the ranks."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    mp = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if torch.cuda.is_available() else MixedPrecisionPolicy()
+    for block in (*policy.vlm.model.visual.blocks, *policy.vlm.model.language_model.layers):
+        fully_shard(block, mp_policy=mp)
+    fully_shard(policy, mp_policy=mp)  # the rest, tied embeddings among it, belongs to the root
+    none = torch.zeros(0, dtype=torch.long)
+    with torch.no_grad():  # FSDP2 wants its first forward to go through the root, but a rollout goes through the parts
+        policy.to(device)(dict(ids=torch.zeros(1, 2).long(), mask=torch.ones(1, 2), pos=torch.zeros(3, 1, 2).long(), views=[], feature=none))
+
+
+def load_policy(path, device, cfg=None):
+    """FORK: the model. The one place that knows a family: Qwen3-VL and Qwen2.5-VL, from a folder or a hub id.
+
+    With cfg (of sft.py or rppo.py) it can be trained: fp32 weights, vision tower, recomputation and sharding as cfg says.
+    Without, it is for rollouts alone: bf16 weights on CUDA.
+    """
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
     from transformers.utils import logging
     logging.disable_progress_bar()
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as e:
         raise UserError(f"--model={path}: no checkpoint there ({str(e).splitlines()[0]}); make one with `torchrun sft.py`")
     if config.model_type not in ("qwen3_vl", "qwen2_5_vl"):
         raise UserError(f"{path}: a {config.model_type} model; --model takes Qwen3-VL (2B, 4B, 8B) or Qwen2.5-VL (3B, 7B)")
-    vlm = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
+    dtype = torch.float32 if cfg or device.type == "cpu" else torch.bfloat16
+    vlm = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, use_safetensors=True, trust_remote_code=False)
     mean, std = ((0.5,) * 3, (0.5,) * 3) if config.model_type == "qwen3_vl" else \
         ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
     vision = config.vision_config
     proc = Processor(AutoTokenizer.from_pretrained(path), vision.patch_size, vision.spatial_merge_size, mean, std,
                      config.get_text_config().vocab_size)
-    return Policy(vlm, proc).to(device)
+    policy = Policy(vlm, proc)
+    if cfg:
+        vlm.model.visual.requires_grad_(cfg.train_vision)
+        if cfg.recompute:
+            vlm.gradient_checkpointing_enable({"use_reentrant": False})
+        if cfg.shard:
+            shard(policy, device)
+    return policy.to(device)
+
+
+def memory(config, cfg, ranks):
+    """Estimate of GiB per GPU for training a checkpoint (config is the checkpoint's), as {part: GiB}.
+
+    Per parameter 4 bytes of weight, of gradient and of each Adam moment (2 with bf16_moments), shared out over the ranks
+    with cfg.shard. A rollout holds all weights in bf16 and its cache; an update its activations (with recompute one state
+    per layer and one layer's inside), slabs of logits and the embeddings. "peak" is the larger of the two phases.
+    """
+    from transformers import AutoModelForImageTextToText
+    with torch.device("meta"):
+        vlm = AutoModelForImageTextToText.from_config(config)
+    text, vision, split = config.get_text_config(), config.vision_config, ranks if cfg.shard else 1
+    n, tower = (sum(p.numel() for p in m.parameters()) for m in (vlm, vlm.model.visual))
+    trained = n if cfg.train_vision else n - tower
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+
+    def activations(tokens, part, layers):
+        states, inside = part.hidden_size, 8 * part.hidden_size + 3 * part.intermediate_size
+        return 2 * tokens * (states * layers + inside * (1 if cfg.recompute else layers))
+
+    tokens = cfg.micro_batch * cfg.max_tokens
+    patches = cfg.micro_batch * (cfg.max_pixels + cfg.max_crops * cfg.max_crop_pixels) / vision.patch_size ** 2
+    part = dict(weights=4 * n / split, adam=(4 if cfg.bf16_moments else 8) * trained / split, gathered=2 * n,
+                cache=4 * cfg.in_flight * cfg.max_tokens * text.num_hidden_layers * text.num_key_value_heads * head,
+                gradients=4 * trained / split, logits=12 * min(2 ** 26, tokens * text.vocab_size) + 8 * text.vocab_size * text.hidden_size,
+                activations=activations(tokens, text, text.num_hidden_layers) + activations(patches, vision, vision.depth))
+    phases = part["gathered"] + part["cache"], part["gradients"] + part["activations"] + part["logits"]
+    return {k: v / 2 ** 30 for k, v in {**part, "peak": part["weights"] + part["adam"] + max(phases)}.items()}
 
 
 def same_settings(folder, cfg):
