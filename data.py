@@ -19,7 +19,9 @@ The cold start's trajectories are imperfect on purpose (see `oracle`), so that R
 """
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -236,17 +238,28 @@ def load_rows(path):
     return rows
 
 
+def check_images(rows, rank, world):
+    """Read the header of every image, shared out over the ranks, before hours are spent: raises env.open_image's UserError.
+    (An image that is cut short shows only when it is decoded.)"""
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(partial(env.open_image, decode=False), sorted({r["images"][0] for r in rows})[rank::world]))
+
+
 def main(cfg):
     """Make the scenes of cfg.out unless they are there; returns the number of rows of each split."""
     rank, world, _ = env.setup()
     if cfg.level not in LEVELS:
         raise UserError(f"--level={cfg.level}: the levels are {', '.join(map(str, LEVELS))}")
-    if rank == 0 and not os.path.exists(os.path.join(cfg.out, "config.json")) and os.path.exists(os.path.join(cfg.out, "train.jsonl")):
+    here = lambda name: os.path.exists(os.path.join(cfg.out, name))
+    if rank == 0 and here("train.jsonl") and not here("config.json") and not here("unfinished.json"):
         raise UserError(f"{cfg.out} holds rows that data.py did not make (or not completely); give another --out (rppo.py: --data)")
     if rank == 0 and not env.same_settings(cfg.out, cfg):
+        os.makedirs(cfg.out, exist_ok=True)
+        unfinished = os.path.join(cfg.out, "unfinished.json")  # by this we know our own rows after an interruption
+        env.write_text(unfinished, json.dumps(asdict(cfg), indent=1))
         counts = {split: write_rows(cfg, split, n, seed) for split, n, seed in
                   (("sft", cfg.n_sft, cfg.seed), ("train", cfg.n_train, cfg.seed), ("test", cfg.n_test, 2 ** 32))}
-        env.write_text(os.path.join(cfg.out, "config.json"), json.dumps(asdict(cfg), indent=1))  # last: its presence means complete
+        os.replace(unfinished, os.path.join(cfg.out, "config.json"))  # last: its presence means complete
         print(f"{cfg.out}: " + ", ".join(f"{n} {split} rows" for split, n in counts.items()))
     if world > 1:
         env.dist.barrier()

@@ -17,12 +17,14 @@ V rows of the language-model head. (In formulas T is DRIM's number of crops.) Bo
 The method is DRIM (arXiv 2512.17306), written from its description; "our choice" marks what is not published.
 """
 import base64
+import errno
 import http.client
 import io
 import json
 import math
 import os
 import re
+import signal
 import sys
 import time
 import urllib.error
@@ -37,11 +39,15 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageOps
+from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
 
 
 class UserError(SystemExit):
     """A mistake of the user: the message is one line that names the file, row or flag, and the cure."""
+
+    def __init__(self, message):  # a row's text is part of some messages: what would steer a terminal is escaped
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
 
 
 @dataclass
@@ -212,19 +218,35 @@ def redundancy(boxes, eps):
 # ---------------------------------------------------------------------------------------------------------------
 # Images and text, as the model takes them.
 
-def open_image(path):
-    """Decode an image file to RGB, upright, 8 bit. Raises UserError naming the file when that cannot be done."""
+def open_image(path, decode=True):
+    """Decode an image file to RGB, upright, 8 bit; of an animation the first frame, what is transparent on white.
+
+    Raises UserError naming the file when that cannot be done, when a side is over 100 times the other, and above 179
+    megapixels (Pillow's limit against decompression bombs). decode=False reads the header alone and returns None.
+    """
     try:
         with Image.open(path) as im:
+            if max(im.size) > 100 * min(im.size):
+                raise ValueError(f"{im.width}x{im.height} pixels, too long and thin: the ratio is above 100")
+            if not decode:
+                return None
             im = ImageOps.exif_transpose(im)
             if im.mode.startswith("I"):  # 16 bits: Pillow would clip them to 8, not scale them
                 im = Image.fromarray((np.asarray(im).clip(0, 65535) // 257).astype(np.uint8))
-            im = im.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
+            if im.has_transparency_data:
+                im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im.convert("RGBA"))
+            return im.convert("RGB")
+    except Exception as e:  # a damaged file can make a decoder raise anything
         raise UserError(f"{path}: not a readable image ({type(e).__name__}: {e}); remove its row or mend the file")
-    if max(im.size) > 100 * min(im.size):
-        raise UserError(f"{path}: {im.width}x{im.height} pixels is too long and thin (ratio above 100); remove its row")
-    return im
+
+
+def inside(root, path, row):
+    """The absolute path of an image, symbolic links and .. resolved. UserError naming the row if it lies outside root."""
+    root = os.path.realpath(root)
+    full = os.path.realpath(os.path.join(root, path.replace("\0", "")))
+    if os.path.commonpath([root, full]) != root:
+        raise UserError(f"row {row}: image {path} lies outside {root}; mend the row or the image root")
+    return full
 
 
 class Processor:
@@ -262,7 +284,10 @@ class Processor:
     def view(self, image, box, min_pixels, max_pixels):
         """Cut box out of the original and resize it into the pixel budget. Returns uint8 (H, W, 3)."""
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
-        h, w = smart_resize(box[3] - box[1], box[2] - box[0], self.patch * self.merge, min_pixels, max_pixels)
+        side = self.patch * self.merge
+        h, w = smart_resize(box[3] - box[1], box[2] - box[0], side, min_pixels, max_pixels)
+        most = max_pixels // side ** 2 * side  # a thin box is made one token wide, and would exceed the budget in length
+        h, w = min(h, most), min(w, most)
         im = image.resize((w, h), Image.BICUBIC, box=box, reducing_gap=3.0)
         return torch.from_numpy(np.asarray(im).copy())
 
@@ -809,7 +834,7 @@ def metrics(records):
 # Plumbing that every stage uses: flags, ranks, checkpoints.
 
 AT_LEAST_1 = ("steps", "batch", "micro_batch", "prompts", "samples", "updates", "keep", "k", "in_flight", "turn_tokens",
-              "max_tokens", "save_every", "eval_every", "log_every", "show_every")
+              "max_tokens", "save_every", "eval_every", "log_every", "show_every", "max_skips")
 
 
 def configure(Config, real, argv=None, **given):
@@ -844,10 +869,49 @@ def configure(Config, real, argv=None, **given):
 
 
 def run(main, Config, real):
-    """The command line of a stage."""
-    main(configure(Config, real))
+    """The command line of a stage. SIGTERM and Ctrl-C end it with exit code 0, a full disk with a clear line."""
+    for s in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(s, leave)
+    try:
+        main(configure(Config, real))
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(f"{e.filename or 'a file'}: the disk is full; make room, then the same command goes on")
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def leave(*_):
+    """End this process in good order: what it made so far is on the disk."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        os.write(1, b"stopped by a signal; the same command goes on from the last checkpoint\n")  # print may not nest
+    raise SystemExit(0)
+
+
+@contextmanager
+def interruptible():
+    """Within a training loop SIGTERM and Ctrl-C only fill the list that this yields: the step is finished and saved first."""
+    asked = []
+    before = {s: signal.signal(s, lambda number, _: asked.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield asked
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+    if asked:  # after the last step asked for it
+        signal.raise_signal(asked[0])
+
+
+@contextmanager
+def memory(phase, tokens, knob, cfg):
+    """Make a UserError of the GPU's memory running out in this phase. tokens: of its longest trajectory; knob: of cfg."""
+    try:
+        yield
+    except torch.OutOfMemoryError as e:
+        raise UserError(f"out of GPU memory in the {phase}, trajectories of up to {tokens} tokens ({str(e).split('. ')[0]}); lower "
+                        f"--{knob} (now {getattr(cfg, knob)}), --max_tokens ({cfg.max_tokens}), --max_pixels ({cfg.max_pixels}) "
+                        f"or --max_crop_pixels ({cfg.max_crop_pixels})")
 
 
 def newest(folder):
@@ -895,7 +959,10 @@ def load_policy(path, device, cfg=None):
     if config.model_type not in ("qwen3_vl", "qwen2_5_vl"):
         raise UserError(f"{path}: a {config.model_type} model; --model takes Qwen3-VL (2B, 4B, 8B) or Qwen2.5-VL (3B, 7B)")
     dtype = torch.float32 if cfg or device.type == "cpu" else torch.bfloat16
-    vlm = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, use_safetensors=True, trust_remote_code=False)
+    try:  # weights are read from safetensors only: other formats can run code
+        vlm = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, use_safetensors=True, trust_remote_code=False)
+    except (OSError, SafetensorError) as e:
+        raise UserError(f"{path}: no readable weights in safetensors format ({str(e).splitlines()[0]}); give another --model")
     mean, std = ((0.5,) * 3, (0.5,) * 3) if config.model_type == "qwen3_vl" else \
         ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
     vision = config.vision_config
@@ -911,41 +978,12 @@ def load_policy(path, device, cfg=None):
     return policy.to(device)
 
 
-def memory(config, cfg, ranks):
-    """Estimate of GiB per GPU for training a checkpoint (config is the checkpoint's), as {part: GiB}.
-
-    Per parameter 4 bytes of weight, of gradient and of each Adam moment (2 with bf16_moments), shared out over the ranks
-    with cfg.shard. A rollout holds all weights in bf16 and its cache; an update its activations (with recompute one state
-    per layer and one layer's inside), slabs of logits and the embeddings. "peak" is the larger of the two phases.
-    """
-    from transformers import AutoModelForImageTextToText
-    with torch.device("meta"):
-        vlm = AutoModelForImageTextToText.from_config(config)
-    text, vision, split = config.get_text_config(), config.vision_config, ranks if cfg.shard else 1
-    n, tower = (sum(p.numel() for p in m.parameters()) for m in (vlm, vlm.model.visual))
-    trained = n if cfg.train_vision else n - tower
-    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-
-    def activations(tokens, part, layers):
-        states, inside = part.hidden_size, 8 * part.hidden_size + 3 * part.intermediate_size
-        return 2 * tokens * (states * layers + inside * (1 if cfg.recompute else layers))
-
-    tokens = cfg.micro_batch * cfg.max_tokens
-    patches = cfg.micro_batch * (cfg.max_pixels + cfg.max_crops * cfg.max_crop_pixels) / vision.patch_size ** 2
-    part = dict(weights=4 * n / split, adam=(4 if cfg.bf16_moments else 8) * trained / split, gathered=2 * n,
-                cache=4 * cfg.in_flight * cfg.max_tokens * text.num_hidden_layers * text.num_key_value_heads * head,
-                gradients=4 * trained / split, logits=12 * min(2 ** 26, tokens * text.vocab_size) + 8 * text.vocab_size * text.hidden_size,
-                activations=activations(tokens, text, text.num_hidden_layers) + activations(patches, vision, vision.depth))
-    phases = part["gathered"] + part["cache"], part["gradients"] + part["activations"] + part["logits"]
-    return {k: v / 2 ** 30 for k, v in {**part, "peak": part["weights"] + part["adam"] + max(phases)}.items()}
-
-
 def same_settings(folder, cfg):
     """True if folder/config.json holds cfg, False if there is none; UserError listing the differences otherwise."""
     old, new = read_json(os.path.join(folder, "config.json"), None), asdict(cfg)
     if old is None:
         return False
-    free = ("resume", "out", "keep", "log_every", "show_every", "n_score")  # these decide nothing about the result
+    free = ("resume", "out", "keep", "log_every", "show_every", "n_score", "max_skips")  # these decide nothing about the result
     differ = [f"{k}: {old.get(k)} -> {v}" for k, v in new.items() if k not in free and old.get(k) != v]
     if differ:
         raise UserError(f"{folder} was made with other settings ({'; '.join(differ)}); give another --out (or --data), "
@@ -961,8 +999,11 @@ def read_json(path, default):
 
 
 def write_text(path, text):
+    """Replace a file: whatever happens, it holds the old text or the new one."""
     with open(path + ".tmp", "w") as f:
         f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
     os.replace(path + ".tmp", path)
 
 
@@ -1001,9 +1042,14 @@ def data_url(image):
 
 
 def gather(records, world):
-    """The records of all ranks, rank by rank. All ranks must reach this."""
-    parts = [records]
-    if world > 1:
-        parts = [None] * world
-        dist.all_gather_object(parts, records)
-    return [r for part in parts for r in part]
+    """Rows of numbers, of one length on all ranks, rank by rank: lists (n, k). All ranks must reach this."""
+    if world == 1:
+        return records
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    mine = torch.tensor(records, dtype=torch.float64, device=device)
+    shapes = [torch.zeros(2, dtype=torch.long, device=device) for _ in range(world)]
+    dist.all_gather(shapes, torch.tensor([len(mine), mine.numel()], device=device))
+    most = max(int(size) for _, size in shapes)  # ranks may hold different numbers of rows
+    parts = [torch.zeros(most, dtype=torch.float64, device=device) for _ in range(world)]
+    dist.all_gather(parts, F.pad(mine.flatten(), (0, most - mine.numel())))
+    return [row for (n, size), part in zip(shapes, parts) if n for row in part[:size].view(n, -1).tolist()]

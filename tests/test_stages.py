@@ -91,7 +91,7 @@ def chain(tmp_path_factory):
 def test_folders(chain):
     """Every file that the project promises is there, and nothing half-written is."""
     checkpoint = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json",
-                  "world.json", "optimizer.safetensors")
+                  "world.json", "optimizer.safetensors", "checksums.json")
     promised = [f"data/scenes-0/{x}" for x in ("sft.jsonl", "train.jsonl", "test.jsonl", "config.json", "test/0.png", "train/8.png")]
     for run in ("runs/sft", "runs/rppo"):
         promised += [f"{run}/{x}" for x in ("config.json", "log.jsonl", "last", *(f"checkpoints/2/{x}" for x in checkpoint))]
@@ -547,14 +547,15 @@ def work(scenes, base, out):
         total = 0.5 if traj.at[0] == 2 and traj.at[1] % 2 == 0 else zlib.crc32(str(traj.ids).encode()) % 101 / 101
         return {"total": total}
 
-    def recording_sync(policy, world):
-        sync(policy, world)
+    def recording_sync(policy, world, sums):
+        sums = sync(policy, world, sums)
         if stage not in gradients:
             gradients[stage] = torch.cat([p.grad.flatten() for p in policy.parameters()])
+        return sums
 
     def marked_update(*args):
         n_tokens, stats = update(*args)
-        stats[4] = rank + 1         # stands for the largest |log-ratio| of this rank
+        stats["gap_max"] = rank + 1 # stands for the largest |log-ratio| of this rank
         return n_tokens, stats
 
     with pytest.MonkeyPatch.context() as m:
