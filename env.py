@@ -510,6 +510,7 @@ class Policy(torch.nn.Module):
         for block in vlm.model.visual.blocks:
             block.attn.forward = MethodType(packed_attention, block.attn)
         self.register_buffer("banned", proc.banned, persistent=False)
+        self.sharded = False
 
     @property
     def device(self):
@@ -930,24 +931,33 @@ def setup():
     return int(os.environ.get("RANK", 0)), world, torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
 
 
-def shard(policy, device):
-    """Split every block's weights over the ranks (FSDP2); a block is gathered while it computes, in bf16 on CUDA, and
-    gradients come back as fp32 averages over the ranks."""
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-    mp = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if torch.cuda.is_available() else MixedPrecisionPolicy()
-    for block in (*policy.vlm.model.visual.blocks, *policy.vlm.model.language_model.layers):
-        fully_shard(block, mp_policy=mp)
-    fully_shard(policy, mp_policy=mp)  # the rest, tied embeddings among it, belongs to the root
-    none = torch.zeros(0, dtype=torch.long)
-    with torch.no_grad():  # FSDP2 wants its first forward to go through the root, but a rollout goes through the parts
-        policy.to(device)(dict(ids=torch.zeros(1, 2).long(), mask=torch.ones(1, 2), pos=torch.zeros(3, 1, 2).long(), views=[], feature=none))
+def prepare(policy, cfg, device):
+    """Make a policy on the CPU ready for training on `device`: vision tower, recomputation and sharding as cfg says.
+
+    Sharded (FSDP2), every rank keeps its part of each block's fp32 weights; a block is gathered while it computes, in bf16
+    on CUDA, and gradients come back as fp32 averages over the ranks.
+    """
+    policy.vlm.model.visual.requires_grad_(cfg.train_vision)
+    if cfg.recompute:
+        policy.vlm.gradient_checkpointing_enable({"use_reentrant": False})
+    if cfg.shard:
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+        if not dist.is_initialized():  # one process without torchrun
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+        mp = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if device.type == "cuda" else MixedPrecisionPolicy()
+        for block in (*policy.vlm.model.visual.blocks, *policy.vlm.model.language_model.layers):
+            fully_shard(block, mp_policy=mp)
+        fully_shard(policy, mp_policy=mp)  # the rest, tied embeddings among it, belongs to the root
+        policy.sharded, none = True, torch.zeros(0, dtype=torch.long)
+        with torch.no_grad():  # FSDP2 wants its first forward to go through the root, but a rollout goes through the parts
+            policy.to(device)(dict(ids=torch.zeros(1, 2).long(), mask=torch.ones(1, 2), pos=torch.zeros(3, 1, 2).long(), views=[], feature=none))
+    return policy.to(device)
 
 
-def load_policy(path, device, cfg=None):
+def load_policy(path, device, train=False):
     """FORK: the model. The one place that knows a family: Qwen3-VL and Qwen2.5-VL, from a folder or a hub id.
 
-    With cfg (of sft.py or rppo.py) it can be trained: fp32 weights, vision tower, recomputation and sharding as cfg says.
-    Without, it is for rollouts alone: bf16 weights on CUDA.
+    On CUDA its weights are bf16, enough for rollouts; to train they are fp32, and still on the CPU (see `prepare`).
     """
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
     from transformers.utils import logging
@@ -958,7 +968,7 @@ def load_policy(path, device, cfg=None):
         raise UserError(f"--model={path}: no checkpoint there ({str(e).splitlines()[0]}); make one with `torchrun sft.py`")
     if config.model_type not in ("qwen3_vl", "qwen2_5_vl"):
         raise UserError(f"{path}: a {config.model_type} model; --model takes Qwen3-VL (2B, 4B, 8B) or Qwen2.5-VL (3B, 7B)")
-    dtype = torch.float32 if cfg or device.type == "cpu" else torch.bfloat16
+    dtype = torch.float32 if train or device.type == "cpu" else torch.bfloat16
     try:  # weights are read from safetensors only: other formats can run code
         vlm = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, use_safetensors=True, trust_remote_code=False)
     except (OSError, SafetensorError) as e:
@@ -968,14 +978,7 @@ def load_policy(path, device, cfg=None):
     vision = config.vision_config
     proc = Processor(AutoTokenizer.from_pretrained(path), vision.patch_size, vision.spatial_merge_size, mean, std,
                      config.get_text_config().vocab_size)
-    policy = Policy(vlm, proc)
-    if cfg:
-        vlm.model.visual.requires_grad_(cfg.train_vision)
-        if cfg.recompute:
-            vlm.gradient_checkpointing_enable({"use_reentrant": False})
-        if cfg.shard:
-            shard(policy, device)
-    return policy.to(device)
+    return Policy(vlm, proc) if train else Policy(vlm, proc).to(device)
 
 
 def same_settings(folder, cfg):

@@ -60,10 +60,14 @@ class Config(env.World):
     resume: bool = True              # go on from the last checkpoint in out; false: start anew beside it
     n_score: int = 768               # test rows scored at the end; 0: leave scoring to eval.py
     max_skips: int = 5               # steps in a row without a finite gradient that end the run
+    train_vision: bool = True        # the next four as in sft.py
+    recompute: bool = False
+    shard: bool = False
+    bf16_moments: bool = False
 
 
 REAL = dict(steps=200, prompts=32, samples=8, micro_batch=1, lr=1e-6, warmup=5, decay=0.0, eval_every=20, eval_rows=64, save_every=20,
-            show_every=5, n_score=0)
+            show_every=5, n_score=0, train_vision=False, recompute=True, shard=True)
 
 
 def group_advantages(rewards, norm_std):
@@ -130,6 +134,10 @@ def update(policy, optimizer, trajs, advantages, cfg, world):
     n_tokens, n_used = sft.total([sum(sum(t.mask) for t in trajs if not masked(t)), len(use)], world, device)
     use.sort(key=lambda i: len(trajs[i].ids))  # little padding
     micro = [use[i:i + cfg.micro_batch] for i in range(0, len(use), cfg.micro_batch)]
+    busy = len(micro)
+    if policy.sharded:  # a rank with less to do must take part as often as the busiest: with a short trajectory, for nothing
+        shortest = min(range(len(trajs)), key=lambda i: len(trajs[i].ids))
+        micro += [[shortest]] * (int(max(env.gather([[busy]], world))[0]) - busy)
     batches = [env.collate([trajs[i] for i in m], policy.proc) for m in micro]
     sampled = [torch.tensor([p for i in m for p, k in zip(trajs[i].logp, trajs[i].mask) if k], device=device) for m in micro]
     old, stats = [None] * len(micro), dict(trained=0, entropy=0.0, clipped=0, gap=0.0, gap_max=0.0, grad_norm=0.0, skipped=0)
@@ -145,21 +153,21 @@ def update(policy, optimizer, trajs, advantages, cfg, world):
             before = logp.detach() if old[j] is None else old[j]
             mask = b["mask"][:, 1:].to(device)                                # (b, T-1)
             wide = lambda x: torch.zeros_like(mask).masked_scatter(mask > 0, x)
-            a = torch.tensor([advantages[i] for i in m], dtype=torch.float32, device=device)
+            a = torch.tensor([advantages[i] if j < busy else 0.0 for i in m], dtype=torch.float32, device=device)
             loss = policy_loss(wide(logp), wide(before), a, mask, cfg.clip_low, cfg.clip_high, n_tokens)
             loss.backward()
             loss_sum += loss.item()
-            if k == 0:
+            if k == 0 and j < busy:
                 gap = (logp.detach() - sampled[j]).abs()
                 stats["trained"] += len(gap)
                 stats["entropy"] += entropy.sum().item()
                 stats["gap"] += gap.sum().item()
                 stats["gap_max"] = max(stats["gap_max"], gap.max().item())
-            if k == cfg.updates - 1:
+            if k == cfg.updates - 1 and j < busy:
                 ratio = (logp.detach() - before).exp()
                 stats["clipped"] += ((ratio < 1 - cfg.clip_low) | (ratio > 1 + cfg.clip_high)).sum().item()
         [loss_sum] = sft.sync_gradients(policy, world, [loss_sum])
-        stats["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.clip_norm))
+        stats["grad_norm"] = sft.clip_gradients(policy, cfg)
         finite = math.isfinite(loss_sum + stats["grad_norm"])
         stats["skipped"] += not finite
         if n_used and finite:  # in a step of flat groups alone, the optimizer's momentum would still move the weights
@@ -246,9 +254,10 @@ def train(policy, optimizer, rows, held_out, resumed, preset, cfg, rank, world):
                 report(cfg, entry, trajs, policy.proc, (time.time() - t0) / (step + 1 - resumed) * (cfg.steps - step - 1))
 
             # 6. save
-            if rank == 0 and ((step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps or scored or stop):
-                sft.save_checkpoint(cfg.out, step + 1, policy, cfg, preset, [optimizer])
-                sft.prune(cfg.out, cfg.keep, mark_best(cfg.out))
+            if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps or scored or stop:
+                sft.save_checkpoint(cfg.out, step + 1, policy, cfg, preset, [optimizer], rank)
+                if rank == 0:
+                    sft.prune(cfg.out, cfg.keep, mark_best(cfg.out))
             if stop:
                 env.leave()
 
@@ -265,8 +274,9 @@ def main(cfg):
     data.check_images(rows, rank, world)
     rows, held_out = rows[:len(rows) - cfg.eval_rows], rows[len(rows) - cfg.eval_rows:]
     resumed = sft.begin(cfg, rank, world)              # the step to go on from, or 0
-    policy = env.load_policy(env.newest(cfg.out) if resumed else start, device)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay)
+    policy = env.prepare(env.load_policy(env.newest(cfg.out) if resumed else start, device, train=True), cfg, device)
+    sft.announce_memory(policy, cfg, rank, world)
+    optimizer = sft.adamw([p for p in policy.parameters() if p.requires_grad], cfg, (0.9, 0.95))
     if resumed:
         sft.load_optimizer(env.newest(cfg.out), policy, [optimizer])
     preset = env.read_json(os.path.join(start, "world.json"), {"preset": "real"})["preset"]

@@ -45,9 +45,14 @@ class Config(env.World):
     keep: int = 2                    # newest checkpoints kept
     resume: bool = True              # go on from the last checkpoint in out; false: start anew beside it
     max_skips: int = 5               # steps in a row without a finite gradient that end the run
+    train_vision: bool = True        # false: the vision tower stays as it is
+    recompute: bool = False          # activation checkpointing: a third more computation for a fraction of the memory
+    shard: bool = False              # FSDP2 over all ranks (one is enough: it keeps fp32 weights and computes in bf16)
+    bf16_moments: bool = False       # Adam's moments in bf16: 4 bytes a parameter less (see AdamW16)
 
 
-REAL = dict(steps=1000, batch=32, micro_batch=1, lr=1e-5, muon_lr=0.0, warmup=50, save_every=200)
+REAL = dict(steps=1000, batch=32, micro_batch=1, lr=1e-5, muon_lr=0.0, warmup=50, save_every=200, train_vision=False,
+            recompute=True, shard=True)
 
 
 def make_tiny(rows, seed):
@@ -125,13 +130,41 @@ class Muon(torch.optim.Optimizer):
                 p.add_(x.T if tall else x, alpha=-g["lr"] * max(1, p.shape[0] / p.shape[1]) ** 0.5)
 
 
+class AdamW16(torch.optim.Optimizer):
+    """AdamW (Loshchilov and Hutter 2019) that keeps its two moments in bf16 and computes in fp32. An average that moves by
+    1 - beta2 = 0.02 to 0.05 of the difference a step still moves at bf16's resolution of 2^-8; at 0.001 it would stand still."""
+
+    def __init__(self, params, lr, betas, weight_decay):
+        assert betas[1] <= 0.98
+        super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self):
+        for g in self.param_groups:
+            for p in (p for p in g["params"] if p.grad is not None):
+                s, (b1, b2) = self.state[p], g["betas"]
+                s["step"] = s.get("step", torch.zeros(())) + 1
+                averages = []
+                for k, b, x in (("exp_avg", b1, p.grad), ("exp_avg_sq", b2, p.grad ** 2)):
+                    averages.append(s[k].float().lerp(x, 1 - b) if k in s else x * (1 - b))
+                    s[k] = averages[-1].to(torch.bfloat16)
+                m, v = (a / (1 - b ** s["step"].item()) for a, b in zip(averages, g["betas"]))
+                p.mul_(1 - g["lr"] * g["weight_decay"]).sub_(g["lr"] * m / (v.sqrt() + 1e-8))
+
+
+def adamw(params, cfg, betas):
+    return (AdamW16 if cfg.bf16_moments else torch.optim.AdamW)(params, lr=cfg.lr, betas=betas, weight_decay=cfg.weight_decay)
+
+
 def make_optimizers(policy, cfg):
     """AdamW, and with muon_lr (the tiny preset) Muon for the weight matrices."""
+    if cfg.muon_lr and cfg.shard:
+        raise env.UserError("--shard=true: Muon needs whole matrices; give --muon_lr=0")
     mats = {p for n, p in policy.named_parameters() if p.ndim == 2 and "embed" not in n and "lm_head" not in n and cfg.muon_lr}
-    rest = [p for p in policy.parameters() if p not in mats]
-    out = [torch.optim.AdamW(rest, lr=cfg.lr, betas=(0.9, 0.98), weight_decay=cfg.weight_decay)]
+    rest = [p for p in policy.parameters() if p not in mats and p.requires_grad]
+    out = [adamw(rest, cfg, (0.9, 0.98))]
     if mats:
-        out.append(Muon([p for p in policy.parameters() if p in mats], cfg.muon_lr, 0.95))
+        out.append(Muon([p for p in policy.parameters() if p in mats and p.requires_grad], cfg.muon_lr, 0.95))
     for o in out:
         for g in o.param_groups:
             g["peak"] = g["lr"]
@@ -141,17 +174,14 @@ def make_optimizers(policy, cfg):
 # ---------------------------------------------------------------------------------------------------------------
 # What both training stages need: run folders, checkpoints, sums over ranks (rppo.py imports these).
 
-def estimate(config, cfg, ranks):
-    """Estimate of GiB per GPU for training a checkpoint (config is the checkpoint's), as {part: GiB}.
+def estimate(vlm, cfg, ranks):
+    """Estimate of GiB per GPU for training vlm (it may be on the meta device), as {part: GiB}.
 
     Per parameter 4 bytes of weight, of gradient and of each Adam moment (2 with bf16_moments), shared out over the ranks
     with cfg.shard. A rollout holds all weights in bf16 and its cache; an update its activations (with recompute one state
     per layer and one layer's inside), slabs of logits and the embeddings. "peak" is the larger of the two phases.
     """
-    from transformers import AutoModelForImageTextToText
-    with torch.device("meta"):
-        vlm = AutoModelForImageTextToText.from_config(config)
-    text, vision, split = config.get_text_config(), config.vision_config, ranks if cfg.shard else 1
+    text, vision, split = vlm.config.get_text_config(), vlm.config.vision_config, ranks if cfg.shard else 1
     n, tower = (sum(p.numel() for p in m.parameters()) for m in (vlm, vlm.model.visual))
     trained = n if cfg.train_vision else n - tower
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -170,22 +200,41 @@ def estimate(config, cfg, ranks):
     return {k: v / 2 ** 30 for k, v in {**part, "peak": part["weights"] + part["adam"] + max(phases)}.items()}
 
 
-def save_checkpoint(out, step, policy, cfg, preset, optimizers):
+def announce_memory(policy, cfg, rank, ranks):
+    """Print the estimate and, on a GPU where it does not fit, what to change."""
+    need = estimate(policy.vlm, cfg, ranks)
+    there = torch.cuda.get_device_properties(policy.device).total_memory / 2 ** 30 if policy.device.type == "cuda" else None
+    if rank == 0:
+        print("memory per GPU, estimated: " + " ".join(f"{k} {v:.2f}" for k, v in need.items()) + " GiB" + (f" of {there:.1f}" if there else "")
+              + ("; it may not fit: use more ranks, --bf16_moments=true, --train_vision=false, or lower --in_flight, --max_tokens, "
+                 "--micro_batch" if there and need["peak"] > there else ""), flush=True)
+
+
+def whole(t, rank):
+    """A weight or moment, gathered if it is sharded (then all ranks must reach this): on rank 0, on the CPU; elsewhere None."""
+    t = t.full_tensor() if hasattr(t, "full_tensor") else t
+    return t.detach().cpu() if rank == 0 else None
+
+
+def save_checkpoint(out, step, policy, cfg, preset, optimizers, rank):
     """Write out/checkpoints/<step>: a plain save_pretrained folder, world.json, the optimizer's state, and checksums.json. Complete
-    or absent: it is written beside and renamed, and only then does out/last name it. Call on rank 0. Raises UserError when
-    it cannot be written, after removing what it began."""
+    or absent: it is written beside and renamed, and only then does out/last name it. All ranks must reach this, rank 0 writes.
+    Raises UserError when it cannot be written, after removing what it began."""
     from safetensors.torch import save_file
+    names = {p: n for n, p in policy.named_parameters()}
+    weights = {n: whole(p, rank) for n, p in policy.vlm.named_parameters()}
+    moments = {f"{names[p]}|{k}": whole(v, rank) for o in optimizers for p, s in o.state.items() for k, v in s.items()}
+    if rank:
+        return
     folder = os.path.join(out, "checkpoints", str(step))
     tmp = folder + ".tmp"
     try:
         os.makedirs(tmp)
-        policy.vlm.save_pretrained(tmp)
+        policy.vlm.save_pretrained(tmp, state_dict=weights)
         policy.proc.save(tmp)
         world = {"preset": preset, **{x.name: getattr(cfg, x.name) for x in fields(env.World)}}
         env.write_text(os.path.join(tmp, "world.json"), json.dumps(world, indent=1))
-        names = {p: n for n, p in policy.named_parameters()}
-        save_file({f"{names[p]}|{k}": torch.as_tensor(v) for o in optimizers for p, s in o.state.items() for k, v in s.items()},
-                  os.path.join(tmp, "optimizer.safetensors"))
+        save_file(moments, os.path.join(tmp, "optimizer.safetensors"))
         env.write_text(os.path.join(tmp, "checksums.json"), json.dumps({x: checksum(os.path.join(tmp, x)) for x in sorted(os.listdir(tmp))}))
         os.replace(tmp, folder)
         checkpoints = os.open(os.path.dirname(folder), os.O_RDONLY)  # the new name is on the disk before an old one goes
@@ -238,14 +287,18 @@ def newest_whole(out):
 
 
 def load_optimizer(folder, policy, optimizers):
-    """Restore what save_checkpoint wrote."""
-    from safetensors.torch import load_file
+    """Restore what save_checkpoint wrote, each rank its shard."""
+    from safetensors import safe_open
+    from torch.distributed.tensor import distribute_tensor
     params = dict(policy.named_parameters())
     owner = {p: o for o in optimizers for g in o.param_groups for p in g["params"]}
-    for key, v in load_file(os.path.join(folder, "optimizer.safetensors")).items():
-        name, k = key.split("|")
-        p = params[name]
-        owner[p].state[p][k] = v if k == "step" else v.to(p.device)
+    with safe_open(os.path.join(folder, "optimizer.safetensors"), "pt") as f:
+        for key in f.keys():
+            name, k = key.split("|")
+            p, v = params[name], f.get_tensor(key)
+            v = v if k == "step" else v.to(p.device)
+            sharded = k != "step" and hasattr(p, "placements")
+            owner[p].state[p][k] = distribute_tensor(v, p.device_mesh, p.placements, src_data_rank=None) if sharded else v
 
 
 def prune(out, keep, best=None):
@@ -302,6 +355,10 @@ def sync_gradients(policy, world, sums):
     if world == 1:
         return sums
     params = [p for p in policy.parameters() if p.requires_grad]
+    if policy.sharded:                                 # FSDP2 has made averages of them already
+        for p in (p for p in params if p.grad is not None):
+            p.grad *= world
+        return total(sums, world, policy.device)
     flat = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in params] + [torch.tensor(sums, device=policy.device)]
     flat = torch.cat(flat)
     dist.all_reduce(flat)
@@ -309,6 +366,12 @@ def sync_gradients(policy, world, sums):
     for p, g in zip(params, grads):
         p.grad = g.view_as(p)
     return sums.tolist()
+
+
+def clip_gradients(policy, cfg):
+    """Scale the gradient to a norm of at most clip_norm. Returns the norm before, of all ranks' shards."""
+    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.clip_norm)
+    return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
 
 
 def total(value, world, device):
@@ -334,7 +397,7 @@ def update(policy, optimizers, batches, step, cfg, world, asked):
     loss_sum, stop = sync_gradients(policy, world, [loss_sum, float(len(asked))])
 
     # 3. step, unless one rank's loss is not finite: then so is the norm or the sum of all, and none of them steps
-    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.clip_norm).item()
+    norm = clip_gradients(policy, cfg)
     skipped = not math.isfinite(loss_sum + norm)
     for o in optimizers:
         for g in o.param_groups:
@@ -356,7 +419,8 @@ def main(cfg):
     data.check_images(rows, rank, world)
     resumed = begin(cfg, rank, world)              # the step to go on from, or 0
     start = env.newest(cfg.out) if resumed else cfg.model
-    policy = env.load_policy(start, device) if start else make_tiny(rows, cfg.seed).to(device)
+    policy = env.prepare(env.load_policy(start, device, train=True) if start else make_tiny(rows, cfg.seed), cfg, device)
+    announce_memory(policy, cfg, rank, world)
     optimizers = make_optimizers(policy, cfg)
     if resumed:
         load_optimizer(start, policy, optimizers)
@@ -388,8 +452,9 @@ def main(cfg):
                 if step % cfg.log_every == 0 or step + 1 == cfg.steps:
                     print(f"step {step:5d} loss {entry['loss']:7.4f} norm {entry['grad_norm']:6.3f} tokens {entry['tokens']:6d} "
                           f"{seconds:7.1f}s eta {int(eta) // 60:3d}:{int(eta) % 60:02d}", flush=True)
-                if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps or stop:
-                    save_checkpoint(cfg.out, step + 1, policy, cfg, preset, optimizers)
+            if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps or stop:
+                save_checkpoint(cfg.out, step + 1, policy, cfg, preset, optimizers, rank)
+                if rank == 0:
                     prune(cfg.out, cfg.keep)
             if stop:
                 env.leave()
