@@ -216,7 +216,7 @@ def whole(t, rank):
     return t.detach().cpu() if rank == 0 else None
 
 
-def save_checkpoint(out, step, policy, cfg, preset, optimizers, rank):
+def save_checkpoint(out, step, policy, cfg, preset, optimizers, rank=0):
     """Write out/checkpoints/<step>: a plain save_pretrained folder, world.json, the optimizer's state, and checksums.json. Complete
     or absent: it is written beside and renamed, and only then does out/last name it. All ranks must reach this, rank 0 writes.
     Raises UserError when it cannot be written, after removing what it began."""
