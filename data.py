@@ -46,7 +46,7 @@ COLOURS = {"red": (220, 40, 40), "green": (40, 170, 60), "blue": (50, 80, 230), 
            "purple": (160, 50, 190), "cyan": (40, 200, 215)}
 SHAPES = ("triangle", "square", "cross")
 # size: pixels per side; grid: cells per side; mark: pixels; scales: zooms needed; kinds: what is asked
-LEVELS = {0: dict(size=256, grid=4, mark=12, scales=1, kinds=("colour",)),
+LEVELS = {0: dict(size=256, grid=4, mark=14, scales=1, kinds=("colour",)),
           1: dict(size=1024, grid=4, mark=14, scales=1, kinds=("colour", "shape", "count")),
           2: dict(size=2048, grid=6, mark=12, scales=2, kinds=("colour", "shape", "count")),
           3: dict(size=4096, grid=8, mark=16, scales=2, kinds=("colour", "shape", "count", "text"))}
@@ -61,7 +61,7 @@ class Config:
     seed: int = 0                     # of the sft and train scenes (the test scenes never change), or of the photographs
     out: str = "data/scenes-{seed}"   # where the rows and images go
     level: int = 0                    # 0 (256 px, the tiny task) to 3 (4096 px, two scales, small text)
-    n_sft: int = 2400                 # scenes; each asks two questions (a scene for RL or testing asks one)
+    n_sft: int = 3360                 # scenes; each asks two questions (a scene for RL or testing asks one)
     n_train: int = 1800
     n_test: int = 768
     per_question: int = 3             # cold-start trajectories per question
@@ -646,6 +646,13 @@ def load_rows(path):
     return rows
 
 
+def check_images(rows, rank, world):
+    """Read the header of every image, shared out over the ranks, before hours are spent: raises env.open_image's UserError.
+    (An image that is cut short shows only when it is decoded.)"""
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(partial(env.open_image, decode=False), sorted({r["images"][0] for r in rows})[rank::world]))
+
+
 def main(cfg):
     """Make the scenes of cfg.out unless they are there, or rows from the photographs of cfg.images."""
     rank, world, device = env.setup()
@@ -653,12 +660,16 @@ def main(cfg):
         return construct(cfg, device)
     if cfg.level not in LEVELS:
         raise UserError(f"--level={cfg.level}: the levels are {', '.join(map(str, LEVELS))}")
-    if rank == 0 and not os.path.exists(os.path.join(cfg.out, "config.json")) and os.path.exists(os.path.join(cfg.out, "train.jsonl")):
+    here = lambda name: os.path.exists(os.path.join(cfg.out, name))
+    if rank == 0 and here("train.jsonl") and not here("config.json") and not here("unfinished.json"):
         raise UserError(f"{cfg.out} holds rows that data.py did not make (or not completely); give another --out (rppo.py: --data)")
     if rank == 0 and not env.same_settings(cfg.out, cfg):
+        os.makedirs(cfg.out, exist_ok=True)
+        unfinished = os.path.join(cfg.out, "unfinished.json")  # by this we know our own rows after an interruption
+        env.write_text(unfinished, json.dumps(asdict(cfg), indent=1))
         counts = {split: write_rows(cfg, split, n, seed) for split, n, seed in
                   (("sft", cfg.n_sft, cfg.seed), ("train", cfg.n_train, cfg.seed), ("test", cfg.n_test, 2 ** 32))}
-        env.write_text(os.path.join(cfg.out, "config.json"), json.dumps(asdict(cfg), indent=1))  # last: its presence means complete
+        os.replace(unfinished, os.path.join(cfg.out, "config.json"))  # last: its presence means complete
         print(f"{cfg.out}: " + ", ".join(f"{n} {split} rows" for split, n in counts.items()))
     if world > 1:
         env.dist.barrier()

@@ -142,8 +142,10 @@ def main(cfg):
     if not cfg.model:
         raise env.UserError("eval.py needs --model=FOLDER, for example --model=runs/rppo (make it with `torchrun rppo.py`)")
     rows = data.load_rows(os.path.join(cfg.data, "test.jsonl"))[:cfg.limit or None]
+    data.check_images(rows, rank, world)
     policy, t = env.load_policy(cfg.model, device), time.time()
-    result, longest = score(policy, rows, cfg, rank, world)
+    with env.memory("evaluation", cfg.max_tokens, "in_flight", cfg):
+        result, longest = score(policy, rows, cfg, rank, world)
     result["seconds"] = round(time.time() - t, 1)
     if rank == 0:
         os.makedirs(cfg.out, exist_ok=True)
