@@ -343,7 +343,7 @@ def converse(q, model, problem, world, k, frame=None, seen=True):
     image = q.photo.image.crop(frame) if frame else q.photo.image
     start = [model.name, q.job.cfg.seed, q.n, env.SYSTEM if world.max_crops else env.SYSTEM_NO_TOOL, problem, frame, seen, asdict(world)]
 
-    def rollout(key):  # in env.py a conversation begins with an image: a blank one where there is none to see
+    def sample(key):  # in env.py a conversation begins with an image: a blank one where there is none to see
         row = dict(images=[image if seen else Image.new("RGB", (64, 64), "grey")], problem=problem)
         try:
             with model.busy:
@@ -356,7 +356,7 @@ def converse(q, model, problem, world, k, frame=None, seen=True):
         text = env.chat(model.url, model.name, messages(q.photo.parts, traj, problem, world, frame, seen), world.temperature)
         return text.strip().encode(errors="replace").decode()
 
-    said = model.policy and q.photo.recall([*start, k], rollout)
+    said = model.policy and q.photo.recall([*start, k], sample)
     trajs = [env.Trajectory({}, image, boxes=[(0, 0, image.width, image.height)]) for _ in range(k)]
     for i, t in enumerate(trajs):
         while t.status == "open" and not (said and len(t.turns) == len(said[i])):
@@ -403,9 +403,10 @@ def select(cfg, name):
 
 def propose(q):
     """2. The annotator zooms in on a detail, step by step (and ends with a question about it)."""
-    rng = np.random.default_rng([q.job.cfg.seed, int(q.photo.digest[:8], 16)])
+    cfg, world = q.job.cfg, q.job.world
+    rng = np.random.default_rng([cfg.seed, int(q.photo.digest[:8], 16)])
     kind, choices = KINDS[(rng.integers(len(KINDS)) + q.n) % len(KINDS)]
-    room = replace(q.job.world, max_crops=ZOOMS[1] + 1, max_tokens=q.job.world.max_tokens + 4096)  # the prompt is long
+    room = replace(world, max_crops=ZOOMS[1] + 1, max_tokens=world.max_tokens + 4096)  # the prompt is long
     [traj] = converse(q, q.job.annotator, PROPOSE.format(kind=kind, choices=choices), room, 1)
     q.text, q.chain, steps = traj.answer, [list(b) for b in traj.crops], list(zip(traj.boxes, traj.crops))
     if q.text is None:
@@ -416,7 +417,7 @@ def propose(q):
         return "a zoom leaves the crop before it"
     if any(area(inner) * FINER ** 2 > area(outer) for outer, inner in steps):
         return "a zoom is hardly finer"
-    if area(q.chain[-1]) > q.job.cfg.area * area(traj.boxes[0]):
+    if area(q.chain[-1]) > cfg.area * area(traj.boxes[0]):
         return "the last view is too large"
 
 
@@ -459,11 +460,12 @@ def verify(q):
 
 def grade(q):
     """5. The policy, with the tool, solves it sometimes, not always, and never with fewer than two crops."""
-    trajs = converse(q, q.job.policy, q.row["problem"], q.job.world, q.job.cfg.samples)
+    cfg = q.job.cfg
+    trajs = converse(q, q.job.policy, q.row["problem"], q.job.world, cfg.samples)
     solved = [len(t.crops) for t in trajs if right(t, q.row)]
     if not solved:
         return "never solved"
-    if len(solved) > q.job.cfg.max_rate * len(trajs):
+    if len(solved) > cfg.max_rate * len(trajs):
         return "solved too often"
     if min(solved) < 2:
         return "solved with one crop or none"
