@@ -765,7 +765,7 @@ def test_a_signal_to_one_worker(whole, scenes, base, tmp_path):
     """SIGTERM to one rank of two: both finish the step, save and leave with exit code 0, so that torchrun succeeds; the same
     command goes on."""
     out = f"{tmp_path}/run"
-    printed = finish(torchrun("sft", 2, scenes, base, out, dict(how="term", rank=1, call=2), files=False), out, code=0)
+    printed = finish(torchrun("sft", 2, scenes, base, out, dict(how="term", rank=1, call=2)), out, code=0)
     assert "the same command goes on" in printed and open(f"{out}/last").read() == "3" and "Traceback" not in printed
     finish(torchrun("sft", 2, scenes, base, out), out)
     same(out, whole("sft", 2), files=False)
