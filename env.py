@@ -17,7 +17,6 @@ V rows of the language-model head. (In formulas T is DRIM's number of crops.) Bo
 The method is DRIM (arXiv 2512.17306), written from its description; "our choice" marks what is not published.
 """
 import base64
-import errno
 import http.client
 import io
 import json
@@ -243,7 +242,7 @@ def open_image(path, decode=True):
 def inside(root, path, row):
     """The absolute path of an image, symbolic links and .. resolved. UserError naming the row if it lies outside root."""
     root = os.path.realpath(root)
-    full = os.path.realpath(os.path.join(root, path.replace("\0", "")))
+    full = os.path.realpath(os.path.join(root, path.replace("\0", "")))  # no file's name has a \0
     if os.path.commonpath([root, full]) != root:
         raise UserError(f"row {row}: image {path} lies outside {root}; mend the row or the image root")
     return full
@@ -285,9 +284,8 @@ class Processor:
         """Cut box out of the original and resize it into the pixel budget. Returns uint8 (H, W, 3)."""
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
         side = self.patch * self.merge
-        h, w = smart_resize(box[3] - box[1], box[2] - box[0], side, min_pixels, max_pixels)
         most = max_pixels // side ** 2 * side  # a thin box is made one token wide, and would exceed the budget in length
-        h, w = min(h, most), min(w, most)
+        h, w = (min(v, most) for v in smart_resize(box[3] - box[1], box[2] - box[0], side, min_pixels, max_pixels))
         im = image.resize((w, h), Image.BICUBIC, box=box, reducing_gap=3.0)
         return torch.from_numpy(np.asarray(im).copy())
 
@@ -836,6 +834,7 @@ def metrics(records):
 
 AT_LEAST_1 = ("steps", "batch", "micro_batch", "prompts", "samples", "updates", "keep", "k", "in_flight", "turn_tokens",
               "max_tokens", "save_every", "eval_every", "log_every", "show_every", "max_skips")
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def configure(Config, real, argv=None, **given):
@@ -870,49 +869,48 @@ def configure(Config, real, argv=None, **given):
 
 
 def run(main, Config, real):
-    """The command line of a stage. SIGTERM and Ctrl-C end it with exit code 0, a full disk with a clear line."""
-    for s in (signal.SIGTERM, signal.SIGINT):
+    """The command line of a stage. SIGTERM and Ctrl-C end it with exit code 0, a full disk with one line."""
+    for s in SIGNALS:
         signal.signal(s, leave)
     try:
         main(configure(Config, real))
-    except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as e:  # safetensors and tokenizers have exceptions of their own for what is an OSError in Python
+        if not re.search("No space left|[Qq]uota exceeded|File too large", str(e)):
             raise
-        raise UserError(f"{e.filename or 'a file'}: the disk is full; make room, then the same command goes on")
+        raise UserError(f"the disk is full ({e}); make room, then the same command goes on from the last checkpoint")
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def leave(*_):
-    """End this process in good order: what it made so far is on the disk."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        os.write(1, b"stopped by a signal; the same command goes on from the last checkpoint\n")  # print may not nest
+    """End this process in good order; what it made so far is on the disk."""
+    if os.environ.get("RANK", "0") == "0":  # not by print, which a signal may have interrupted
+        os.write(1, b"stopped by a signal; the same command goes on from the last checkpoint\n")
     raise SystemExit(0)
 
 
 @contextmanager
 def interruptible():
-    """Within a training loop SIGTERM and Ctrl-C only fill the list that this yields: the step is finished and saved first."""
+    """Within it SIGTERM and Ctrl-C only fill the list that it yields, so that a step is finished and saved first."""
     asked = []
-    before = {s: signal.signal(s, lambda number, _: asked.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
+    before = [signal.signal(s, lambda number, _: asked.append(number)) for s in SIGNALS]
     try:
         yield asked
     finally:
-        for s, handler in before.items():
+        for s, handler in zip(SIGNALS, before):
             signal.signal(s, handler)
-    if asked:  # after the last step asked for it
+    if asked:  # too late for the last step
         signal.raise_signal(asked[0])
 
 
 @contextmanager
-def memory(phase, tokens, knob, cfg):
-    """Make a UserError of the GPU's memory running out in this phase. tokens: of its longest trajectory; knob: of cfg."""
+def memory(phase, tokens):
+    """Says what helps when the GPU's memory runs out in a phase whose longest trajectory has so many tokens."""
     try:
         yield
-    except torch.OutOfMemoryError as e:
-        raise UserError(f"out of GPU memory in the {phase}, trajectories of up to {tokens} tokens ({str(e).split('. ')[0]}); lower "
-                        f"--{knob} (now {getattr(cfg, knob)}), --max_tokens ({cfg.max_tokens}), --max_pixels ({cfg.max_pixels}) "
-                        f"or --max_crop_pixels ({cfg.max_crop_pixels})")
+    except torch.OutOfMemoryError:
+        raise UserError(f"out of GPU memory in the {phase}, with trajectories of up to {tokens} tokens; lower --in_flight (rollouts), "
+                        "--micro_batch (updates), --max_tokens, --max_pixels or --max_crop_pixels")
 
 
 def newest(folder):

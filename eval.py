@@ -144,7 +144,7 @@ def main(cfg):
     rows = data.load_rows(os.path.join(cfg.data, "test.jsonl"))[:cfg.limit or None]
     data.check_images(rows, rank, world)
     policy, t = env.load_policy(cfg.model, device), time.time()
-    with env.memory("evaluation", cfg.max_tokens, "in_flight", cfg):
+    with env.memory("evaluation", cfg.max_tokens):
         result, longest = score(policy, rows, cfg, rank, world)
     result["seconds"] = round(time.time() - t, 1)
     if rank == 0:
