@@ -1,15 +1,14 @@
-"""How fast are env.rollout and rppo.update? Measured against plain transformers in the same run, on the same prompts, with
-the same forced turns.
+"""How fast are env.rollout and rppo.update? Measured beside plain transformers, on the same prompts with the same forced turns.
 
     python tests/bench.py                                             # the tiny model, on the CPU
     python tests/bench.py --shape=qwen3-vl-4b                         # a true shape with random weights, on CUDA
-    python tests/bench.py --shape=qwen3-vl-4b --shrink=16 --repeats=1 # all its code on the CPU: every width divided by 16
+    python tests/bench.py --shape=qwen3-vl-4b --shrink=16 --repeats=1 # its code on the CPU, every size divided by 16
 
 Plain rollout: `generate` on the whole dialogues, turn by turn, all of them one left-padded batch with the pixels of all
-images so far, as TRL does it. Plain update: the whole dialogues as padded batches with an attention mask, the logits of
-every position, log_softmax over the vocabulary. Both use the same weights, tool and resized images as ours.
-Every turn is scripted: a hook on both sides adds so much to the logit of the next scripted token that it is certain to be
-drawn. What was drawn, the images, the logits before the hook and the norm of the gradient are asserted to be equal.
+images so far, as TRL does it. Plain update: whole dialogues padded, with an attention mask, the logits of every position and
+log_softmax over the vocabulary. Both sides share weights, tool and resized images. A hook on both sides adds so much to the
+logit of the next scripted token that it is certain to be drawn. What was drawn, the images, the logits before the hook and
+the norm of the gradient are asserted to be equal.
 
 Prints one table and writes runs/bench.json: rollout_ratio and update_ratio (plain seconds / ours), update_memory_ratio (our
 peak / theirs, above what is held before), and what they are made of.
@@ -23,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import redirect_stdout
 from ctypes import CDLL
 from dataclasses import dataclass, replace
 from statistics import median
@@ -45,53 +45,48 @@ class Config:
     prompts: int = 8                 # P
     samples: int = 8                 # G
     turns: int = 5                   # calls, and an answer in the last one
-    turn_tokens: int = 0             # longest turn, the shortest has half of it; 0: 48 for tiny, else 256
+    turn_tokens: int = 0             # longest turn, the shortest has half of it; 0: 32 for tiny (its cold start's mean is 23), else 256
     repeats: int = 5                 # of each measurement, ours and plain by turns; medians are reported
     scaling: bool = True             # also measure how the rollout's time grows
     shrink: int = 1                  # divide a true shape by this: a trial of the command without its GPU
-    seed: int = 0
     out: str = "runs/bench.json"
 
 
 # text: width, width of the MLP, layers, heads, key-value heads, V, tied head; vision: width, width of the MLP, blocks, heads,
 # blocks that feed deepstack (Qwen3-VL) or attend to the whole image (Qwen2.5-VL)
-SHAPES = {"qwen3-vl-2b": ((2048, 6144, 28, 16, 8, 151936, True), (1024, 4096, 24, 16, (5, 11, 17))),
-          "qwen3-vl-4b": ((2560, 9728, 36, 32, 8, 151936, True), (1024, 4096, 24, 16, (5, 11, 17))),
-          "qwen3-vl-8b": ((4096, 12288, 36, 32, 8, 151936, False), (1152, 4304, 27, 16, (8, 16, 24))),
-          "qwen2.5-vl-3b": ((2048, 11008, 36, 16, 2, 151936, True), (1280, 3420, 32, 16, (7, 15, 23, 31))),
-          "qwen2.5-vl-7b": ((3584, 18944, 28, 28, 4, 152064, False), (1280, 3420, 32, 16, (7, 15, 23, 31)))}
+SHAPES = {"qwen3-vl-2b": (2048, 6144, 28, 16, 8, 151936, True, 1024, 4096, 24, 16, (5, 11, 17)),
+          "qwen3-vl-4b": (2560, 9728, 36, 32, 8, 151936, True, 1024, 4096, 24, 16, (5, 11, 17)),
+          "qwen3-vl-8b": (4096, 12288, 36, 32, 8, 151936, False, 1152, 4304, 27, 16, (8, 16, 24)),
+          "qwen2.5-vl-3b": (2048, 11008, 36, 16, 2, 151936, True, 1280, 3420, 32, 16, (7, 15, 23, 31)),
+          "qwen2.5-vl-7b": (3584, 18944, 28, 28, 4, 152064, False, 1280, 3420, 32, 16, (7, 15, 23, 31))}
 
 
 def make_policy(cfg, rows, device):
     """The tiny policy of sft.py, or a random one of a true shape, made on the device, with the tiny one's tokenizer."""
-    tiny = sft.make_tiny(rows, cfg.seed)
+    tiny = sft.make_tiny(rows, seed=0)
     if cfg.shape == "tiny":
         return tiny.to(device)
-    (width, mlp, layers, heads, kv, vocab, tied), (v_width, v_mlp, depth, v_heads, special) = SHAPES[cfg.shape]
-    less = lambda n, least=1: max(least, n // cfg.shrink)
-    scale, v_scale = less(heads) / heads, less(v_heads) / v_heads
+    tok, three, less = tiny.proc.tok, cfg.shape.startswith("qwen3"), lambda n, least=1: max(least, n // cfg.shrink)
+    width, mlp, layers, heads, kv, vocab, tied, v_width, v_mlp, blocks, v_heads, marks = SHAPES[cfg.shape]
+    scale, v_scale, depth = less(heads) / heads, less(v_heads) / v_heads, less(blocks, 4)
+    marks = sorted({i * depth // blocks for i in marks})
     text = dict(hidden_size=int(width * scale), intermediate_size=int(mlp * scale), num_hidden_layers=less(layers, 4),
-                num_attention_heads=less(heads), num_key_value_heads=less(kv), vocab_size=less(vocab), tie_word_embeddings=tied)
-    marks = sorted({i * less(depth, 4) // depth for i in special})
-    vision = dict(hidden_size=int(v_width * v_scale), intermediate_size=int(v_mlp * v_scale), depth=less(depth, 4),
-                  num_heads=less(v_heads), spatial_merge_size=2, temporal_patch_size=2, out_hidden_size=text["hidden_size"])
-    tok = tiny.proc.tok
+                num_attention_heads=less(heads), num_key_value_heads=less(kv), vocab_size=less(vocab), tie_word_embeddings=tied,
+                bos_token_id=None, eos_token_id=tiny.proc.end, **({"head_dim": 128} if three else {}),
+                rope_parameters=dict(rope_type="default", rope_theta=5e6, mrope_section=[24, 20, 20], mrope_interleaved=True)
+                if three else dict(rope_type="default", rope_theta=1e6, mrope_section=[16, 24, 24]))
+    vision = dict(hidden_size=int(v_width * v_scale), intermediate_size=int(v_mlp * v_scale), depth=depth, num_heads=less(v_heads),
+                  spatial_merge_size=2, temporal_patch_size=2, out_hidden_size=text["hidden_size"], patch_size=16 if three else 14,
+                  **(dict(num_position_embeddings=2304, deepstack_visual_indexes=marks) if three else
+                     dict(window_size=112, fullatt_block_indexes=marks)))
     ids = {f"{k}_token_id": tok.convert_tokens_to_ids(f"<|{n}|>") for k, n in dict(
         image="image_pad", video="video_pad", vision_start="vision_start", vision_end="vision_end").items()}
-    if cfg.shape.startswith("qwen3"):
-        text |= dict(head_dim=128, rope_parameters=dict(rope_type="default", rope_theta=5e6, mrope_section=[24, 20, 20], mrope_interleaved=True))
-        vision |= dict(patch_size=16, num_position_embeddings=2304, deepstack_visual_indexes=marks)
-        kind, patch = "Qwen3VL", 16
-    else:
-        text |= dict(bos_token_id=None, rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[16, 24, 24]))
-        vision |= dict(patch_size=14, window_size=112, fullatt_block_indexes=marks)
-        kind, patch = "Qwen2_5_VL", 14
-    text["eos_token_id"] = tiny.proc.end
-    torch.manual_seed(cfg.seed)
+    kind = "Qwen3VL" if three else "Qwen2_5_VL"
     config = getattr(transformers, kind + "Config")(text_config=text, vision_config=vision, tie_word_embeddings=tied, **ids)
     with torch.device(device):
         vlm = getattr(transformers, kind + "ForConditionalGeneration")(config)
-    return env.Policy(vlm, env.Processor(tok, patch, 2, (0.5,) * 3, (0.5,) * 3, text["vocab_size"])).to(device)
+    proc = env.Processor(tok, vision["patch_size"], 2, (0.5,) * 3, (0.5,) * 3, text["vocab_size"])
+    return env.Policy(vlm, proc).to(device)
 
 
 def without_patches(vlm):
@@ -102,13 +97,12 @@ def without_patches(vlm):
     return plain
 
 
-def settings(cfg, **given):
-    """The settings of rppo.py for this shape, with room for all scripted turns. given: fields of Config or of World."""
-    real, turns = cfg.shape != "tiny", given.pop("turns", cfg.turns)
-    preset = {**env.REAL_WORLD, **rppo.REAL} if real else {}
-    pixels = {k: v // cfg.shrink for k, v in preset.items() if k.endswith("pixels")}
-    longest = cfg.turn_tokens or (256 // min(cfg.shrink, 5) if real else 48)
-    return rppo.Config(**{**preset, **pixels, "max_crops": turns - 1, "turn_tokens": longest, "max_tokens": 10 ** 6,
+def settings(cfg, turns=None, **given):
+    """rppo.py's settings for this shape, with room for all scripted turns; given: what differs, for the tables of `scaling`."""
+    preset = {} if cfg.shape == "tiny" else {**env.REAL_WORLD, **rppo.REAL}
+    preset |= {k: v // cfg.shrink for k, v in preset.items() if k.endswith("pixels")}
+    longest = cfg.turn_tokens or (256 // min(cfg.shrink, 5) if preset else 32)
+    return rppo.Config(**{**preset, "max_crops": (turns or cfg.turns) - 1, "turn_tokens": longest, "max_tokens": 10 ** 6,
                           "in_flight": 10 ** 6, "samples": cfg.samples, "prompts": cfg.prompts, **given})
 
 
@@ -118,15 +112,14 @@ class Script:
     def __init__(self, policy, task):
         """Makes `turns`, a list (turns) of lists (B) of ids, and `table` (turns, turn_tokens, B, 1), padded with the end."""
         proc, rng, B = policy.proc, np.random.default_rng(0), task.prompts * task.samples
-        ids = lambda text: proc.encode(text, keep=env.TAGS)
-        self.turns, self.raw = [], []
+        ids, self.turns, self.raw = lambda text: proc.encode(text, keep=env.TAGS), [], []
         for k in range(task.max_crops + 1):
-            boxes = 250 * np.hstack([c := rng.integers(0, 4, (B, 2)), c + 1])
-            acts = [ids("</think>\n" + (data.look(b) if k < task.max_crops else "<answer>red</answer>")) + [proc.end] for b in boxes]
-            sizes = rng.integers(task.turn_tokens // 2, task.turn_tokens + 1, B)
-            thoughts = [ids("<think>") + ids(" black") * n for n in sizes]
-            self.turns.append([t[:max(1, n - len(a))] + a for t, a, n in zip(thoughts, acts, sizes)])
-        assert max(len(t) for turn in self.turns for t in turn) <= task.turn_tokens, "the turns are too short for a call"
+            corner, sizes = rng.integers(0, 4, (B, 2)), rng.integers(task.turn_tokens // 2, task.turn_tokens + 1, B)
+            acts = [data.look(250 * np.array([*c, *c + 1])) if k < task.max_crops else "<answer>red</answer>" for c in corner]
+            acts = [ids("</think>\n" + a) + [proc.end] for a in acts]
+            self.turns.append([(ids("<think>") + ids(" black") * n)[:max(1, n - len(a))] + a for a, n in zip(acts, sizes)])
+        if max(len(t) for turn in self.turns for t in turn) > task.turn_tokens:
+            raise env.UserError(f"--turn_tokens={task.turn_tokens} leaves no room for a call; raise it")
         table = [[t + [proc.end] * (task.turn_tokens - len(t)) for t in turn] for turn in self.turns]
         self.table = torch.tensor(table, device=policy.device).transpose(1, 2)[..., None]
 
@@ -141,50 +134,52 @@ class Script:
 
 
 def our_rollout(policy, rows, task, script):
+    real = env.sample_turn
+
     def sample_turn(policy, cache, last, trajs, *more):
-        assert len(trajs) == script.table.shape[2]
         script.begin(len(trajs[0].turns))
         return real(policy, cache, last, trajs, *more)
-    real = env.sample_turn
     with patch.object(env, "sample_turn", sample_turn), \
          patch.object(policy, "logits", lambda h, t: script(None, env.Policy.logits(policy, h, t))):
         return env.rollout(policy, rows, task, task.samples)
 
 
-def padded(trajs, proc, device, left):
-    """What transformers' processors would make of whole dialogues: padded ids, masks, and the pixels of every image."""
+def padded(trajs, policy, left):
+    """Whole dialogues as transformers' processors would give them, and the mask of the sampled tokens (B, T)."""
     T = max(len(t.ids) for t in trajs)
-    pad = lambda x, fill: torch.tensor([[fill] * (T - len(v)) * left + v + [fill] * (T - len(v)) * (not left) for v in x], device=device)
-    ids = pad([t.ids for t in trajs], proc.end)
-    pixels, grid = proc.patchify([v for t in trajs for v in t.views], device)
-    return dict(input_ids=ids, attention_mask=pad([[1] * len(t.ids) for t in trajs], 0), mm_token_type_ids=(ids == proc.image).int(),
-                pixel_values=pixels, image_grid_thw=grid.to(device)), pad([t.mask for t in trajs], 0)
+
+    def pad(lists, fill):
+        rows = [[fill] * (T - len(x)) + x if left else x + [fill] * (T - len(x)) for x in lists]
+        return torch.tensor(rows, device=policy.device)
+    ids = pad([t.ids for t in trajs], policy.proc.end)
+    pixels, grid = policy.proc.patchify([v for t in trajs for v in t.views], policy.device)
+    return dict(input_ids=ids, attention_mask=pad([[1] * len(t.ids) for t in trajs], 0), pixel_values=pixels,
+                mm_token_type_ids=(ids == policy.proc.image).int(), image_grid_thw=grid.to(ids)), pad([t.mask for t in trajs], 0)
 
 
 @torch.no_grad()
 def plain_rollout(vlm, policy, rows, task, script):
-    vlm.eval()
-    prompts = [env.reset(policy.proc, row, task) for row in rows]
+    end, prompts = policy.proc.end, [env.reset(policy.proc, row, task) for row in rows]
     trajs = [replace(t, boxes=list(t.boxes), turns=[]) for t in prompts for _ in range(task.samples)]
+    vlm.eval()
     for k in range(task.max_crops + 1):
         script.begin(k)
-        batch, _ = padded(trajs, policy.proc, policy.device, left=True)
+        batch, _ = padded(trajs, policy, left=True)
         with policy.autocast():
-            out = vlm.generate(**batch, logits_processor=[script], max_new_tokens=task.turn_tokens, do_sample=True, temperature=1.0,
-                               top_k=0, top_p=1.0, eos_token_id=policy.proc.end, pad_token_id=policy.proc.end)
+            out = vlm.generate(**batch, logits_processor=[script], max_new_tokens=task.turn_tokens, do_sample=True,
+                               temperature=1.0, top_k=0, top_p=1.0, eos_token_id=end, pad_token_id=end)
         for t, ids in zip(trajs, out[:, batch["input_ids"].shape[1]:].tolist()):
-            env.respond(t, policy.proc, ids[:ids.index(policy.proc.end) + 1])
+            env.respond(t, policy.proc, ids[:ids.index(end) + 1])
             env.observe(t, policy.proc, task)
     return trajs
 
 
 def plain_update(vlm, policy, optimizer, trajs, advantages, task):
-    """One step, on CUDA in the micro-batches of rppo.py (the logits of all 64 would not fit). Returns the gradient's norm."""
+    """One step as one batch; on CUDA in the micro-batches of rppo.py, or the logits would not fit. Returns the gradient's norm."""
+    n_tokens, size = sum(sum(t.mask) for t in trajs), task.micro_batch if policy.device.type == "cuda" else len(trajs)
     vlm.train()
-    n_tokens = sum(sum(t.mask) for t in trajs)
-    size = len(trajs) if policy.device.type == "cpu" else task.micro_batch
     for i in range(0, len(trajs), size):
-        batch, mask = padded(trajs[i:i + size], policy.proc, policy.device, left=False)
+        batch, mask = padded(trajs[i:i + size], policy, left=False)
         with policy.autocast():
             logits = vlm(**batch, use_cache=False).logits
         logp = (logits[:, :-1].float() / task.temperature).log_softmax(-1).gather(2, batch["input_ids"][:, 1:, None])[..., 0]
@@ -217,31 +212,32 @@ def by_turns(repeats, device, *functions):
 
 
 def peak_memory(f, device):
-    """Bytes that f needs at most, above what is held before. On the CPU the growth of a forked process."""
+    """Bytes that f needs at most, above what is held before. On the CPU: how much a forked process grows."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_allocated()
         f()
         return torch.cuda.max_memory_allocated() - held
+    used = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if sys.platform == "linux" else 1)
 
     def child(grown):
         torch.set_num_threads(1)  # the threads of the parent do not survive the fork
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before = used()
         f()
-        grown.value = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        grown.value = used() - before
     if sys.platform == "linux":
         CDLL(None).malloc_trim(0)  # give back what was freed, or the child would take from it unseen
     fork = multiprocessing.get_context("fork")
-    grown = fork.Value("d", -1.0)
+    grown = fork.Value("q")
     process = fork.Process(target=child, args=(grown,))
     process.start()
     process.join()
     assert process.exitcode == 0
-    return int(grown.value) * (1024 if sys.platform == "linux" else 1)
+    return grown.value
 
 
 def parts_of(rollout, policy):
-    """One rollout's seconds by part. `decode` includes choosing the tokens; `other` is the tool, text and copying rows."""
+    """One rollout's seconds by part. decode includes choosing the tokens; python is the tool, text, and copying of rows."""
     spent = Counter()
 
     def timed(name, f):
@@ -251,73 +247,54 @@ def parts_of(rollout, policy):
             spent[name] += clock(policy.device) - t
             return out
         return run
-    sample_turn = timed("decode", env.sample_turn)
-    with patch.object(env, "prefill", timed("prefill", env.prefill)), patch.object(env, "sample_turn", sample_turn), \
-         patch.object(policy, "see", timed("vision", policy.see)):
-        timed("total", rollout)()
-    spent["prefill"] -= spent["vision"]  # it is part of it
-    spent["other"] = spent["total"] - spent["prefill"] - spent["decode"] - spent["vision"]
+    with patch.object(env, "prefill", timed("prefill", env.prefill)), patch.object(policy, "see", timed("vision", policy.see)), \
+         patch.object(env, "sample_turn", timed("decode", env.sample_turn)):
+        timed("python", rollout)()
+    spent["prefill"] -= spent["vision"]  # each was timed with what it calls
+    spent["python"] -= spent["prefill"] + spent["vision"] + spent["decode"]
     return dict(spent)
 
 
 def limits(device):
     """What the machine can do: bytes/s of a copy (read and written), operations/s of a matrix product in the compute type."""
     cuda = device.type == "cuda"
-    x, n = torch.empty(2 ** (30 if cuda else 24), dtype=torch.uint8, device=device), 8192 if cuda else 512
-    y, a = torch.empty_like(x), torch.randn(n, n, device=device, dtype=torch.bfloat16 if cuda else torch.float32)
+    x, n = torch.zeros(2 ** (30 if cuda else 26), dtype=torch.uint8, device=device), 8192 if cuda else 512
+    y, a = torch.zeros_like(x), torch.randn(n, n, device=device, dtype=torch.bfloat16 if cuda else torch.float32)
     copying, product = by_turns(12, device, lambda: x.copy_(y), lambda: a @ a)
     return 2 * len(x) / copying, 2 * n ** 3 / product
 
 
 def counted(policy, trajs, script):
-    """(bytes that decoding must read: weights once a step, keys and values of each live row; operations of the update: 6 per
-    parameter and token it is applied to, plus attention). Each image counts once, windows of the tower not at all."""
+    """(bytes that decoding must read: the weights once a step, keys and values of each live row; operations of an update: 6 per
+    parameter and token it is applied to, plus attention). An image counts once, the windows of the tower do not."""
     core, text, vision = policy.vlm.model, policy.vlm.config.get_text_config(), policy.vlm.config.vision_config
     size = lambda module: sum(p.numel() for p in module.parameters())
-    width, head = (2 if policy.device.type == "cuda" else 4), policy.vlm.lm_head.weight.numel()
     stack, tower = size(core.language_model) - size(core.get_input_embeddings()), size(core.visual)
-    one_head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    kv = 2 * text.num_hidden_layers * text.num_key_value_heads * one_head * width
-    read, spans = 0, [np.flatnonzero(np.diff([0, *t.mask, 0])) for t in trajs]  # where each turn begins and ends
-    for turn in range(len(script.turns)):
-        read += (max(len(t) for t in script.turns[turn]) - 1) * (stack + head) * width
-        read += sum(kv * sum(range(s[2 * turn] + 1, s[2 * turn + 1])) for s in spans)
-    full = len(getattr(vision, "fullatt_block_indexes", range(vision.depth)))
-    attend = 6 * text.num_hidden_layers * text.num_attention_heads * one_head  # half of 12: causal
-    patches = [v.shape[0] * v.shape[1] // policy.proc.patch ** 2 for v in {id(v): v for t in trajs for v in t.views}.values()]
+    head, width = policy.vlm.lm_head.weight.numel(), 2 if policy.device.type == "cuda" else 4
+    depth, per_head = text.num_hidden_layers, getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    read = sum(max(map(len, turn)) - 1 for turn in script.turns) * (stack + head) * width
+    for t, turns in zip(trajs, zip(*script.turns)):
+        starts = np.flatnonzero(np.diff([0, *t.mask]) == 1)  # a turn of n tokens feeds all but its last
+        read += sum(int(s) + i for s, ids in zip(starts, turns) for i in range(1, len(ids))) * \
+            2 * depth * text.num_key_value_heads * per_head * width
+    attend = 6 * depth * text.num_attention_heads * per_head  # half of 12, for it is causal
     work = sum(6 * stack * len(t.ids) + attend * len(t.ids) ** 2 + 6 * head * sum(t.mask) for t in trajs)
-    return read, work + sum(6 * tower * n + 12 * full * vision.hidden_size * n * n for n in patches)
+    full = len(getattr(vision, "fullatt_block_indexes", range(vision.depth)))
+    for v in {id(v): v for t in trajs for v in t.views}.values():
+        n = v.shape[0] * v.shape[1] // policy.proc.patch ** 2
+        work += 6 * tower * n + 12 * full * vision.hidden_size * n * n
+    return read, work
 
-
-def scaling(policy, rows, cfg):
-    """Tables of (value, seconds, tokens fed to the model); a prompt's tokens are fed once for its group."""
-    real, tables = cfg.shape != "tiny", {}
-    base = settings(cfg)
-    for field, values in {"turns": (2, 3, 5, 9), "samples": (2, 4, 8, 16),
-                          "max_pixels": [base.max_pixels * x // 4 for x in (1, 2, 4, 8)] if real else [32 ** 2, 64 ** 2, 128 ** 2, 256 ** 2],
-                          "turn_tokens": [base.turn_tokens * x // 2 for x in (1, 2, 4, 8)]}.items():
-        tables[field] = []
-        for value in values:
-            task = settings(cfg, **{field: value})
-            script = Script(policy, task)
-            run = lambda: our_rollout(policy, rows, task, script)
-            trajs = run()
-            tokens = sum(len(t.ids) - t.mask.index(1) for t in trajs) + sum(t.mask.index(1) for t in trajs[::task.samples])
-            tables[field].append((value, by_turns(max(1, cfg.repeats // 2), policy.device, run)[0], tokens))
-    return tables
-
-
-# ---------------------------------------------------------------------------------------------------------------
 
 def check_equal(script, ours, plain, our_raw, plain_raw):
     """Both sides drew the scripted tokens, saw the same images, and computed the same logits (to the compute type)."""
     for a, b, turns in zip(ours, plain, zip(*script.turns), strict=True):
         assert a.ids == b.ids and a.mask == b.mask and a.status == b.status == "answered"
-        assert [i for i, m in zip(a.ids, a.mask) if m] == [i for t in turns for i in t]
+        assert [i for i, m in zip(a.ids, a.mask) if m] == sum(turns, [])
         assert len(a.views) == len(b.views) and all(torch.equal(x, y) for x, y in zip(a.views, b.views))
     for turns, x, y in zip(script.turns, our_raw, plain_raw, strict=True):
         length = torch.tensor([[len(t)] for t in turns], device=x[0].device)
-        n = int(length.max())  # more steps than that may have been made; a row that is done computes nothing of meaning
+        n = int(length.max())  # more steps may have been made; what a row computes after its end has no meaning
         gap = (torch.cat(x[:n], 1) - torch.cat(y[:n], 1)).abs().masked_fill(torch.arange(n, device=length.device) >= length, 0)
         assert (gap.sum(1) / length[:, 0]).max() < (0.1 if gap.is_cuda else 1e-4)
 
@@ -325,85 +302,98 @@ def check_equal(script, ours, plain, our_raw, plain_raw):
 def compare_rollouts(cfg, policy, plain, rows, task, script):
     """Returns (trajectories, results)."""
     ours, theirs = (lambda: our_rollout(policy, rows, task, script)), (lambda: plain_rollout(plain, policy, rows, task, script))
-    trajs = ours()
-    raw = script.raw
+    trajs, raw = ours(), script.raw
     check_equal(script, trajs, theirs(), raw, script.raw)
     our_s, plain_s = by_turns(cfg.repeats, policy.device, ours, theirs)
-    sampled = sum(sum(t.mask) for t in trajs)
     parts = parts_of(ours, policy)
-    return trajs, dict(ours_s=our_s, plain_s=plain_s, trajectories_per_s=len(trajs) / our_s, sampled_tokens_per_s=sampled / our_s,
-                       plain_sampled_tokens_per_s=sampled / plain_s, decode_s=parts["decode"],
-                       share={k: parts[k] / parts["total"] for k in ("prefill", "decode", "vision", "other")})
+    return trajs, dict(ours_s=our_s, plain_s=plain_s, trajectories_per_s=len(trajs) / our_s, decode_s=parts["decode"],
+                       share={k: v / sum(parts.values()) for k, v in parts.items()})
 
 
 def compare_updates(cfg, policy, plain, trajs, task):
-    """Learning rate 0, so that every repetition computes the same. Every advantage counts: a step's flat groups would cost nothing."""
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=0.0)
-    advantages = [1.0 - 2 * (i % 2) for i in range(len(trajs))]
+    """At learning rate 0 every repetition computes the same. No advantage is 0: what ours would skip is not counted."""
+    optimizer, advantages = torch.optim.AdamW(policy.parameters(), lr=0.0), [1.0 - 2 * (i % 2) for i in range(len(trajs))]
     ours = lambda: float(rppo.update(policy, optimizer, trajs, advantages, task, 1)[1][5])
     theirs = lambda: plain_update(plain, policy, optimizer, trajs, advantages, task)
     a, b = ours(), theirs()
     assert abs(a - b) < (0.05 if policy.device.type == "cuda" else 1e-3) * b, (a, b)
     our_peak, plain_peak = peak_memory(ours, policy.device), peak_memory(theirs, policy.device)
     our_s, plain_s = by_turns(cfg.repeats, policy.device, ours, theirs)
-    tokens = sum(len(t.ids) for t in trajs)
-    return dict(ours_s=our_s, plain_s=plain_s, tokens_per_s=tokens / our_s, plain_tokens_per_s=tokens / plain_s,
-                ours_peak_bytes=our_peak, plain_peak_bytes=plain_peak,
-                held_bytes=torch.cuda.memory_allocated() if policy.device.type == "cuda" else None)
+    held = 4 * 3 * sum(p.numel() for p in policy.parameters())  # in fp32: the weights and AdamW's two moments
+    return dict(ours_s=our_s, plain_s=plain_s, ours_peak=our_peak, plain_peak=plain_peak, held=held)
+
+
+def scaling(policy, rows, cfg):
+    """How the rollout grows: tables of (value, seconds, tokens fed to the model). A prompt is fed once for its group."""
+    base, tables = settings(cfg), {}
+    pixels = [base.max_pixels * x for x in (1, 4, 16, 64)] if cfg.shape == "tiny" else [base.max_pixels * x // 4 for x in (1, 2, 4, 8)]
+    for field, values in dict(turns=(2, 3, 5, 9), samples=(2, 4, 8, 16), max_pixels=pixels,
+                              turn_tokens=[base.turn_tokens * x for x in (1, 2, 4, 8)]).items():
+        tables[field] = []
+        for value in values:
+            task = settings(cfg, **{field: value})
+            script = Script(policy, task)
+            trajs = our_rollout(policy, rows, task, script)
+            first = [t.mask.index(1) for t in trajs]
+            tokens = sum(len(t.ids) for t in trajs) - sum(first) + sum(first[::task.samples])
+            [seconds] = by_turns((cfg.repeats + 1) // 2, policy.device, lambda: our_rollout(policy, rows, task, script))
+            tables[field].append((value, seconds, tokens))
+    return tables
 
 
 def report(r):
     """Print the table."""
-    roll, upd, lim = r["rollout"], r["update"], r["limits"]
-    print(f"{r['shape']} on {r['device']}, {r['threads']} threads, torch {r['torch']}, transformers {r['transformers']}: "
-          f"{r['prompts']} prompts x {r['samples']} samples, {r['turns']} turns, {r['tokens']} tokens, {r['sampled_tokens']} of them sampled")
-    print(f"{'':34}{'ours':>12}{'plain':>12}{'ratio':>8}")
-    for name, a, b, ratio, form in (
-            ("rollout, seconds", roll["ours_s"], roll["plain_s"], r["rollout_ratio"], "12.3f"),
-            ("rollout, sampled tokens/s", roll["sampled_tokens_per_s"], roll["plain_sampled_tokens_per_s"], r["rollout_ratio"], "12.0f"),
-            ("update, seconds", upd["ours_s"], upd["plain_s"], r["update_ratio"], "12.3f"),
-            ("update, tokens/s", upd["tokens_per_s"], upd["plain_tokens_per_s"], r["update_ratio"], "12.0f"),
-            ("update, peak MiB above held", upd["ours_peak_bytes"] / 2 ** 20, upd["plain_peak_bytes"] / 2 ** 20, r["update_memory_ratio"], "12.0f")):
-        print(f"{name:34}{a:{form}}{b:{form}}{ratio:8.2f}")
-    print(f"rollout: {roll['trajectories_per_s']:.2f} trajectories/s; time in " + ", ".join(f"{k} {v:.0%}" for k, v in roll["share"].items()))
-    print(f"limits: copy {lim['copy_bytes_per_s'] / 1e9:.0f} GB/s, decode reaches {lim['decode_share']:.0%} of it ({lim['decode_bytes'] / 1e9:.2f} GB); "
-          f"product {lim['product_per_s'] / 1e12:.2f} Tops/s, update reaches {lim['update_share']:.0%} ({lim['update_operations'] / 1e12:.3f} Tops)")
+    roll, upd = r["rollout"], r["update"]
+    print("{shape} (1/{shrink}) on {device}, {threads} threads: {prompts} prompts x {samples} samples, {turns} turns, {tokens} tokens, "
+          "{sampled_tokens} of them sampled\n{0:28}{1:>12}{2:>12}{3:>8}".format("", "ours", "plain", "ratio", **r))
+    lines = [("rollout, seconds", roll, 1, "rollout_ratio"), ("rollout, sampled tokens/s", roll, r["sampled_tokens"], "rollout_ratio")]
+    for name, x, n, ratio in lines + [("update, seconds", upd, 1, "update_ratio"), ("update, tokens/s", upd, r["tokens"], "update_ratio")] * bool(upd):
+        a, b = (x[k] if n == 1 else n / x[k] for k in ("ours_s", "plain_s"))
+        print(f"{name:28}{a:12.2f}{b:12.2f}{r[ratio]:8.2f}")
+    if upd:
+        print(f"{'update, peak MiB':28}{upd['ours_peak'] / 2 ** 20:12.0f}{upd['plain_peak'] / 2 ** 20:12.0f}{r['update_memory_ratio']:8.2f}"
+              f"   above {upd['held'] / 2 ** 20:.0f} of weights and optimizer")
+    print(f"rollout: {roll['trajectories_per_s']:.2f} trajectories/s; " + ", ".join(f"{k} {v:.0%}" for k, v in roll["share"].items()))
+    print("decode reaches {decode_share:.0%} of the copying rate, {bytes_per_s:.1e} bytes/s; the update {update_share:.0%} of the matrix "
+          "rate, {operations_per_s:.1e} operations/s".format(**r["limits"]))
     for field, table in r["scaling"].items():
         _, s0, n0 = table[0]
-        print(f"{field:12}" + "".join(f"{v:>9}: {s:6.2f} s, time x{s / s0:4.1f}, tokens x{n / n0:4.1f}" for v, s, n in table))
+        print(f"{field:12}" + " |".join(f" {v}: {s:.2f} s, time x{s / s0:.1f}, tokens x{n / n0:.1f}" for v, s, n in table))
 
 
 def main(cfg):
-    if cfg.shape not in ("tiny", *SHAPES):
+    tiny = cfg.shape == "tiny"
+    if not tiny and cfg.shape not in SHAPES:
         raise env.UserError(f"--shape={cfg.shape}: the shapes are tiny, " + ", ".join(SHAPES))
-    cuda = torch.cuda.is_available() and cfg.shape != "tiny"
-    if cfg.shape != "tiny" and not cuda and cfg.shrink == 1:
+    cuda = torch.cuda.is_available() and not tiny
+    if not tiny and not cuda and cfg.shrink == 1:
         raise env.UserError(f"--shape={cfg.shape} needs a CUDA device; --shrink=16 tries the command without one")
-    device = torch.device("cuda" if cuda else "cpu")
     with tempfile.TemporaryDirectory() as folder:
-        few, n = dict(n_test=0, seed=cfg.seed), cfg.prompts
-        data.main(data.Config(out=f"{folder}/tiny", n_sft=40, n_train=n, **few))
-        policy = make_policy(cfg, data.load_rows(f"{folder}/tiny/sft.jsonl"), device)
-        if cfg.shape != "tiny":
-            data.main(data.Config(out=f"{folder}/real", level=2, n_sft=0, n_train=n, **few))
-        rows = data.load_rows(f"{folder}/{'tiny' if cfg.shape == 'tiny' else 'real'}/train.jsonl")
+        with redirect_stdout(None):
+            data.main(data.Config(out=folder + "/0", n_sft=40, n_train=cfg.prompts, n_test=0))
+            data.main(data.Config(out=folder + "/2", n_sft=0, n_train=0 if tiny else cfg.prompts, n_test=0, level=2))
+        policy = make_policy(cfg, data.load_rows(folder + "/0/sft.jsonl"), torch.device("cuda" if cuda else "cpu"))
+        policy.banned.zero_()  # the plain side bans nothing
+        rows = data.load_rows(folder + ("/0" if tiny else "/2") + "/train.jsonl")
         for row in rows:  # the system prompt is one token of the tiny tokenizer, and hundreds of a real one's
-            row["problem"] += " black" * (300 * (cfg.shape != "tiny") // cfg.shrink)
-        plain, task = without_patches(policy.vlm), settings(cfg)
+            row["problem"] += "" if tiny else " black" * (300 // cfg.shrink)
+        plain, task, upd = without_patches(policy.vlm), settings(cfg), {}
         script = Script(policy, task)
         trajs, roll = compare_rollouts(cfg, policy, plain, rows, task, script)
-        upd = compare_updates(cfg, policy, plain, trajs, task)
+        try:
+            upd = compare_updates(cfg, policy, plain, trajs, task)
+        except torch.OutOfMemoryError as e:
+            print(f"no update: {str(e).splitlines()[0]}")
         tables = scaling(policy, rows, cfg) if cfg.scaling else {}
-    copying, product = limits(device)
+    copied, product = limits(policy.device)
     read, work = counted(policy, trajs, script)
     result = dict(
-        shape=cfg.shape, shrink=cfg.shrink, device=torch.cuda.get_device_name() if cuda else "CPU", threads=torch.get_num_threads(),
-        torch=torch.__version__, transformers=transformers.__version__, prompts=cfg.prompts, samples=cfg.samples, turns=cfg.turns,
-        tokens=sum(len(t.ids) for t in trajs), sampled_tokens=sum(sum(t.mask) for t in trajs),
-        rollout_ratio=roll["plain_s"] / roll["ours_s"], update_ratio=upd["plain_s"] / upd["ours_s"],
-        update_memory_ratio=upd["ours_peak_bytes"] / upd["plain_peak_bytes"], rollout=roll, update=upd,
-        limits=dict(copy_bytes_per_s=copying, decode_bytes=read, decode_share=read / roll["decode_s"] / copying,
-                    product_per_s=product, update_operations=work, update_share=work / upd["ours_s"] / product), scaling=tables)
+        vars(cfg), device=torch.cuda.get_device_name() if cuda else "CPU", threads=torch.get_num_threads(), torch=torch.__version__,
+        transformers=transformers.__version__, tokens=sum(len(t.ids) for t in trajs), sampled_tokens=sum(sum(t.mask) for t in trajs),
+        rollout_ratio=roll["plain_s"] / roll["ours_s"], update_ratio=upd["plain_s"] / upd["ours_s"] if upd else None,
+        update_memory_ratio=upd["ours_peak"] / upd["plain_peak"] if upd else None, rollout=roll, update=upd, scaling=tables,
+        limits=dict(bytes_per_s=copied, decode_bytes=read, decode_share=read / roll["decode_s"] / copied,
+                    operations_per_s=product, update_operations=work, update_share=work / upd["ours_s"] / product if upd else 0.0))
     report(result)
     os.makedirs(os.path.dirname(cfg.out) or ".", exist_ok=True)
     env.write_text(cfg.out, json.dumps(result, indent=1))
