@@ -311,16 +311,16 @@ def compare_rollouts(cfg, policy, plain, rows, task, script):
 
 
 def compare_updates(cfg, policy, plain, trajs, task):
-    """At learning rate 0 every repetition computes the same. No advantage is 0: what ours would skip is not counted."""
+    """At learning rate 0 every repetition computes the same. A flat group has advantage 0: ours leaves it out."""
     optimizer, advantages = torch.optim.AdamW(policy.parameters(), lr=0.0), [1.0 - 2 * (i % 2) for i in range(len(trajs))]
-    ours = lambda: float(rppo.update(policy, optimizer, trajs, advantages, task, 1)[1][5])
+    half = [a * (i // task.samples % 2) for i, a in enumerate(advantages)]
+    ours = lambda a=advantages: float(rppo.update(policy, optimizer, trajs, a, task, 1)[1][5])
     theirs = lambda: plain_update(plain, policy, optimizer, trajs, advantages, task)
     a, b = ours(), theirs()
     assert abs(a - b) < (0.05 if policy.device.type == "cuda" else 1e-3) * b, (a, b)
     our_peak, plain_peak = peak_memory(ours, policy.device), peak_memory(theirs, policy.device)
-    our_s, plain_s = by_turns(cfg.repeats, policy.device, ours, theirs)
-    held = 4 * 3 * sum(p.numel() for p in policy.parameters())  # in fp32: the weights and AdamW's two moments
-    return dict(ours_s=our_s, plain_s=plain_s, ours_peak=our_peak, plain_peak=plain_peak, held=held)
+    our_s, half_s, plain_s = by_turns(cfg.repeats, policy.device, ours, lambda: ours(half), theirs)
+    return dict(ours_s=our_s, ours_half_flat_s=half_s, plain_s=plain_s, ours_peak=our_peak, plain_peak=plain_peak)
 
 
 def scaling(policy, rows, cfg):
@@ -343,22 +343,23 @@ def scaling(policy, rows, cfg):
 
 def report(r):
     """Print the table."""
-    roll, upd = r["rollout"], r["update"]
+    roll, upd, mib = r["rollout"], r["update"], 2 ** 20
     print("{shape} (1/{shrink}) on {device}, {threads} threads: {prompts} prompts x {samples} samples, {turns} turns, {tokens} tokens, "
-          "{sampled_tokens} of them sampled\n{0:28}{1:>12}{2:>12}{3:>8}".format("", "ours", "plain", "ratio", **r))
-    lines = [("rollout, seconds", roll, 1, "rollout_ratio"), ("rollout, sampled tokens/s", roll, r["sampled_tokens"], "rollout_ratio")]
-    for name, x, n, ratio in lines + [("update, seconds", upd, 1, "update_ratio"), ("update, tokens/s", upd, r["tokens"], "update_ratio")] * bool(upd):
-        a, b = (x[k] if n == 1 else n / x[k] for k in ("ours_s", "plain_s"))
-        print(f"{name:28}{a:12.2f}{b:12.2f}{r[ratio]:8.2f}")
+          "{sampled_tokens} of them sampled".format(**r))
+    line = "{:30}{:>12.5g}{:>12.5g}{:8.2f}".format
+    print(f"{'':30}{'ours':>12}{'plain':>12}{'ratio':>8}")
+    print(line("rollout, seconds", roll["ours_s"], roll["plain_s"], r["rollout_ratio"]))
+    print(line("rollout, sampled tokens/s", *(r["sampled_tokens"] / roll[k] for k in ("ours_s", "plain_s")), r["rollout_ratio"]))
     if upd:
-        print(f"{'update, peak MiB':28}{upd['ours_peak'] / 2 ** 20:12.0f}{upd['plain_peak'] / 2 ** 20:12.0f}{r['update_memory_ratio']:8.2f}"
-              f"   above {upd['held'] / 2 ** 20:.0f} of weights and optimizer")
+        print(line("update, seconds", upd["ours_s"], upd["plain_s"], r["update_ratio"]))
+        print(line("update, half the groups flat", upd["ours_half_flat_s"], upd["plain_s"], r["update_ratio_half_flat"]))
+        print(line("update, tokens/s", *(r["tokens"] / upd[k] for k in ("ours_s", "plain_s")), r["update_ratio"]))
+        print(line("update, peak MiB above held", upd["ours_peak"] / mib, upd["plain_peak"] / mib, r["update_memory_ratio"]))
     print(f"rollout: {roll['trajectories_per_s']:.2f} trajectories/s; " + ", ".join(f"{k} {v:.0%}" for k, v in roll["share"].items()))
     print("decode reaches {decode_share:.0%} of the copying rate, {bytes_per_s:.1e} bytes/s; the update {update_share:.0%} of the matrix "
           "rate, {operations_per_s:.1e} operations/s".format(**r["limits"]))
     for field, table in r["scaling"].items():
-        _, s0, n0 = table[0]
-        print(f"{field:12}" + " |".join(f" {v}: {s:.2f} s, time x{s / s0:.1f}, tokens x{n / n0:.1f}" for v, s, n in table))
+        print(f"{field:12}" + " |".join(f" {v}: {t:.2f} s, time x{t / table[0][1]:.1f}, tokens x{n / table[0][2]:.1f}" for v, t, n in table))
 
 
 def main(cfg):
@@ -387,11 +388,12 @@ def main(cfg):
         tables = scaling(policy, rows, cfg) if cfg.scaling else {}
     copied, product = limits(policy.device)
     read, work = counted(policy, trajs, script)
+    ratio = lambda x, ours="ours_s", plain="plain_s": x[plain] / x[ours] if x else None
     result = dict(
         vars(cfg), device=torch.cuda.get_device_name() if cuda else "CPU", threads=torch.get_num_threads(), torch=torch.__version__,
         transformers=transformers.__version__, tokens=sum(len(t.ids) for t in trajs), sampled_tokens=sum(sum(t.mask) for t in trajs),
-        rollout_ratio=roll["plain_s"] / roll["ours_s"], update_ratio=upd["plain_s"] / upd["ours_s"] if upd else None,
-        update_memory_ratio=upd["ours_peak"] / upd["plain_peak"] if upd else None, rollout=roll, update=upd, scaling=tables,
+        rollout_ratio=ratio(roll), update_ratio=ratio(upd), update_ratio_half_flat=ratio(upd, "ours_half_flat_s"),
+        update_memory_ratio=ratio(upd, "plain_peak", "ours_peak"), rollout=roll, update=upd, scaling=tables,
         limits=dict(bytes_per_s=copied, decode_bytes=read, decode_share=read / roll["decode_s"] / copied,
                     operations_per_s=product, update_operations=work, update_share=work / upd["ours_s"] / product if upd else 0.0))
     report(result)
