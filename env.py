@@ -723,8 +723,8 @@ def _rollout(policy, rows, cfg, samples, seed, prompt_ids, greedy):
     room = min((cfg.max_crops + 1) * cfg.turn_tokens, cfg.max_tokens) + cfg.turn_tokens
     noise = [torch.from_numpy(uniforms(seed, p, g, room)) for p in prompt_ids for g in range(samples)]
     live = list(range(len(trajs)))
+    cache.reserve(len(live), cache.end + cfg.turn_tokens)
     while True:
-        cache.reserve(len(live), cache.end + cfg.turn_tokens)
         turns = sample_turn(policy, cache, last, [trajs[i] for i in live], [noise[i] for i in live], cfg, greedy)
         cached = [len(trajs[i].ids) + len(ids) - 1 for i, (ids, _) in zip(live, turns)]
         for i, (ids, logp) in zip(live, turns):
@@ -736,7 +736,7 @@ def _rollout(policy, rows, cfg, samples, seed, prompt_ids, greedy):
         if len(keep) < len(live):
             cache.select(torch.tensor(keep, device=policy.device))
         live, cached = [live[k] for k in keep], [cached[k] for k in keep]
-        cache.reserve(len(live), max(len(trajs[i].ids) for i in live))
+        cache.reserve(len(live), max(len(trajs[i].ids) for i in live) + cfg.turn_tokens)  # room for the next turn too
         last = prefill(policy, cache, [trajs[i] for i in live], cached)
 
 
