@@ -646,12 +646,12 @@ def test_pickled_weights_are_refused(base, tmp_path):
     os.remove(tmp_path / "model" / "model.safetensors")
     torch.save({"lm_head.weight": Bomb(str(tmp_path / "executed"))}, tmp_path / "model" / "pytorch_model.bin")
     with pytest.raises(env.UserError, match="model: no readable weights in safetensors") as e:
-        env.load_policy(str(tmp_path / "model"), "cpu")
+        env.load_policy(str(tmp_path / "model"), torch.device("cpu"))
     assert "\n" not in str(e.value) and not os.path.exists(tmp_path / "executed")
     shutil.copy(f"{base}/model.safetensors", tmp_path / "model")
     cut(tmp_path / "model" / "model.safetensors")
     with pytest.raises(env.UserError, match="model: no readable weights in safetensors"):
-        env.load_policy(str(tmp_path / "model"), "cpu")
+        env.load_policy(str(tmp_path / "model"), torch.device("cpu"))
 
 
 def test_what_is_shown_is_escaped(policy, rows, tmp_path):
