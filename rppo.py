@@ -107,7 +107,7 @@ def prepare(cfg):
     t = time.time()
     data.main(scenes)
     seconds["data"], t = time.time() - t, time.time()
-    reward = ("temperature", "lam", "eps", "tool_bonus", "format_weight")  # the rest of World is the task, the same for both
+    reward = ("temperature", "lam", "eps", "tool_bonus", "format_weight", "judge_url", "judge_name")  # the rest of World is the task, the same for both
     task = {k: getattr(cfg, k) for k in vars(env.World()) if k not in reward}
     start = sft.Config(**task, seed=cfg.seed, data=cfg.data, out=os.path.join(parent, "sft"))
     sft.main(start)
@@ -189,6 +189,7 @@ def main(cfg):
         rollout_s = time.time() - t
 
         # 2. reward, as named parts
+        env.judge(trajs, cfg)
         parts = [env.reward(x, x.row, cfg) for x in trajs]
 
         # 3. advantage, within each group
