@@ -36,6 +36,7 @@ class Config(env.World):
     seed: int = 0
     model: str = ""                  # the cold-started policy; empty: the tiny one of sft.py, made if missing
     data: str = "data/scenes-{seed}"
+    image_root: str = ""             # where the images of the rows lie; empty: relative to the file of the rows
     out: str = "runs/rppo"
     steps: int = 100
     prompts: int = 16                # P per step, over all ranks
@@ -164,7 +165,7 @@ def main(cfg):
     if cfg.prompts % world:
         raise env.UserError(f"--prompts={cfg.prompts} is not a multiple of the {world} ranks; change --prompts or --nproc-per-node")
     start, seconds = prepare(cfg)
-    rows = data.load_rows(os.path.join(cfg.data, "train.jsonl"))
+    rows = data.load_rows(os.path.join(cfg.data, "train.jsonl"), cfg.image_root)
     if len(rows) <= cfg.eval_rows:
         raise env.UserError(f"{cfg.data}/train.jsonl has {len(rows)} rows, {cfg.eval_rows} are held out; lower --eval_rows")
     rows, held_out = rows[:len(rows) - cfg.eval_rows], rows[len(rows) - cfg.eval_rows:]
@@ -246,7 +247,7 @@ def compare(cfg, start, seconds, started, rank):
     parent, summary = os.path.dirname(cfg.out.rstrip("/")), {}
     for name, model in (("sft", start), ("rppo", cfg.out)):
         given = {k: v for k, v in asdict(cfg).items() if k in vars(env.World())}
-        summary[name] = evaluation.main(evaluation.Config(**given, seed=cfg.seed, model=env.newest(model), data=cfg.data,
+        summary[name] = evaluation.main(evaluation.Config(**given, seed=cfg.seed, model=env.newest(model), data=cfg.data, image_root=cfg.image_root,
                                                           out=os.path.join(parent, "eval", name), limit=cfg.n_score))
         seconds[f"eval_{name}"] = summary[name]["seconds"]
     if rank == 0:
