@@ -382,6 +382,7 @@ def load_rows(path, image_root=""):
         if not isinstance(row["images"], list) or not all(isinstance(p, str) for p in row["images"]):
             raise UserError(f"{path}: row {i}: `images` is not a list of paths")
         row["images"] = [find(p, f"row {i}") for p in row["images"]]
+        row["problem"] = row["problem"].replace("<image>", "").strip()  # the image always comes first
         if row.get("choices") and not env.match(np.ravel(row["solution"])[0], row):
             raise UserError(f"{path}: row {i}: its solution {row['solution']!r} is none of its choices {row['choices']}")
     return rows

@@ -102,8 +102,6 @@ def multiple_choice(image, question, options, letter, where, **more):
     """A row of a question with options, in the one wording that all benchmarks get. letter: of the right option."""
     if letter not in tuple("ABCDEFGH"[:len(options)]):
         raise env.UserError(f"{where}: the answer {letter!r} is none of its {len(options)} options")
-    if not os.path.exists(image):
-        raise env.UserError(f"{where}: image {image} does not exist")
     lettered = "".join(f"\n{chr(65 + i)}. {option}" for i, option in enumerate(options))
     return dict(images=[image], problem=f"{question}{lettered}\nAnswer with the letter of the right option.", solution=letter,
                 choices=options, doc_id=where, **more)
@@ -116,40 +114,38 @@ def need(item, keys, where):
     return [item[k] for k in keys]
 
 
-def read_tsv(path, letters, *columns):
-    """The lines of a VLMEvalKit TSV as multiple-choice rows that carry `columns` too; its options stand in columns `letters`.
+def unpack(text, folder, where):
+    """The file, made once, of an image in base64: all images of a TSV together may be larger than memory."""
+    file = os.path.join(folder, hashlib.sha1(text.encode()).hexdigest())
+    if not os.path.exists(file):
+        try:
+            raw = base64.b64decode(text)
+            Image.open(io.BytesIO(raw))
+        except (OSError, ValueError) as e:
+            raise env.UserError(f"{where}: its image cannot be read ({type(e).__name__})")
+        os.makedirs(folder, exist_ok=True)
+        with open(file + ".tmp", "wb") as f:
+            f.write(raw)
+        os.replace(file + ".tmp", file)
+    return file
 
-    Its images (base64, or the index of the line that has it) are written once to <path>.images/, as together they may be
-    larger than memory.
-    """
+
+def read_tsv(path, letters, *columns):
+    """A TSV of VLMEvalKit as multiple-choice rows that carry `columns` too; their options stand in the columns `letters`. Its
+    images, base64 or the index of the line that has it, are unpacked to <path>.images/."""
     csv.field_size_limit(sys.maxsize)
-    lines, files, folder = [], {}, path + ".images"
+    rows, files = [], {}
     with open(path, newline="", encoding="utf-8-sig") as f:
         reader = csv.DictReader(f, delimiter="\t")
         if lacking := [c for c in ("index", "image", "question", *letters, "answer", *columns) if c not in (reader.fieldnames or ())]:
             raise env.UserError(f"{path}: no column `{lacking[0]}`; it has {', '.join(reader.fieldnames or ())}")
-        os.makedirs(folder, exist_ok=True)
-        for line in tqdm(reader, desc=os.path.basename(path), disable=None, leave=False):
-            where, text = f"{path}: row {len(lines)}", need(line, ["image"], f"{path}: row {len(lines)}")[0]
-            if len(text) > 64:
-                text = files[line["index"]] = os.path.join(folder, hashlib.sha1(text.encode()).hexdigest())
-                if not os.path.exists(text):
-                    try:
-                        raw = base64.b64decode(line["image"])
-                        Image.open(io.BytesIO(raw))
-                    except (OSError, ValueError) as e:
-                        raise env.UserError(f"{where}: its image cannot be read ({type(e).__name__})")
-                    with open(text + ".tmp", "wb") as out:
-                        out.write(raw)
-                    os.replace(text + ".tmp", text)
-            lines.append((where, {**line, "image": text}))
-    rows = []
-    for where, line in lines:
-        question, answer, *more = need(line, ("question", "answer", *columns), where)
-        options = list(takewhile(bool, (line[c] for c in letters)))
-        image = files.get(line["image"], line["image"])
-        rows.append(multiple_choice(image, question, options, answer.strip(), where, **dict(zip(columns, more))))
-    return rows
+        for i, x in enumerate(tqdm(reader, desc=os.path.basename(path), disable=None, leave=False)):
+            image, question, answer, *more = need(x, ("image", "question", "answer", *columns), f"{path}: row {i}")
+            if len(image) > 64:
+                image = files[x["index"]] = unpack(image, path + ".images", f"{path}: row {i}")
+            options = list(takewhile(bool, (x[c] for c in letters)))
+            rows.append(multiple_choice(image, question, options, answer.strip(), f"{path}: row {i}", **dict(zip(columns, more))))
+    return [{**r, "images": [files.get(r["images"][0], r["images"][0])]} for r in rows]
 
 
 def vstar(path, image_root):
@@ -157,20 +153,17 @@ def vstar(path, image_root):
     X.jpg and X.json, where the right option comes first, so that they are shuffled (with a seed of their own)."""
     if path.endswith(".tsv"):
         return read_tsv(path, "ABCD", "category")
-    table = os.path.join(path, "test_questions.jsonl") if os.path.isdir(path) else path
-    rows = []
-    if os.path.exists(table):
-        for i, text in enumerate(open(table, encoding="utf-8")):
-            where = f"{table}: line {i}"
-            name, text, label, category = need(json.loads(text), ("image", "text", "label", "category"), where)
-            question, *options = re.split(r"\s*\([A-H]\)\s*", text.partition("\nAnswer with the option")[0])
-            rows.append(multiple_choice(os.path.join(image_root or os.path.dirname(table), name), question, options, label, where,
-                                        category=category))
-        return rows
-    for file in sorted(glob.glob(os.path.join(glob.escape(path), "*", "*.json"))):
+    table, rows = os.path.join(path, "test_questions.jsonl") if os.path.isdir(path) else path, []
+    for i, text in enumerate(open(table, encoding="utf-8") if os.path.exists(table) else ()):
+        where = f"{table}: line {i}"
+        name, text, letter, category = need(json.loads(text), ("image", "text", "label", "category"), where)
+        question, *options = re.split(r"\s*\([A-H]\)\s*", text.partition("\nAnswer with the option")[0])
+        image = os.path.join(image_root or os.path.dirname(table), name)
+        rows.append(multiple_choice(image, question, options, letter, where, category=category))
+    for file in sorted(glob.glob(os.path.join(glob.escape(path), "*", "*.json"))) if not rows else ():
         question, options, boxes = need(env.read_json(file, None), ("question", "options", "bbox"), file)
         order = np.random.default_rng(zlib.crc32(os.path.basename(file).encode())).permutation(len(options)).tolist()
-        image = next((x for x in sorted(glob.glob(glob.escape(file[:-4]) + "*")) if not x.endswith(".json")), file[:-4] + "jpg")
+        image = next((x for x in sorted(glob.glob(glob.escape(file[:-4]) + "*")) if x != file), file[:-4] + "jpg")
         rows.append(multiple_choice(image, question, [options[i] for i in order], chr(65 + order.index(0)), file,
                                     category=os.path.basename(os.path.dirname(file)),
                                     boxes=[[x, y, x + w, y + h] for x, y, w, h in boxes]))
@@ -195,21 +188,22 @@ def rows_of(path, image_root):
             for file in files for r in data.load_rows(file, image_root)]
 
 
-BENCHES = {"vstar": vstar, "hrbench4k": hrbench, "hrbench8k": hrbench, "mmerealworld": mmerealworld, "mmerealworld_lite": mmerealworld,
-           "visualprobe": rows_of, "rows": rows_of}
+BENCHES = {"vstar": vstar, "hrbench4k": hrbench, "hrbench8k": hrbench, "mmerealworld": mmerealworld,
+           "mmerealworld_lite": mmerealworld, "visualprobe": rows_of, "rows": rows_of}  # name -> function(path, image_root) -> rows
 
 
 def read_benches(cfg):
     """{name: rows} of --bench."""
-    benches = {}
-    for part in cfg.bench.split(","):
-        name, _, path = part.partition(":")
-        if name not in BENCHES or name in benches or not os.path.exists(path):
-            raise env.UserError(f"--bench={cfg.bench}: {part} is not NAME:PATH of an existing file or folder, each name once; the names "
-                                f"are {', '.join(BENCHES)}")
+    parts, benches = [x.partition(":")[::2] for x in cfg.bench.split(",")], {}
+    if wrong := [n for n, path in parts if n not in BENCHES or not os.path.exists(path) or [x for x, _ in parts].count(n) > 1]:
+        raise env.UserError(f"--bench={cfg.bench}: {wrong[0]} is not NAME:PATH of an existing file or folder, each name once; the "
+                            f"names are {', '.join(BENCHES)}")
+    for name, path in parts:
         benches[name] = BENCHES[name](path, cfg.image_root)[:cfg.limit or None]
         if not benches[name]:
             raise env.UserError(f"--bench={cfg.bench}: {path} holds no questions of {name}")
+        if lost := [r for r in benches[name] if not os.path.exists(r["images"][0])]:
+            raise env.UserError(f"{lost[0]['doc_id']}: image {lost[0]['images'][0]} does not exist ({len(lost)} such rows)")
     return benches
 
 
@@ -220,8 +214,11 @@ def record_key(policy, benches, cfg):
     for p in policy.parameters():
         weights = zlib.crc32(p.detach().flatten()[:1024].float().cpu().numpy().tobytes(), weights)
     world = {f.name: getattr(cfg, f.name) for f in fields(env.World) if f.name not in ("max_crops", "in_flight")}
-    content = lambda row: [weights, cfg.seed, cfg.k, world, {k: v for k, v in row.items() if k not in ("images", "doc_id")}]
-    return lambda name, crops, i: f"{name} {crops} {i} {zlib.crc32(json.dumps(content(benches[name][i])).encode()):08x}"
+
+    def key(name, crops, i):
+        row = {**benches[name][i], "images": os.path.basename(benches[name][i]["images"][0]), "doc_id": None}
+        return f"{name} {crops} {i} {zlib.crc32(json.dumps([weights, cfg.seed, cfg.k, world, row]).encode()):08x}"
+    return key
 
 
 def summarise(rows, samples):
@@ -252,7 +249,8 @@ def score_benches(policy, cfg, rank=0, world=1):
                 record = json.loads(text)
             except ValueError:
                 continue               # half a line of a killed run, or the line break behind it
-            done[record["key"]] = record["samples"]
+            if not any(m[-1] for m in record["samples"]):  # where the judge failed, the question is answered again
+                done[record["key"]] = record["samples"]
     done = dict(env.gather(list(done.items()), world))
     with open(os.path.join(cfg.out, f"records.{rank}.jsonl"), "a") as f:
         f.write("\n")
@@ -278,15 +276,16 @@ def report(benches, done, key, cfg):
     where both were, the difference of the accuracies, split into what the tool repaired and what it broke."""
     result = {}
     for name, rows in benches.items():
-        modes = {int(k.split()[1]) for k in done if k.split()[0] == name}
-        modes = {"tool_on": cfg.max_crops or max(modes), "tool_off": 0}
-        table = {m: [done.get(key(name, crops, i)) for i in range(len(rows))] for m, crops in modes.items() if crops or m == "tool_off"}
-        result[name] = {m: summarise(rows, samples) for m, samples in table.items() if None not in samples}
-        if len(result[name]) == 2:
-            on, off = (np.array(table[m], float)[..., 0].mean(1) for m in modes)   # a question's accuracy, over its k samples
+        crops = cfg.max_crops or max(int(k.split()[1]) for k in done if k.split()[0] == name)
+        samples = {mode: [done.get(key(name, n, i)) for i in range(len(rows))] for mode, n in (("tool_on", crops), ("tool_off", 0))}
+        complete = {mode: x for mode, x in samples.items() if None not in x and (crops or mode == "tool_off")}
+        result[name] = {mode: summarise(rows, x) for mode, x in complete.items()}
+        if len(complete) == 2:
+            on, off = (np.array(x, float)[..., 0].mean(1) for x in complete.values())  # (rows,) accuracy over the k samples
             gain = on - off
-            result[name]["tool"] = dict(difference=float(gain.mean()), repaired=float(gain.clip(0).mean()), broken=float((-gain).clip(0).mean()),
-                                        n_repaired=int((gain > 0).sum()), n_broken=int((gain < 0).sum()))
+            result[name]["tool"] = dict(difference=float(gain.mean()), repaired=float(gain.clip(0).mean()),
+                                        broken=float((-gain).clip(0).mean()), n_repaired=int((gain > 0).sum()),
+                                        n_broken=int((gain < 0).sum()))
     return {"benches": result, "seed": cfg.seed, "k": cfg.k, "temperature": cfg.temperature if cfg.k > 1 else 0.0,
             **{k: getattr(cfg, k) for k in ("max_pixels", "min_crop_pixels", "max_crop_pixels")}}
 
