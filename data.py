@@ -216,130 +216,134 @@ def write_rows(cfg, split, n, seed):
 # ---------------------------------------------------------------------------------------------------------------
 # Rows from files: our own schema, and the conversations of other projects.
 
-CONVERSATIONS = ("conversations", "messages", "message_list")  # LLaMA-Factory's sharegpt, ms-swift and others, Pixel-Reasoner
-# FORK: the neighbours' tools. Dialect -> (unit of the box, None for pixels; number of the image it refers to, 0 the original;
-# what the tool may cut: the written box, or that box with margins, as shares of (its own sides, the image's sides)).
-DIALECTS = {"image_zoom_in_tool": (None, lambda call: 0, ((0, 0), (0.25, 0))),        # DeepEyes; Chain-of-Focus cuts 1.5x
-            "img_idx": (1000, lambda call: call["img_idx"], ((0, 0),)),               # the same tool as Qwen3-VL and we write it
-            "crop_image_normalized": (1, lambda call: call["target_image"] - 1, ((0, 0), (0, 0.1))),           # Pixel-Reasoner
-            "source": (1, lambda call: int(call["source"].replace("original_image", "0").removeprefix("observation_")), ((0, 0),))}  # Mini-o3
-# Pixels are those of the original (DeepEyes) or of what the model saw: sides rounded to 28, at most so many pixels
-# (DeepEyes' and Chain-of-Focus' limits). Below the limits that is the same but for the rounding.
+CONVERSATIONS = ("conversations", "messages", "message_list")  # LLaMA-Factory's sharegpt; ms-swift and others; Pixel-Reasoner
+# FORK: the neighbours' tools. Dialect -> unit of the box (None: pixels), number of the image it refers to (0: the original),
+# margins that the tool may have added to the box on each side, as shares of (the box's own sides, the image's sides).
+DIALECTS = {
+    "image_zoom_in_tool": (None, lambda call: 0, ((0, 0), (0.25, 0))),                          # DeepEyes; Chain-of-Focus
+    "img_idx": (1000, lambda call: call["img_idx"], ((0, 0),)),                                 # the same in Qwen3-VL's form, ours
+    "crop_image_normalized": (1, lambda call: call["target_image"] - 1, ((0, 0), (0, 0.1))),    # Pixel-Reasoner
+    "source": (1, lambda call: int(call["source"].replace("original_image", "observation_0")[12:]), ((0, 0),))}  # Mini-o3
+# Pixels are those of the original (DeepEyes cuts there) or of the image as the model saw it: sides in steps of 28, at most so
+# many pixels (the limits of DeepEyes and of Chain-of-Focus, which cuts there). Up to the limits only the rounding differs.
 SEEN_PIXELS = (16384 * 28 ** 2, 3840 ** 2)
-ASIDES = re.compile(r"\s*(Think first, call|Think in the mind first|Guidelines:).*", re.DOTALL)  # the neighbours' own instructions
+ACTIONS = re.compile(r"<(tool_call|grounding)>(.*?)</\1>|<(answer)>(.*?)</answer>|\\(boxed)\{(.*)\}", re.DOTALL)
+ASIDES = re.compile(r"\s*(Think first, call|Think in the mind first|Guidelines:).*", re.DOTALL)  # their own instructions
 
 
 def messages_of(row):
     """A foreign conversation as [(is the assistant's, text)], neighbours of one side joined, and its image paths."""
-    source = next(row[k] for k in CONVERSATIONS if k in row)
-    out, paths = [], list(row.get("images") or [])
+    source, out, paths = next(row[k] for k in CONVERSATIONS if k in row), [], list(row.get("images") or [])
     for m in json.loads(source) if isinstance(source, str) else source:
         role, text = m.get("from", m.get("role")), m.get("value", m.get("content"))
         if isinstance(text, list):  # Qwen's parts
-            paths += [c["image"] for c in text if "image" in c]
-            text = "".join("<image>" if "image" in c or c.get("type") == "image" else c.get("text", "") for c in text)
+            paths += [part["image"] for part in text if "image" in part]
+            text = "".join("<image>" if part["type"] == "image" else part["text"] for part in text)
         if role in ("function_call", "tool_call"):
             text = f"<tool_call>\n{text}\n</tool_call>"
         mine = role in ("gpt", "assistant", "function_call", "tool_call")
-        if role == "system":
-            continue
-        if out and out[-1][0] == mine:
-            text = out.pop()[1] + "\n" + text
-        out.append((mine, text))
+        if role != "system":  # theirs describes another tool; ours stands in its place
+            out.append((mine, out.pop()[1] + "\n" + text if out and out[-1][0] == mine else text))
     return out, paths
 
 
 def candidates(call, boxes):
-    """The calls in our own form (text) that a foreign call (the JSON between its tags) may stand for, likeliest first."""
-    arguments = call.get("arguments", call)
-    dialect = "source" if "source" in arguments else "img_idx" if "img_idx" in arguments else call["name"]
+    """Calls in our own form (text) that a foreign call (the JSON between its tags) may stand for, likeliest first. boxes: the
+    original and the crops so far."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
-    unit, number, margins = DIALECTS[dialect]
+    arguments = call.get("arguments", call)
+    unit, number, margins = DIALECTS[next((k for k in ("source", "img_idx") if k in arguments), call.get("name"))]
     k, box = number(arguments), [float(v) for v in arguments["bbox_2d"]]
     w, h = boxes[k][2] - boxes[k][0], boxes[k][3] - boxes[k][1]
     frames = [(unit, unit)]
-    if unit is None or unit == 1 and max(box) > 1:  # Pixel-Reasoner takes both
+    if unit is None or unit == 1 and max(box) > 2:  # Pixel-Reasoner takes shares and pixels
         frames = [(w, h)] + [smart_resize(h, w, 28, 4 * 28 ** 2, most)[::-1] for most in SEEN_PIXELS]
     for frame in frames:
+        if min(box) < 0 or max(v / frame[i % 2] for i, v in enumerate(box)) > 1.02:
+            continue
         for own, whole in margins:
-            x = [(v + sign * (own * abs(box[i % 2 + 2] - box[i % 2]) + whole * frame[i % 2])) / frame[i % 2] * 1000
-                 for i, (v, sign) in enumerate(zip(box, (-1, -1, 1, 1)))]
-            if max(box[0], box[2]) <= 1.02 * frame[0] and max(box[1], box[3]) <= 1.02 * frame[1] and min(box) >= 0:
-                yield look([round(min(max(v, 0), 1000)) for v in x], k)
+            grow = [own * (box[i + 2] - box[i]) / frame[i] + whole for i in (0, 1)]
+            shares = [v / frame[i % 2] + (grow[i % 2] if i > 1 else -grow[i % 2]) for i, v in enumerate(box)]
+            yield look([round(1000 * min(max(v, 0), 1)) for v in shares], k)
 
 
 def difference(image, box, seen):
-    """How far a crop file is from the region it should show: 1 is the limit. Shapes and 12 x 12 thumbnails are compared, as
-    the file may have been resized, rounded to the model's patches and compressed."""
+    """How far a crop file is from the region that it should show; 1 is the limit. Shapes and 12 x 12 thumbnails are compared,
+    as a file may have been resized, rounded to the model's patches and compressed."""
     stretch = abs(np.log(seen.width / seen.height * (box[3] - box[1]) / (box[2] - box[0])))
     a, b = (np.asarray(im.convert("L").resize((12, 12), Image.BOX), float) for im in (image.crop(box), seen))
     return max(stretch / 0.4, np.abs(a - b).mean() / (6 + 0.3 * b.std()))
 
 
+def replay(body, boxes, image, seen):
+    """The call in our form, and its box on the original, for the JSON of a foreign call that showed the image `seen` (None if
+    that is not known). Raises ValueError(reason)."""
+    best = (np.inf, None, None)
+    try:
+        for ours in candidates(json.loads(body), boxes):
+            box, error = env.resolve_box(env.parse_action(ours), boxes, env.REAL_WORLD["min_crop_side"])
+            off = np.inf if error else 0.0 if seen is None else difference(image, box, seen)
+            best = min(best, (off, ours, box), key=lambda x: x[0])
+    except (ValueError, TypeError, LookupError, AttributeError):
+        raise ValueError("a call could not be read")
+    if best[0] > 1:
+        raise ValueError("a box is not on its image" if best[1] is None else "a call does not show what its crop file shows")
+    return best[1:]
+
+
 def translate(row, find):
-    """A foreign conversation as our row with `turns`; find(path) gives the absolute path. Raises ValueError(reason) for one
+    """A foreign conversation as our row with `turns`; find(path) gives an absolute path. Raises ValueError(reason) for one
     whose calls cannot be replayed on the original image."""
     try:
         messages, paths = messages_of(row)
     except (ValueError, TypeError, LookupError, AttributeError):
         raise ValueError("its messages could not be read")
     tags = [text.count("<image>") for _, text in messages]
-    if not messages or messages[0][0] or not paths or tags[0] > 1 or len(paths) not in (1, sum(tags)):
+    if not messages or messages[0][0] or tags[0] > 1 or not paths or len(paths) not in (1, sum(tags)):
         raise ValueError("its images are not one original in the first message and then the crops")
-    image, turns, crops = env.open_image(find(paths[0])), [], 1
+    image, turns, answer = env.open_image(find(paths[0])), [], None
     boxes = [(0, 0, *image.size)]
     for i in range(1, len(messages), 2):
         text = messages[i][1]
-        found = re.findall(r"<(tool_call|grounding)>(.*?)</\1>|<(answer)>(.*?)</answer>|\\(boxed)\{(.*)\}", text, re.DOTALL)
-        if len(found) != 1:
+        actions = list(ACTIONS.finditer(text))
+        if len(actions) != 1 or answer is not None:
             raise ValueError("a turn is not one call or one answer")
-        kind, body = "".join(found[0][::2]), "".join(found[0][1::2]).strip()
-        thought = re.sub("</?think>", "", re.split(r"<(?:tool_call|grounding|answer)>|\\boxed", text)[0])
-        thought = f"<think>{thought.strip()}</think>\n"
-        if kind in ("answer", "boxed"):
-            turns.append(f"{thought}<answer>{body}</answer>")
-            break
-        if i + 1 == len(messages) or tags[i + 1] != 1:
-            raise ValueError("a call was not followed by one crop")
-        seen = env.open_image(find(paths[crops])) if len(paths) > 1 else None
-        best, crops = (np.inf, None, None), crops + 1
-        try:
-            for ours in candidates(json.loads(body), boxes):
-                box, error = env.resolve_box(env.parse_action(ours), boxes, env.REAL_WORLD["min_crop_side"])
-                off = np.inf if error else 0.0 if seen is None else difference(image, box, seen)
-                best = min(best, (off, ours, box), key=lambda b: b[0])
-        except (ValueError, TypeError, LookupError, AttributeError):
-            raise ValueError("a call could not be read")
-        if not best[0] <= 1:
-            raise ValueError("a call does not show what its crop file shows" if seen and best[1] else "a box is not on its image")
-        turns.append(thought + best[1])
-        boxes.append(best[2])
-    else:
+        thought = re.sub("</?think>", "", text[:actions[0].start()]).strip()
+        body = next(x for x in actions[0].groups()[1::2] if x is not None).strip()
+        if actions[0][1]:
+            if i + 1 == len(messages) or tags[i + 1] != 1:
+                raise ValueError("a call was not followed by one crop")
+            seen = env.open_image(find(paths[len(boxes)])) if len(paths) > 1 else None
+            ours, box = replay(body, boxes, image, seen)
+            boxes.append(box)
+        else:
+            ours, answer = f"<answer>{body}</answer>", body
+        turns.append(f"<think>{thought}</think>\n{ours}")
+    if not answer:
         raise ValueError("it does not end with an answer")
     question = ASIDES.sub("", messages[0][1].replace("<image>", "")).strip().removeprefix("Question:").strip()
     return {**{k: row[k] for k in ("doc_id", "data_source") if k in row}, "images": [paths[0]], "problem": question,
-            "solution": row.get("solution", body), "turns": turns}
+            "solution": row.get("solution", answer), "turns": turns}
 
 
 def translated(path, rows, find):
     """Rows with the conversations among them translated. Prints how many were left out, and why."""
-    def one(i):
+    def one(row):
         try:
-            return rows[i] if "problem" in rows[i] else translate(rows[i], find)
+            return (translate(row, find) if isinstance(row, dict) and "problem" not in row else row), None
         except ValueError as e:
-            return str(e)
+            return None, str(e)
         except UserError:
-            return "an image is missing, broken or outside of --image_root"
+            return None, "an image is missing, broken or outside of --image_root"
     with ThreadPoolExecutor() as pool:  # most of the time is spent decoding images
-        got = list(tqdm(pool.map(one, range(len(rows))), desc="conversations", total=len(rows), disable=None, leave=False))
-    reasons = Counter(r for r in got if isinstance(r, str))
-    report = f"{path}: {len(rows) - reasons.total()} of {len(rows)} conversations are used" + "".join(
-        f"; {n} left out, the first is row {got.index(reason)}: {reason}" for reason, n in reasons.most_common())
-    if reasons.total() == len(rows):
+        out, why = zip(*tqdm(pool.map(one, rows), desc="conversations", total=len(rows), disable=None, leave=False))
+    report = f"{path}: {why.count(None)} of {len(rows)} conversations are used" + "".join(
+        f"; {n} left out, the first is row {why.index(reason)}: {reason}" for reason, n in Counter(why).most_common() if reason)
+    if None not in why:
         raise UserError(report)
     if os.environ.get("RANK", "0") == "0":
         print(report, flush=True)
-    return [r for r in got if not isinstance(r, str)]
+    return [row for row, reason in zip(out, why) if reason is None]
 
 
 def load_rows(path, image_root=""):
@@ -352,8 +356,8 @@ def load_rows(path, image_root=""):
     """
     path = os.path.dirname(path) if os.path.isfile(os.path.dirname(path)) else path
     if path.endswith(".parquet"):
-        raise UserError(f"{path}: Parquet is not read; save its images as files and its rows as JSONL (for Mini-o3's cold start: "
-                        "its scripts/preprocess_coldstart.py; in general: pandas.read_parquet(...).to_json(..., orient='records', lines=True))")
+        raise UserError(f"{path}: Parquet is not read; write its images to files and its rows to JSONL: with the data set's own script "
+                        "(Mini-o3: preprocess_coldstart.py), or pandas' read_parquet(...).to_json(..., orient='records', lines=True)")
     try:
         with open(path, encoding="utf-8-sig") as f:
             text = f.read()
@@ -382,7 +386,7 @@ def load_rows(path, image_root=""):
         if not isinstance(row["images"], list) or not all(isinstance(p, str) for p in row["images"]):
             raise UserError(f"{path}: row {i}: `images` is not a list of paths")
         row["images"] = [find(p, f"row {i}") for p in row["images"]]
-        row["problem"] = row["problem"].replace("<image>", "").strip()  # the image always comes first
+        row["problem"] = str(row["problem"]).replace("<image>", "").strip()  # the image always comes first
         if row.get("choices") and not env.match(np.ravel(row["solution"])[0], row):
             raise UserError(f"{path}: row {i}: its solution {row['solution']!r} is none of its choices {row['choices']}")
     return rows

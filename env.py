@@ -833,8 +833,9 @@ def metrics(records):
     mean = lambda x: float(x[~np.isnan(x)].mean()) if (~np.isnan(x)).any() else None
     out = {k: mean(table[:, i]) for i, k in enumerate(MEASURES[:8])}
     repeats, crops, invalid, calls = table[:, 8:12].sum(0)
-    judged = {} if np.isnan(table[:, 12]).all() else {"judge_failed_rate": mean(table[:, 12])}  # of the answers it was asked about
-    return {**out, **judged, "repeat_rate": repeats / crops if crops else None, "invalid_call_rate": invalid / calls if calls else None}
+    if not np.isnan(table[:, 12]).all():  # of the answers that the judge was asked about
+        out["judge_failed_rate"] = mean(table[:, 12])
+    return {**out, "repeat_rate": repeats / crops if crops else None, "invalid_call_rate": invalid / calls if calls else None}
 
 
 # ---------------------------------------------------------------------------------------------------------------

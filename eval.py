@@ -25,7 +25,6 @@ import textwrap
 import time
 import zlib
 from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
 from itertools import takewhile
 
 import numpy as np
@@ -59,8 +58,8 @@ REAL = dict()
 
 
 def pieces(policy, rows, at, cfg, k, greedy, quiet):
-    """Yields (numbers of rows, their k trajectories each), a piece of `at` at a time: a trajectory holds its full-resolution
-    image. What is sampled depends on a row's number, not on its piece or rank."""
+    """Yields (numbers of rows, k trajectories of each), a piece of the rows `at` at a time: a trajectory holds its
+    full-resolution image. What is sampled depends on a row's number, not on its piece or rank."""
     per = max(1, cfg.in_flight // k)
     for i in tqdm(range(0, len(at), per), desc="eval", disable=True if quiet else None, leave=False):
         mine = at[i:i + per]
@@ -83,7 +82,8 @@ def evaluate(policy, rows, cfg, rank=0, world=1, k=1, greedy=False):
     by_level = {str(int(d)): dict(n=int((levels == d).sum()), accuracy=float(records[levels == d, 0].mean()),
                                   crops=float(crops[levels == d].mean())) for d in np.unique(levels)}
     wrong = lambda c: records[(crops == c) & (records[:, 0] == 0), env.MEASURES.index("redundancy_wrong")]
-    by_crops = {str(int(c)): dict(n=len(wrong(c)), redundancy=float(wrong(c).mean())) for c in np.unique(crops) if c > 1 and len(wrong(c))}
+    by_crops = {str(int(c)): dict(n=len(wrong(c)), redundancy=float(wrong(c).mean()))
+                for c in np.unique(crops) if c > 1 and len(wrong(c))}
     return env.metrics(records[:, :-1]), longest, by_level, by_crops
 
 
@@ -137,14 +137,16 @@ def read_tsv(path, letters, *columns):
     rows, files = [], {}
     with open(path, newline="", encoding="utf-8-sig") as f:
         reader = csv.DictReader(f, delimiter="\t")
-        if lacking := [c for c in ("index", "image", "question", *letters, "answer", *columns) if c not in (reader.fieldnames or ())]:
-            raise env.UserError(f"{path}: no column `{lacking[0]}`; it has {', '.join(reader.fieldnames or ())}")
+        found = list(reader.fieldnames or ())
+        if lacking := [c for c in ("index", "image", "question", *letters, "answer", *columns) if c not in found]:
+            raise env.UserError(f"{path}: no column `{lacking[0]}`; it has {', '.join(found)}")
         for i, x in enumerate(tqdm(reader, desc=os.path.basename(path), disable=None, leave=False)):
             image, question, answer, *more = need(x, ("image", "question", "answer", *columns), f"{path}: row {i}")
             if len(image) > 64:
                 image = files[x["index"]] = unpack(image, path + ".images", f"{path}: row {i}")
             options = list(takewhile(bool, (x[c] for c in letters)))
-            rows.append(multiple_choice(image, question, options, answer.strip(), f"{path}: row {i}", **dict(zip(columns, more))))
+            more = dict(zip(columns, more))
+            rows.append(multiple_choice(image, question, options, answer.strip(), f"{path}: row {i}", **more))
     return [{**r, "images": [files.get(r["images"][0], r["images"][0])]} for r in rows]
 
 
@@ -189,13 +191,14 @@ def rows_of(path, image_root):
 
 
 BENCHES = {"vstar": vstar, "hrbench4k": hrbench, "hrbench8k": hrbench, "mmerealworld": mmerealworld,
-           "mmerealworld_lite": mmerealworld, "visualprobe": rows_of, "rows": rows_of}  # name -> function(path, image_root) -> rows
+           "mmerealworld_lite": mmerealworld, "visualprobe": rows_of, "rows": rows_of}  # functions of (path, image_root)
 
 
 def read_benches(cfg):
     """{name: rows} of --bench."""
     parts, benches = [x.partition(":")[::2] for x in cfg.bench.split(",")], {}
-    if wrong := [n for n, path in parts if n not in BENCHES or not os.path.exists(path) or [x for x, _ in parts].count(n) > 1]:
+    names = [name for name, _ in parts]
+    if wrong := [n for n, path in parts if n not in BENCHES or names.count(n) > 1 or not os.path.exists(path)]:
         raise env.UserError(f"--bench={cfg.bench}: {wrong[0]} is not NAME:PATH of an existing file or folder, each name once; the "
                             f"names are {', '.join(BENCHES)}")
     for name, path in parts:
@@ -237,11 +240,10 @@ def summarise(rows, samples):
     return {**summary(list(range(len(rows)))), "categories": {c: summary(groups[c]) for c in sorted(groups)}}
 
 
-def score_benches(policy, cfg, rank=0, world=1):
-    """Answer every question of --bench that is not recorded yet. Returns the contents of eval.json and a long trajectory of
-    this rank. All ranks must reach this."""
-    os.makedirs(cfg.out, exist_ok=True)
-    benches = dict(env.gather(list(read_benches(cfg).items()) if rank == 0 else [], world))
+def score_benches(policy, benches, cfg, rank=0, world=1):
+    """Answer every question of benches ({name: rows}, on rank 0) that is not recorded yet. Returns the contents of eval.json
+    and a long trajectory of this rank, or None. All ranks must reach this."""
+    benches = dict(env.gather(list(benches.items()) if rank == 0 else [], world))
     key, done, longest = record_key(policy, benches, cfg), {}, None
     for file in glob.glob(os.path.join(glob.escape(cfg.out), "records.*.jsonl")) if rank == 0 else ():
         for text in open(file):
@@ -260,10 +262,10 @@ def score_benches(policy, cfg, rank=0, world=1):
             if rank == 0:
                 print(f"{name}: {len(rows)} questions, {len(rows) - len(todo)} of them recorded before", flush=True)
             for at, trajs in pieces(policy, rows, todo[rank::world], cfg, cfg.k, cfg.k == 1, rank > 0):
-                for i, same in zip(at, (trajs[j:j + cfg.k] for j in range(0, len(trajs), cfg.k))):
-                    samples = fresh[key(name, cfg.max_crops, i)] = [env.measure(t, cfg) for t in same]
-                    samples = [[None if x != x else float(x) for x in m] for m in samples]
-                    f.write(json.dumps({"key": key(name, cfg.max_crops, i), "doc_id": rows[i].get("doc_id"), "samples": samples,
+                for j, i in enumerate(at):
+                    same, name_i = trajs[j * cfg.k:(j + 1) * cfg.k], key(name, cfg.max_crops, i)
+                    fresh[name_i] = [[None if x != x else float(x) for x in env.measure(t, cfg)] for t in same]
+                    f.write(json.dumps({"key": name_i, "doc_id": rows[i].get("doc_id"), "samples": fresh[name_i],
                                         "answers": [t.answer for t in same]}) + "\n")
                     longest = max([longest or same[0], *same], key=lambda t: len(t.turns))
                 f.flush()
@@ -277,8 +279,9 @@ def report(benches, done, key, cfg):
     result = {}
     for name, rows in benches.items():
         crops = cfg.max_crops or max(int(k.split()[1]) for k in done if k.split()[0] == name)
-        samples = {mode: [done.get(key(name, n, i)) for i in range(len(rows))] for mode, n in (("tool_on", crops), ("tool_off", 0))}
-        complete = {mode: x for mode, x in samples.items() if None not in x and (crops or mode == "tool_off")}
+        modes = {"tool_on": crops, "tool_off": 0} if crops else {"tool_off": 0}
+        samples = {mode: [done.get(key(name, n, i)) for i in range(len(rows))] for mode, n in modes.items()}
+        complete = {mode: x for mode, x in samples.items() if None not in x}
         result[name] = {mode: summarise(rows, x) for mode, x in complete.items()}
         if len(complete) == 2:
             on, off = (np.array(x, float)[..., 0].mean(1) for x in complete.values())  # (rows,) accuracy over the k samples
@@ -299,6 +302,8 @@ def show_benches(result):
                 print(f"{name + ' ' + mode:34}{parts[mode]['n']:6} {line(parts[mode])}")
                 for c, m in parts[mode]["categories"].items():
                     print(f"  {c[:32]:32}{m['n']:6} {line(m)}")
+                if failed := parts[mode].get("judge_failed_rate"):
+                    print(f"  the judge failed on {failed:.1%} of the answers it was asked about: scored as wrong, asked again next time")
         if t := parts.get("tool"):
             print(f"  the tool: {t['difference']:+.3f} = {t['repaired']:.3f} repaired ({t['n_repaired']} questions) "
                   f"- {t['broken']:.3f} broken ({t['n_broken']})")
@@ -348,8 +353,9 @@ def draw(traj, path):
             blocks.append((text, None))
     lines = [[y for x in text.split("\n") for y in textwrap.wrap(x, 84)] for text, _ in blocks]
     heights = [max(thumb + 16 if crop else 0, 20 * len(wrapped) + 20) for wrapped, (_, crop) in zip(lines, blocks)]
-    question = textwrap.wrap(f"Question: {traj.row['problem']}", 62) + [f"Answer: {traj.answer}" + (
-        f"   Solution: {traj.row['solution']}   ({'right' if env.is_right(traj, traj.row) else 'wrong'})" if "solution" in traj.row else "")]
+    question = textwrap.wrap(f"Question: {traj.row['problem']}", 62) + [f"Answer: {traj.answer}"]
+    if "solution" in traj.row:
+        question[-1] += f"   Solution: {traj.row['solution']}   ({'right' if env.is_right(traj, traj.row) else 'wrong'})"
     height = max(left * 2 + scene.height + 24 * len(question) + 20, left * 2 + sum(heights))
     sheet = Image.new("RGB", (side + 3 * left + thumb + 700, height), "white")
     d = ImageDraw.Draw(sheet)
@@ -396,12 +402,15 @@ def main(cfg):
     if cfg.tool not in ("on", "off") or bool(cfg.image) != bool(cfg.question):
         raise env.UserError("--tool is on or off, and --image and --question are given together")
     cfg = replace(cfg, max_crops=cfg.max_crops if cfg.tool == "on" else 0)
-    rows = [] if cfg.bench or cfg.image else data.load_rows(os.path.join(cfg.data, "test.jsonl"), cfg.image_root)[:cfg.limit or None]
+    if cfg.bench or cfg.image:
+        rows = read_benches(cfg) if cfg.bench and rank == 0 else {}
+    else:
+        rows = data.load_rows(os.path.join(cfg.data, "test.jsonl"), cfg.image_root)[:cfg.limit or None]
     policy, t = env.load_policy(cfg.model, device), time.time()
     os.makedirs(cfg.out, exist_ok=True)
     if cfg.image:
         return ask(policy, cfg) if rank == 0 else None
-    result, longest = (score_benches if cfg.bench else partial(score, rows=rows))(policy, cfg=cfg, rank=rank, world=world)
+    result, longest = (score_benches if cfg.bench else score)(policy, rows, cfg, rank, world)
     result["seconds"] = round(time.time() - t, 1)
     if rank == 0:
         env.write_text(os.path.join(cfg.out, "eval.json"), json.dumps({**result, "config": asdict(cfg)}, indent=1))
@@ -411,7 +420,7 @@ def main(cfg):
     if rank == 0 and cfg.bench:
         show_benches(result)
     elif rank == 0:
-        print(f"{'':8} {header()}\nsampled  {line(result)}\ngreedy   {line(result['greedy'])}")
+        print(f"{'n ' + str(result['n']):8} {header()}\nsampled  {line(result)}\ngreedy   {line(result['greedy'])}")
         for d, r in result["accuracy_by_candidates"].items():
             print(f"  {d} candidates: accuracy {r['accuracy']:.3f}, crops {r['crops']:.2f} (n={r['n']})")
     return result

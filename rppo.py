@@ -108,7 +108,8 @@ def prepare(cfg):
     t = time.time()
     data.main(scenes)
     seconds["data"], t = time.time() - t, time.time()
-    reward = ("temperature", "lam", "eps", "tool_bonus", "format_weight", "judge_url", "judge_name")  # the rest of World is the task, the same for both
+    reward = ("temperature", "lam", "eps", "tool_bonus", "format_weight", "judge_url", "judge_name")
+    # the rest of World is the task, the same for both
     task = {k: getattr(cfg, k) for k in vars(env.World()) if k not in reward}
     start = sft.Config(**task, seed=cfg.seed, data=cfg.data, out=os.path.join(parent, "sft"))
     sft.main(start)
@@ -247,8 +248,9 @@ def compare(cfg, start, seconds, started, rank):
     parent, summary = os.path.dirname(cfg.out.rstrip("/")), {}
     for name, model in (("sft", start), ("rppo", cfg.out)):
         given = {k: v for k, v in asdict(cfg).items() if k in vars(env.World())}
-        summary[name] = evaluation.main(evaluation.Config(**given, seed=cfg.seed, model=env.newest(model), data=cfg.data, image_root=cfg.image_root,
-                                                          out=os.path.join(parent, "eval", name), limit=cfg.n_score))
+        summary[name] = evaluation.main(evaluation.Config(**given, seed=cfg.seed, model=env.newest(model), data=cfg.data,
+                                                          image_root=cfg.image_root, out=os.path.join(parent, "eval", name),
+                                                          limit=cfg.n_score))
         seconds[f"eval_{name}"] = summary[name]["seconds"]
     if rank == 0:
         summary["seconds"] = {**{k: round(v, 1) for k, v in seconds.items()}, "total": round(time.time() - started, 1)}

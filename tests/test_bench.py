@@ -625,7 +625,7 @@ def test_two_ranks_share_the_questions(whole, base, published, tmp_path, monkeyp
             meet.wait()
             return out
         here.gather = gather
-        results[i], _ = evaluation.score_benches(policy, cfg, i, 2)
+        results[i], _ = evaluation.score_benches(policy, evaluation.read_benches(cfg) if i == 0 else {}, cfg, i, 2)
     here = threading.local()
     monkeypatch.setattr(env, "gather", lambda *args: here.gather(*args))
     threads = [threading.Thread(target=rank, args=(i,)) for i in (0, 1)]
@@ -670,8 +670,9 @@ def test_judged_benchmark(base, published, tmp_path, endpoint):
     probe = published.rpartition(",")[2]
     endpoint.reply = staticmethod(lambda text: 500)
     flags = dict(judge_url=endpoint.url, judge_name="x", k=2)
-    failed = bench(base, str(tmp_path), probe, **flags)[0]["benches"]["visualprobe"]["tool_on"]
-    assert failed["judge_failed_rate"] == 1
+    failed, printed = bench(base, str(tmp_path), probe, **flags)
+    failed = failed["benches"]["visualprobe"]["tool_on"]
+    assert failed["judge_failed_rate"] == 1 and "the judge failed on 100.0%" in printed
     endpoint.reply = staticmethod(lambda text: "yes")
     right, printed = bench(base, str(tmp_path), probe, **flags)
     right = right["benches"]["visualprobe"]["tool_on"]
