@@ -216,14 +216,15 @@ def write_rows(cfg, split, n, seed):
 # ---------------------------------------------------------------------------------------------------------------
 # Rows from files: our own schema, and the conversations of other projects.
 
-CONVERSATIONS = ("conversations", "messages", "message_list")  # LLaMA-Factory's sharegpt; ms-swift and others; Pixel-Reasoner
+CONVERSATIONS = ("conversations", "messages", "message_list")  # LLaMA-Factory's sharegpt; ms-swift; Pixel-Reasoner
 # FORK: the neighbours' tools. Dialect -> unit of the box (None: pixels), number of the image it refers to (0: the original),
 # margins that the tool may have added to the box on each side, as shares of (the box's own sides, the image's sides).
 DIALECTS = {
-    "image_zoom_in_tool": (None, lambda call: 0, ((0, 0), (0.25, 0))),                          # DeepEyes; Chain-of-Focus
-    "img_idx": (1000, lambda call: call["img_idx"], ((0, 0),)),                                 # the same in Qwen3-VL's form, ours
-    "crop_image_normalized": (1, lambda call: call["target_image"] - 1, ((0, 0), (0, 0.1))),    # Pixel-Reasoner
-    "source": (1, lambda call: int(call["source"].replace("original_image", "observation_0")[12:]), ((0, 0),))}  # Mini-o3
+    "image_zoom_in_tool": (None, lambda call: 0, ((0, 0), (0.25, 0))),                        # DeepEyes; Chain-of-Focus
+    "img_idx": (1000, lambda call: call["img_idx"], ((0, 0),)),                               # the same as Qwen3-VL and we have it
+    "crop_image_normalized": (1, lambda call: call["target_image"] - 1, ((0, 0), (0, 0.1))),  # Pixel-Reasoner
+    "source": (1, lambda call: int(call["source"].replace("original_image", "observation_0")[12:]), ((0, 0),)),  # Mini-o3
+}
 # Pixels are those of the original (DeepEyes cuts there) or of the image as the model saw it: sides in steps of 28, at most so
 # many pixels (the limits of DeepEyes and of Chain-of-Focus, which cuts there). Up to the limits only the rounding differs.
 SEEN_PIXELS = (16384 * 28 ** 2, 3840 ** 2)
@@ -248,8 +249,8 @@ def messages_of(row):
 
 
 def candidates(call, boxes):
-    """Calls in our own form (text) that a foreign call (the JSON between its tags) may stand for, likeliest first. boxes: the
-    original and the crops so far."""
+    """Calls in our own form (text) that a foreign call may stand for, likeliest first. boxes: the original and the crops
+    so far."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
     arguments = call.get("arguments", call)
     unit, number, margins = DIALECTS[next((k for k in ("source", "img_idx") if k in arguments), call.get("name"))]
@@ -276,8 +277,8 @@ def difference(image, box, seen):
 
 
 def replay(body, boxes, image, seen):
-    """The call in our form, and its box on the original, for the JSON of a foreign call that showed the image `seen` (None if
-    that is not known). Raises ValueError(reason)."""
+    """The call in our form and its box on the original, for the JSON of a foreign call that showed the image `seen` (None:
+    not known). Raises ValueError(reason)."""
     best = (np.inf, None, None)
     try:
         for ours in candidates(json.loads(body), boxes):
@@ -356,8 +357,8 @@ def load_rows(path, image_root=""):
     """
     path = os.path.dirname(path) if os.path.isfile(os.path.dirname(path)) else path
     if path.endswith(".parquet"):
-        raise UserError(f"{path}: Parquet is not read; write its images to files and its rows to JSONL: with the data set's own script "
-                        "(Mini-o3: preprocess_coldstart.py), or pandas' read_parquet(...).to_json(..., orient='records', lines=True)")
+        raise UserError(f"{path}: Parquet is not read; write its images to files and its rows to JSONL, by the data set's own "
+                        "script (Mini-o3: preprocess_coldstart.py) or pandas.read_parquet and to_json(orient='records', lines=True)")
     try:
         with open(path, encoding="utf-8-sig") as f:
             text = f.read()

@@ -2,9 +2,9 @@
 
     torchrun eval.py --model=runs/rppo --data=data/scenes-0        # a run folder, a checkpoint or a hub id
     torchrun eval.py --model=runs/rppo --data=data/scenes-0 --k=8  # Avg@8 at temperature 1
-    torchrun eval.py --model=... --bench=vstar:vstar_bench,hrbench4k:hr_bench_4k.tsv              # published benchmarks, greedy
-    torchrun eval.py --model=... --bench=visualprobe:VisualProbe --k=8 --temperature=1            # Avg@8
-    torchrun eval.py --model=... --bench=vstar:vstar_bench --tool=off                             # the same without the tool
+    torchrun eval.py --model=... --bench=vstar:vstar_bench,hrbench4k:hr_bench_4k.tsv      # published benchmarks, greedy
+    torchrun eval.py --model=... --bench=visualprobe:VisualProbe --k=8 --temperature=1    # Avg@8
+    torchrun eval.py --model=... --bench=vstar:vstar_bench --tool=off                     # without the tool
     python eval.py --model=... --image=photo.jpg --question="What does the sign say?"
 
 Prints one table and writes <out>/eval.json. Of the scenes: the metrics of env.metrics at temperature 1 (k samples a row) and
@@ -131,8 +131,8 @@ def unpack(text, folder, where):
 
 
 def read_tsv(path, letters, *columns):
-    """A TSV of VLMEvalKit as multiple-choice rows that carry `columns` too; their options stand in the columns `letters`. Its
-    images, base64 or the index of the line that has it, are unpacked to <path>.images/."""
+    """A TSV of VLMEvalKit as multiple-choice rows that carry `columns` too; the options stand in the columns `letters`. Its
+    images, in base64 or as the index of the line that has it, are unpacked to <path>.images/."""
     csv.field_size_limit(sys.maxsize)
     rows, files = [], {}
     with open(path, newline="", encoding="utf-8-sig") as f:
@@ -199,8 +199,8 @@ def read_benches(cfg):
     parts, benches = [x.partition(":")[::2] for x in cfg.bench.split(",")], {}
     names = [name for name, _ in parts]
     if wrong := [n for n, path in parts if n not in BENCHES or names.count(n) > 1 or not os.path.exists(path)]:
-        raise env.UserError(f"--bench={cfg.bench}: {wrong[0]} is not NAME:PATH of an existing file or folder, each name once; the "
-                            f"names are {', '.join(BENCHES)}")
+        raise env.UserError(f"--bench={cfg.bench}: {wrong[0]} is not NAME:PATH of an existing file or folder, each name once; "
+                            f"the names are {', '.join(BENCHES)}")
     for name, path in parts:
         benches[name] = BENCHES[name](path, cfg.image_root)[:cfg.limit or None]
         if not benches[name]:
@@ -303,7 +303,7 @@ def show_benches(result):
                 for c, m in parts[mode]["categories"].items():
                     print(f"  {c[:32]:32}{m['n']:6} {line(m)}")
                 if failed := parts[mode].get("judge_failed_rate"):
-                    print(f"  the judge failed on {failed:.1%} of the answers it was asked about: scored as wrong, asked again next time")
+                    print(f"  the judge failed on {failed:.1%} of what it was asked: scored as wrong, tried again by the next run")
         if t := parts.get("tool"):
             print(f"  the tool: {t['difference']:+.3f} = {t['repaired']:.3f} repaired ({t['n_repaired']} questions) "
                   f"- {t['broken']:.3f} broken ({t['n_broken']})")

@@ -222,18 +222,21 @@ def test_what_cannot_be_replayed_is_left_out(tmp_path, capsys):
             make(7, [good], answer="<think>I do not know.</think>"),
             make(8, [(STEPS["mini-o3"][1], image.crop(FIRST))]),                                     # no observation_1 yet
             {**make(9, [good]), "images": ["original.jpg", "crop0.jpg", "crop0.jpg"]},
-            make(10, [good]), {"messages": [5], "images": ["original.jpg"]}]
+            make(10, [good]), {"messages": [5], "images": ["original.jpg"]},
+            {"images": ["0/original.jpg"], "messages": [{"role": "user", "content": "<image>What?"},                 # a refused call
+             {"role": "assistant", "content": STEPS["deepeyes"][0]}, {"role": "user", "content": "Error: too small."},
+             {"role": "assistant", "content": "<answer>red</answer>"}]}]
     for i, row in enumerate(rows[:11]):
         row["images"] = [f"{i}/{p}" for p in row["images"]]
     os.remove(tmp_path / "10/crop0.jpg")
     assert len(load_conversations(tmp_path, rows)) == 1
     report = capsys.readouterr().out
-    assert "1 of 12 conversations are used" in report and report.count("\n") == 1
+    assert "1 of 13 conversations are used" in report and report.count("\n") == 1
     for n, first, reason in ((2, 1, "does not show what its crop file shows"), (1, 3, "not on its image"), (3, 4, "could not be read"),
                              (2, 6, "not one call or one answer"), (1, 9, "not one original"), (1, 10, "missing"),
-                             (1, 11, "messages could not be read")):
+                             (1, 11, "messages could not be read"), (1, 12, "not followed by one crop")):
         assert f"{n} left out, the first is row {first}: " in report and reason in report, report
-    assert "0 of 11" in refusal(load_conversations, tmp_path, rows[1:])
+    assert "0 of 12" in refusal(load_conversations, tmp_path, rows[1:])
 
 
 def test_conversations_train(tmp_path, policy):
