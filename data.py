@@ -24,6 +24,7 @@ import re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -36,7 +37,7 @@ COLOURS = {"red": (220, 40, 40), "green": (40, 170, 60), "blue": (50, 80, 230), 
            "purple": (160, 50, 190), "cyan": (40, 200, 215)}
 SHAPES = ("triangle", "square", "cross")
 # size: pixels per side; grid: cells per side; mark: pixels; scales: zooms needed; kinds: what is asked
-LEVELS = {0: dict(size=256, grid=4, mark=12, scales=1, kinds=("colour",)),
+LEVELS = {0: dict(size=256, grid=4, mark=14, scales=1, kinds=("colour",)),
           1: dict(size=1024, grid=4, mark=14, scales=1, kinds=("colour", "shape", "count")),
           2: dict(size=2048, grid=6, mark=12, scales=2, kinds=("colour", "shape", "count")),
           3: dict(size=4096, grid=8, mark=16, scales=2, kinds=("colour", "shape", "count", "text"))}
@@ -51,7 +52,7 @@ class Config:
     seed: int = 0                     # of the sft and train scenes; the test scenes never change
     out: str = "data/scenes-{seed}"   # where the rows and images go
     level: int = 0                    # 0 (256 px, the tiny task) to 3 (4096 px, two scales, small text)
-    n_sft: int = 2400                 # scenes; each asks two questions (a scene for RL or testing asks one)
+    n_sft: int = 3360                 # scenes; each asks two questions (a scene for RL or testing asks one)
     n_train: int = 1800
     n_test: int = 768
     per_question: int = 3             # cold-start trajectories per question
@@ -371,12 +372,10 @@ def load_rows(path, image_root=""):
         raise UserError(f"{path}: no rows")
     root = os.path.abspath(image_root or os.path.dirname(path))
 
-    def find(name, what="the conversation"):
-        full = os.path.join(root, name)
-        if image_root and os.path.commonpath([os.path.realpath(root), os.path.realpath(full)]) != os.path.realpath(root):
-            raise UserError(f"{path}: {what}: image {name} lies outside of --image_root={image_root}")
+    def find(name, i=None):
+        full = env.inside(root, name, i) if image_root else os.path.join(root, name)
         if not os.path.exists(full):
-            raise UserError(f"{path}: {what}: image {full} does not exist; paths are relative to the file or to --image_root")
+            raise UserError(f"{path}: row {i}: image {full} does not exist; paths are relative to the file or to --image_root")
         return full
     if any(isinstance(r, dict) and any(k in r for k in CONVERSATIONS) for r in rows):
         rows = translated(path, rows, find)
@@ -386,11 +385,18 @@ def load_rows(path, image_root=""):
                 raise UserError(f"{path}: row {i} has no `{key}`; every row needs images, problem and solution")
         if not isinstance(row["images"], list) or not all(isinstance(p, str) for p in row["images"]):
             raise UserError(f"{path}: row {i}: `images` is not a list of paths")
-        row["images"] = [find(p, f"row {i}") for p in row["images"]]
+        row["images"] = [find(p, i) for p in row["images"]]
         row["problem"] = str(row["problem"]).replace("<image>", "").strip()  # the image always comes first
         if row.get("choices") and not env.match(np.ravel(row["solution"])[0], row):
             raise UserError(f"{path}: row {i}: its solution {row['solution']!r} is none of its choices {row['choices']}")
     return rows
+
+
+def check_images(rows, rank, world):
+    """Read the header of every image, shared out over the ranks, before hours are spent: raises env.open_image's UserError.
+    (An image that is cut short shows only when it is decoded.)"""
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(partial(env.open_image, decode=False), sorted({r["images"][0] for r in rows})[rank::world]))
 
 
 def main(cfg):
@@ -398,12 +404,16 @@ def main(cfg):
     rank, world, _ = env.setup()
     if cfg.level not in LEVELS:
         raise UserError(f"--level={cfg.level}: the levels are {', '.join(map(str, LEVELS))}")
-    if rank == 0 and not os.path.exists(os.path.join(cfg.out, "config.json")) and os.path.exists(os.path.join(cfg.out, "train.jsonl")):
+    here = lambda name: os.path.exists(os.path.join(cfg.out, name))
+    if rank == 0 and here("train.jsonl") and not here("config.json") and not here("unfinished.json"):
         raise UserError(f"{cfg.out} holds rows that data.py did not make (or not completely); give another --out (rppo.py: --data)")
     if rank == 0 and not env.same_settings(cfg.out, cfg):
+        os.makedirs(cfg.out, exist_ok=True)
+        unfinished = os.path.join(cfg.out, "unfinished.json")  # by this we know our own rows after an interruption
+        env.write_text(unfinished, json.dumps(asdict(cfg), indent=1))
         counts = {split: write_rows(cfg, split, n, seed) for split, n, seed in
                   (("sft", cfg.n_sft, cfg.seed), ("train", cfg.n_train, cfg.seed), ("test", cfg.n_test, 2 ** 32))}
-        env.write_text(os.path.join(cfg.out, "config.json"), json.dumps(asdict(cfg), indent=1))  # last: its presence means complete
+        os.replace(unfinished, os.path.join(cfg.out, "config.json"))  # last: its presence means complete
         print(f"{cfg.out}: " + ", ".join(f"{n} {split} rows" for split, n in counts.items()))
     if world > 1:
         env.dist.barrier()

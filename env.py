@@ -17,18 +17,21 @@ V rows of the language-model head. (In formulas T is DRIM's number of crops.) Bo
 The method is DRIM (arXiv 2512.17306), written from its description; "our choice" marks what is not published.
 """
 import base64
+import errno
 import http.client
 import io
 import json
 import math
 import os
 import re
+import signal
 import sys
 import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, fields
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import import_module
 from types import MethodType
 
@@ -37,11 +40,15 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageOps
+from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
 
 
 class UserError(SystemExit):
     """A mistake of the user: the message is one line that names the file, row or flag, and the cure."""
+
+    def __init__(self, message):  # a row's text is part of some messages: what would steer a terminal is escaped
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
 
 
 @dataclass
@@ -214,19 +221,35 @@ def redundancy(boxes, eps):
 # ---------------------------------------------------------------------------------------------------------------
 # Images and text, as the model takes them.
 
-def open_image(path):
-    """Decode an image file to RGB, upright, 8 bit. Raises UserError naming the file when that cannot be done."""
+def open_image(path, decode=True):
+    """Decode an image file to RGB, upright, 8 bit; of an animation the first frame, what is transparent on white.
+
+    Raises UserError naming the file when that cannot be done, when a side is over 100 times the other, and above 179
+    megapixels (Pillow's limit against decompression bombs). decode=False reads the header alone and returns None.
+    """
     try:
         with Image.open(path) as im:
+            if max(im.size) > 100 * min(im.size):
+                raise ValueError(f"{im.width}x{im.height} pixels, too long and thin: the ratio is above 100")
+            if not decode:
+                return None
             im = ImageOps.exif_transpose(im)
             if im.mode.startswith("I"):  # 16 bits: Pillow would clip them to 8, not scale them
                 im = Image.fromarray((np.asarray(im).clip(0, 65535) // 257).astype(np.uint8))
-            im = im.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
+            if im.has_transparency_data:
+                im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im.convert("RGBA"))
+            return im.convert("RGB")
+    except Exception as e:  # a damaged file can make a decoder raise anything
         raise UserError(f"{path}: not a readable image ({type(e).__name__}: {e}); remove its row or mend the file")
-    if max(im.size) > 100 * min(im.size):
-        raise UserError(f"{path}: {im.width}x{im.height} pixels is too long and thin (ratio above 100); remove its row")
-    return im
+
+
+def inside(root, path, row):
+    """The absolute path of an image, symbolic links and .. resolved. UserError naming the row if it lies outside root."""
+    root = os.path.realpath(root)
+    full = os.path.realpath(os.path.join(root, path.replace("\0", "")))
+    if os.path.commonpath([root, full]) != root:
+        raise UserError(f"row {row}: image {path} lies outside {root}; mend the row or the image root")
+    return full
 
 
 class Processor:
@@ -264,7 +287,10 @@ class Processor:
     def view(self, image, box, min_pixels, max_pixels):
         """Cut box out of the original and resize it into the pixel budget. Returns uint8 (H, W, 3)."""
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
-        h, w = smart_resize(box[3] - box[1], box[2] - box[0], self.patch * self.merge, min_pixels, max_pixels)
+        side = self.patch * self.merge
+        h, w = smart_resize(box[3] - box[1], box[2] - box[0], side, min_pixels, max_pixels)
+        most = max_pixels // side ** 2 * side  # a thin box is made one token wide, and would exceed the budget in length
+        h, w = min(h, most), min(w, most)
         im = image.resize((w, h), Image.BICUBIC, box=box, reducing_gap=3.0)
         return torch.from_numpy(np.asarray(im).copy())
 
@@ -339,6 +365,8 @@ class Trajectory:
     row: dict
     image: Image.Image                           # the original, full resolution; every crop is cut from it
     ids: list = field(default_factory=list)      # all tokens, image tokens expanded
+    pos: np.ndarray = field(default_factory=lambda: np.zeros((3, 0), np.int64))  # (3, T): their M-RoPE positions ...
+    next_pos: int = 0                            # ... and that of the token after them
     mask: list = field(default_factory=list)     # 1 sampled (the sampled <|im_end|> too), 0 given
     logp: list = field(default_factory=list)     # as recorded while sampling; 0 where mask is 0
     views: list = field(default_factory=list)    # uint8 (H, W, 3), what the model saw: the original, then each crop
@@ -353,10 +381,14 @@ class Trajectory:
         """Boxes of the executed crops, in order."""
         return self.boxes[1:]
 
-    def add(self, ids, sampled=False, logp=None):
-        self.ids += ids
-        self.mask += [int(sampled)] * len(ids)
-        self.logp += logp or [0.0] * len(ids)
+    def add(self, proc, ids, sampled=False, logp=None, view=None):
+        """Append tokens, and the image among them if there is one."""
+        pos, self.next_pos = mrope(ids, [] if view is None else [proc.grid(view)], proc.image, self.next_pos)
+        self.pos = np.concatenate([self.pos, pos], 1)
+        self.ids = self.ids + ids
+        self.mask = self.mask + [int(sampled)] * len(ids)
+        self.logp = self.logp + (logp or [0.0] * len(ids))
+        self.views = self.views + [view] * (view is not None)
 
 
 def _image_ids(proc, view):
@@ -369,10 +401,10 @@ def reset(proc, row, cfg, image=None):
     image = image or open_image(row["images"][0])  # FORK: more than one image per question starts here
     box = (0, 0, image.width, image.height)
     view = proc.view(image, box, min(cfg.min_crop_pixels, cfg.max_pixels), cfg.max_pixels)
-    traj = Trajectory(row, image, views=[view], boxes=[box])
-    traj.add(proc.frame("<|im_start|>system\n") + proc.frame(SYSTEM if cfg.max_crops else SYSTEM_NO_TOOL)
+    traj = Trajectory(row, image, boxes=[box])
+    traj.add(proc, proc.frame("<|im_start|>system\n") + proc.frame(SYSTEM if cfg.max_crops else SYSTEM_NO_TOOL)
              + proc.frame("<|im_end|>\n<|im_start|>user\n") + _image_ids(proc, view) + proc.encode(row["problem"])
-             + proc.frame("<|im_end|>\n<|im_start|>assistant\n"))
+             + proc.frame("<|im_end|>\n<|im_start|>assistant\n"), view=view)
     if len(traj.ids) + 2 > cfg.max_tokens:
         raise UserError(f"row {row.get('doc_id')}: its prompt of {len(traj.ids)} tokens does not fit; raise --max_tokens "
                         f"(now {cfg.max_tokens}) or lower --max_pixels")
@@ -381,9 +413,9 @@ def reset(proc, row, cfg, image=None):
 
 def respond(traj, proc, ids, logp=None):
     """Append one sampled turn. A turn that was cut off gets its <|im_end|> as a given token (mask 0)."""
-    traj.add(list(ids), sampled=True, logp=logp)
+    traj.add(proc, list(ids), sampled=True, logp=logp)
     if not ids or ids[-1] != proc.end:
-        traj.add([proc.end])
+        traj.add(proc, [proc.end])
     text = proc.decode([i for i in ids if i != proc.end])
     traj.turns.append((text, parse_action(text), None))
 
@@ -397,7 +429,7 @@ def observe(traj, proc, cfg):
     if len(traj.turns) > cfg.max_crops:  # the turn after the last tool turn may only answer
         traj.status = "over_turns"
         return
-    box, error = None, action.kind
+    box, view, error = None, None, action.kind
     if action.kind == "crop":
         box, error = resolve_box(action, traj.boxes, cfg.min_crop_side)
     traj.turns[-1] = (text, action, error)
@@ -411,9 +443,8 @@ def observe(traj, proc, cfg):
     if len(traj.ids) + len(ids) + 2 > cfg.max_tokens:  # ids and image together or not at all; 2: a token and <|im_end|>
         traj.status = "over_tokens"
         return
-    traj.add(ids)
+    traj.add(proc, ids, view=view)
     if box:
-        traj.views.append(view)
         traj.boxes.append(box)
 
 
@@ -438,7 +469,8 @@ def pack(views, proc):
     for v in ordered:
         first[id(v)] = offset
         offset += math.prod(proc.grid(v))
-    return ordered, torch.cat([torch.arange(first[id(v)], first[id(v)] + math.prod(proc.grid(v))) for v in views])
+    rows = [torch.arange(first[id(v)], first[id(v)] + math.prod(proc.grid(v))) for v in views]
+    return ordered, torch.cat(rows or [torch.zeros(0, dtype=torch.long)])
 
 
 def collate(trajs, proc):
@@ -449,7 +481,7 @@ def collate(trajs, proc):
     for b, t in enumerate(trajs):
         n = len(t.ids)
         ids[b, :n], mask[b, :n] = torch.tensor(t.ids), torch.tensor(t.mask, dtype=torch.float)
-        pos[:, b, :n] = torch.from_numpy(mrope(t.ids, [proc.grid(v) for v in t.views], proc.image, 0)[0])
+        pos[:, b, :n] = torch.from_numpy(t.pos)
     views, feature = pack([v for t in trajs for v in t.views], proc)
     return dict(ids=ids, mask=mask, pos=pos, views=views, feature=feature)
 
@@ -482,6 +514,7 @@ class Policy(torch.nn.Module):
         for block in vlm.model.visual.blocks:
             block.attn.forward = MethodType(packed_attention, block.attn)
         self.register_buffer("banned", proc.banned, persistent=False)
+        self.sharded = False
 
     @property
     def device(self):
@@ -490,6 +523,19 @@ class Policy(torch.nn.Module):
     def autocast(self):
         """bf16 matrix products on CUDA, fp32 on the CPU; the weights stay fp32."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
+
+    @contextmanager
+    def gathered(self):
+        """Meanwhile a sharded policy is whole on every rank (in bf16 on CUDA): a token needs no collective, and ranks may
+        differ in turns."""
+        parts = [m for m in self.modules() if hasattr(m, "reshard")]  # what fully_shard has wrapped
+        for m in parts:
+            m.unshard()
+            m.set_reshard_after_forward(False, recurse=False)
+        yield
+        for m in parts:
+            m.reshard()
+            m.set_reshard_after_forward(m is not self, recurse=False)
 
     def see(self, views):
         """Encode images. Returns features (N, width) and the deepstack features (list of (N, width), Qwen3-VL)."""
@@ -524,7 +570,8 @@ class Policy(torch.nn.Module):
         No attention mask: padding is on the right, where causal attention never looks.
         """
         b = {k: v.to(self.device) for k, v in batch.items() if k != "views"}
-        features, deep = self.see(batch["views"])
+        side = self.proc.patch * self.proc.merge     # a rank without an image must still take part in the tower's collectives
+        features, deep = self.see(batch["views"] or [torch.zeros(side, side, 3, dtype=torch.uint8)])
         seen = features[b["feature"]], [d[b["feature"]] for d in deep]
         h = self.hidden(b["ids"], b["pos"], seen)
         where = b["mask"][:, 1:] > 0                     # (B, T-1): the state at t predicts the token at t + 1
@@ -553,20 +600,22 @@ class Cache:
     0..end-1 under the mask from `causal`.
     """
 
-    def __init__(self, layers):
-        self.k, self.v = [None] * layers, [None] * layers
+    def __init__(self, policy):
+        text = policy.vlm.config.get_text_config()
+        self.heads, self.width = text.num_key_value_heads, getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        self.k, self.v = [None] * text.num_hidden_layers, [None] * text.num_hidden_layers
+        self.like = dict(device=policy.device, dtype=torch.bfloat16 if policy.device.type == "cuda" else torch.float32)
         self.slots, self.capacity, self.end = None, 0, 0
 
     def get_seq_length(self, layer_idx=0):
         return self.end
 
-    def reserve(self, batch, capacity, like):
-        """Room for `capacity` tokens a row. like: (heads, width, dtype, device)."""
-        heads, width, dtype, device = like
+    def reserve(self, batch, capacity):
+        """Room for `capacity` tokens in each of `batch` rows."""
         for store in (self.k, self.v):
             for i, old in enumerate(store):
                 if old is None or old.shape[2] <= capacity:
-                    store[i] = torch.zeros(batch, heads, capacity + 1, width, dtype=dtype, device=device)
+                    store[i] = torch.zeros(batch, self.heads, capacity + 1, self.width, **self.like)
                     if old is not None:
                         store[i][:, :, :self.end] = old[:, :, :self.end]
         self.capacity = max(capacity, self.capacity)
@@ -605,8 +654,7 @@ def prefill(policy, cache, trajs, cached):
     views = []
     for i, (t, c, chunk) in enumerate(zip(trajs, cached, chunks)):
         ids[i, :len(chunk)], slots[i, :len(chunk)] = torch.tensor(chunk), torch.arange(c, c + len(chunk))
-        full, _ = mrope(t.ids, [proc.grid(v) for v in t.views], proc.image, 0)
-        pos[:, i, :len(chunk)] = torch.from_numpy(full[:, c:])
+        pos[:, i, :len(chunk)] = torch.from_numpy(t.pos[:, c:])
         new = chunk.count(proc.vision_start)
         views += t.views[len(t.views) - new:]
     seen = None
@@ -627,8 +675,7 @@ def sample_turn(policy, cache, last, trajs, noise, cfg, greedy):
     """
     device = last.device
     length = torch.tensor([len(t.ids) for t in trajs], device=device)      # also the slot of the next token
-    position = torch.tensor([mrope(t.ids, [policy.proc.grid(v) for v in t.views], policy.proc.image, 0)[1] for t in trajs],
-                            device=device)
+    position = torch.tensor([t.next_pos for t in trajs], device=device)
     budget = torch.tensor([min(cfg.turn_tokens, cfg.max_tokens - len(t.ids) - 1) for t in trajs], device=device)
     u = torch.stack([noise[i][sum(t.mask):][:cfg.turn_tokens] for i, t in enumerate(trajs)]).to(device)
     done, tokens, logps = torch.zeros_like(length, dtype=torch.bool), [], []
@@ -654,52 +701,49 @@ def sample_turn(policy, cache, last, trajs, noise, cfg, greedy):
 
 @torch.no_grad()
 def rollout(policy, rows, cfg, samples=1, seed=(0, 0), prompt_ids=None, greedy=False):
-    """Sample `samples` trajectories of every row; returns them prompt by prompt, P*G in all.
+    """Sample `samples` trajectories of every row, in_flight at a time; returns them prompt by prompt, P*G in all.
 
     Every prompt is prefilled once and its cache repeated for its samples; the cache lives across turns, so that only
     new tokens are ever fed; trajectories that have ended leave the batch. prompt_ids (default 0, 1, ...) name the rows
-    in the random streams, seed = (seed, step).
+    in the random streams, seed = (seed, step). All ranks must reach this if the policy is sharded.
     """
-    if not rows:
-        return []
+    policy.eval()  # in train mode, activation checkpointing (if enabled) drops the cache
     prompt_ids = range(len(rows)) if prompt_ids is None else prompt_ids
     per = max(1, cfg.in_flight // samples)
-    if len(rows) > per:
-        parts = [rollout(policy, rows[i:i + per], cfg, samples, seed, prompt_ids[i:i + per], greedy)
+    with policy.gathered(), policy.autocast():
+        parts = [_rollout(policy, rows[i:i + per], cfg, samples, seed, prompt_ids[i:i + per], greedy)
                  for i in range(0, len(rows), per)]
-        return [t for part in parts for t in part]
-    policy.eval()  # in train mode, activation checkpointing (if enabled) drops the cache
+    return [t for part in parts for t in part]
+
+
+def _rollout(policy, rows, cfg, samples, seed, prompt_ids, greedy):
+    """One piece of `rollout`: all of it is in the cache at once."""
     prompts = [reset(policy.proc, row, cfg) for row in rows]
-    text = policy.vlm.config.get_text_config()
-    cache = Cache(text.num_hidden_layers)
-    like = (text.num_key_value_heads, getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
-            torch.bfloat16 if policy.device.type == "cuda" else torch.float32, policy.device)
-    with policy.autocast():
-        cache.reserve(len(prompts), max(len(t.ids) for t in prompts), like)
-        last = prefill(policy, cache, prompts, [0] * len(prompts))
-        owner = torch.arange(len(prompts), device=policy.device).repeat_interleave(samples)
-        cache.select(owner)
-        last = last[owner]
-        trajs = [Trajectory(t.row, t.image, list(t.ids), list(t.mask), list(t.logp), list(t.views), list(t.boxes))
-                 for t in prompts for _ in range(samples)]
-        room = min((cfg.max_crops + 1) * cfg.turn_tokens, cfg.max_tokens) + cfg.turn_tokens
-        noise = [torch.from_numpy(uniforms(seed, p, g, room)) for p in prompt_ids for g in range(samples)]
-        live = list(range(len(trajs)))
-        while True:
-            cache.reserve(len(live), cache.end + cfg.turn_tokens, like)
-            turns = sample_turn(policy, cache, last, [trajs[i] for i in live], [noise[i] for i in live], cfg, greedy)
-            cached = [len(trajs[i].ids) + len(ids) - 1 for i, (ids, _) in zip(live, turns)]
-            for i, (ids, logp) in zip(live, turns):
-                respond(trajs[i], policy.proc, ids, logp)
-                observe(trajs[i], policy.proc, cfg)
-            keep = [k for k, i in enumerate(live) if trajs[i].status == "open"]
-            if not keep:
-                return trajs
-            if len(keep) < len(live):
-                cache.select(torch.tensor(keep, device=policy.device))
-            live, cached = [live[k] for k in keep], [cached[k] for k in keep]
-            cache.reserve(len(live), max(len(trajs[i].ids) for i in live), like)
-            last = prefill(policy, cache, [trajs[i] for i in live], cached)
+    cache = Cache(policy)
+    cache.reserve(len(prompts), max(len(t.ids) for t in prompts))
+    last = prefill(policy, cache, prompts, [0] * len(prompts))
+    owner = torch.arange(len(prompts), device=policy.device).repeat_interleave(samples)
+    cache.select(owner)
+    last = last[owner]
+    trajs = [replace(t, boxes=list(t.boxes), turns=[]) for t in prompts for _ in range(samples)]
+    room = min((cfg.max_crops + 1) * cfg.turn_tokens, cfg.max_tokens) + cfg.turn_tokens
+    noise = [torch.from_numpy(uniforms(seed, p, g, room)) for p in prompt_ids for g in range(samples)]
+    live = list(range(len(trajs)))
+    while True:
+        cache.reserve(len(live), cache.end + cfg.turn_tokens)
+        turns = sample_turn(policy, cache, last, [trajs[i] for i in live], [noise[i] for i in live], cfg, greedy)
+        cached = [len(trajs[i].ids) + len(ids) - 1 for i, (ids, _) in zip(live, turns)]
+        for i, (ids, logp) in zip(live, turns):
+            respond(trajs[i], policy.proc, ids, logp)
+            observe(trajs[i], policy.proc, cfg)
+        keep = [k for k, i in enumerate(live) if trajs[i].status == "open"]
+        if not keep:
+            return trajs
+        if len(keep) < len(live):
+            cache.select(torch.tensor(keep, device=policy.device))
+        live, cached = [live[k] for k in keep], [cached[k] for k in keep]
+        cache.reserve(len(live), max(len(trajs[i].ids) for i in live))
+        last = prefill(policy, cache, [trajs[i] for i in live], cached)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -842,7 +886,7 @@ def metrics(records):
 # Plumbing that every stage uses: flags, ranks, checkpoints.
 
 AT_LEAST_1 = ("steps", "batch", "micro_batch", "prompts", "samples", "updates", "keep", "k", "in_flight", "turn_tokens",
-              "max_tokens", "save_every", "eval_every", "log_every", "show_every")
+              "max_tokens", "save_every", "eval_every", "log_every", "show_every", "max_skips")
 
 
 def configure(Config, real, argv=None, **given):
@@ -877,10 +921,49 @@ def configure(Config, real, argv=None, **given):
 
 
 def run(main, Config, real):
-    """The command line of a stage."""
-    main(configure(Config, real))
+    """The command line of a stage. SIGTERM and Ctrl-C end it with exit code 0, a full disk with a clear line."""
+    for s in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(s, leave)
+    try:
+        main(configure(Config, real))
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(f"{e.filename or 'a file'}: the disk is full; make room, then the same command goes on")
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def leave(*_):
+    """End this process in good order: what it made so far is on the disk."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        os.write(1, b"stopped by a signal; the same command goes on from the last checkpoint\n")  # print may not nest
+    raise SystemExit(0)
+
+
+@contextmanager
+def interruptible():
+    """Within a training loop SIGTERM and Ctrl-C only fill the list that this yields: the step is finished and saved first."""
+    asked = []
+    before = {s: signal.signal(s, lambda number, _: asked.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield asked
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+    if asked:  # after the last step asked for it
+        signal.raise_signal(asked[0])
+
+
+@contextmanager
+def memory(phase, tokens, knob, cfg):
+    """Make a UserError of the GPU's memory running out in this phase. tokens: of its longest trajectory; knob: of cfg."""
+    try:
+        yield
+    except torch.OutOfMemoryError as e:
+        raise UserError(f"out of GPU memory in the {phase}, trajectories of up to {tokens} tokens ({str(e).split('. ')[0]}); lower "
+                        f"--{knob} (now {getattr(cfg, knob)}), --max_tokens ({cfg.max_tokens}), --max_pixels ({cfg.max_pixels}) "
+                        f"or --max_crop_pixels ({cfg.max_crop_pixels})")
 
 
 def newest(folder):
@@ -899,24 +982,54 @@ def setup():
     return int(os.environ.get("RANK", 0)), world, torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
 
 
-def load_policy(path, device):
-    """FORK: the model. The one place that knows a family: Qwen3-VL and Qwen2.5-VL, from a folder or a hub id."""
+def prepare(policy, cfg, device):
+    """Make a policy on the CPU ready for training on `device`: vision tower, recomputation and sharding as cfg says.
+
+    Sharded (FSDP2), every rank keeps its part of each block's fp32 weights; a block is gathered while it computes, in bf16
+    on CUDA, and gradients come back as fp32 averages over the ranks.
+    """
+    policy.vlm.model.visual.requires_grad_(cfg.train_vision)
+    if cfg.recompute:
+        policy.vlm.gradient_checkpointing_enable({"use_reentrant": False})
+    if cfg.shard:
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+        if not dist.is_initialized():  # one process without torchrun
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+        mp = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if device.type == "cuda" else MixedPrecisionPolicy()
+        for block in (*policy.vlm.model.visual.blocks, *policy.vlm.model.language_model.layers):
+            fully_shard(block, mp_policy=mp)
+        fully_shard(policy, mp_policy=mp)  # the rest, tied embeddings among it, belongs to the root
+        policy.sharded, none = True, torch.zeros(0, dtype=torch.long)
+        with torch.no_grad():  # FSDP2 wants its first forward to go through the root, but a rollout goes through the parts
+            policy.to(device)(dict(ids=torch.zeros(1, 2).long(), mask=torch.ones(1, 2), pos=torch.zeros(3, 1, 2).long(), views=[], feature=none))
+    return policy.to(device)
+
+
+def load_policy(path, device, train=False):
+    """FORK: the model. The one place that knows a family: Qwen3-VL and Qwen2.5-VL, from a folder or a hub id.
+
+    On CUDA its weights are bf16, enough for rollouts; to train they are fp32, and still on the CPU (see `prepare`).
+    """
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
     from transformers.utils import logging
     logging.disable_progress_bar()
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as e:
         raise UserError(f"--model={path}: no checkpoint there ({str(e).splitlines()[0]}); make one with `torchrun sft.py`")
     if config.model_type not in ("qwen3_vl", "qwen2_5_vl"):
         raise UserError(f"{path}: a {config.model_type} model; --model takes Qwen3-VL (2B, 4B, 8B) or Qwen2.5-VL (3B, 7B)")
-    vlm = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
+    dtype = torch.float32 if train or device.type == "cpu" else torch.bfloat16
+    try:  # weights are read from safetensors only: other formats can run code
+        vlm = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, use_safetensors=True, trust_remote_code=False)
+    except (OSError, SafetensorError) as e:
+        raise UserError(f"{path}: no readable weights in safetensors format ({str(e).splitlines()[0]}); give another --model")
     mean, std = ((0.5,) * 3, (0.5,) * 3) if config.model_type == "qwen3_vl" else \
         ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
     vision = config.vision_config
     proc = Processor(AutoTokenizer.from_pretrained(path), vision.patch_size, vision.spatial_merge_size, mean, std,
                      config.get_text_config().vocab_size)
-    return Policy(vlm, proc).to(device)
+    return Policy(vlm, proc) if train else Policy(vlm, proc).to(device)
 
 
 def same_settings(folder, cfg):
@@ -924,7 +1037,7 @@ def same_settings(folder, cfg):
     old, new = read_json(os.path.join(folder, "config.json"), None), asdict(cfg)
     if old is None:
         return False
-    free = ("resume", "out", "keep", "log_every", "show_every", "n_score")  # these decide nothing about the result
+    free = ("resume", "out", "keep", "log_every", "show_every", "n_score", "max_skips")  # these decide nothing about the result
     differ = [f"{k}: {old.get(k)} -> {v}" for k, v in new.items() if k not in free and old.get(k) != v]
     if differ:
         raise UserError(f"{folder} was made with other settings ({'; '.join(differ)}); give another --out (or --data), "
@@ -940,8 +1053,11 @@ def read_json(path, default):
 
 
 def write_text(path, text):
+    """Replace a file: whatever happens, it holds the old text or the new one."""
     with open(path + ".tmp", "w") as f:
         f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
     os.replace(path + ".tmp", path)
 
 
@@ -980,9 +1096,14 @@ def data_url(image):
 
 
 def gather(records, world):
-    """The records of all ranks, rank by rank. All ranks must reach this."""
-    parts = [records]
-    if world > 1:
-        parts = [None] * world
-        dist.all_gather_object(parts, records)
-    return [r for part in parts for r in part]
+    """Rows of numbers, of one length on all ranks, rank by rank: lists (n, k). All ranks must reach this."""
+    if world == 1:
+        return records
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    mine = torch.tensor(records, dtype=torch.float64, device=device)
+    shapes = [torch.zeros(2, dtype=torch.long, device=device) for _ in range(world)]
+    dist.all_gather(shapes, torch.tensor([len(mine), mine.numel()], device=device))
+    most = max(int(size) for _, size in shapes)  # ranks may hold different numbers of rows
+    parts = [torch.zeros(most, dtype=torch.float64, device=device) for _ in range(world)]
+    dist.all_gather(parts, F.pad(mine.flatten(), (0, most - mine.numel())))
+    return [row for (n, size), part in zip(shapes, parts) if n for row in part[:size].view(n, -1).tolist()]

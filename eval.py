@@ -194,20 +194,29 @@ BENCHES = {"vstar": vstar, "hrbench4k": hrbench, "hrbench8k": hrbench, "mmerealw
            "mmerealworld_lite": mmerealworld, "visualprobe": rows_of, "rows": rows_of}  # functions of (path, image_root)
 
 
-def read_benches(cfg):
-    """{name: rows} of --bench."""
+def read_benches(cfg, rank=0, world=1):
+    """{name: rows} of --bench. Rank 0 reads first: it unpacks the images. All ranks must reach this."""
     parts, benches = [x.partition(":")[::2] for x in cfg.bench.split(",")], {}
     names = [name for name, _ in parts]
     if wrong := [n for n, path in parts if n not in BENCHES or names.count(n) > 1 or not os.path.exists(path)]:
         raise env.UserError(f"--bench={cfg.bench}: {wrong[0]} is not NAME:PATH of an existing file or folder, each name once; "
                             f"the names are {', '.join(BENCHES)}")
+    if rank:
+        wait(world)
     for name, path in parts:
         benches[name] = BENCHES[name](path, cfg.image_root)[:cfg.limit or None]
         if not benches[name]:
             raise env.UserError(f"--bench={cfg.bench}: {path} holds no questions of {name}")
         if lost := [r for r in benches[name] if not os.path.exists(r["images"][0])]:
             raise env.UserError(f"{lost[0]['doc_id']}: image {lost[0]['images'][0]} does not exist ({len(lost)} such rows)")
+    if not rank:
+        wait(world)
     return benches
+
+
+def wait(world):
+    if world > 1:
+        env.dist.barrier()
 
 
 def record_key(policy, benches, cfg):
@@ -240,37 +249,42 @@ def summarise(rows, samples):
     return {**summary(list(range(len(rows)))), "categories": {c: summary(groups[c]) for c in sorted(groups)}}
 
 
-def score_benches(policy, benches, cfg, rank=0, world=1):
-    """Answer every question of benches ({name: rows}, on rank 0) that is not recorded yet. Returns the contents of eval.json
-    and a long trajectory of this rank, or None. All ranks must reach this."""
-    benches = dict(env.gather(list(benches.items()) if rank == 0 else [], world))
-    key, done, longest = record_key(policy, benches, cfg), {}, None
-    for file in glob.glob(os.path.join(glob.escape(cfg.out), "records.*.jsonl")) if rank == 0 else ():
+def read_records(out):
+    """{key: k records of env.measure} of the questions that runs in this folder have answered."""
+    done = {}
+    for file in sorted(glob.glob(os.path.join(glob.escape(out), "records.*.jsonl"))):
         for text in open(file):
             try:
                 record = json.loads(text)
             except ValueError:
                 continue               # half a line of a killed run, or the line break behind it
-            if not any(m[-1] for m in record["samples"]):  # where the judge failed, the question is answered again
+            if not any(m[-1] for m in record["samples"]) or record["key"] not in done:
                 done[record["key"]] = record["samples"]
-    done = dict(env.gather(list(done.items()), world))
+    return done
+
+
+def score_benches(policy, benches, cfg, rank=0, world=1):
+    """Answer every question of benches ({name: rows}) that is not recorded yet, or on which the judge failed. Returns the
+    contents of eval.json and a long trajectory of this rank, or None. All ranks must reach this; they share cfg.out."""
+    key, done, longest = record_key(policy, benches, cfg), read_records(cfg.out), None
+    wait(world)                        # all have read before anyone writes
     with open(os.path.join(cfg.out, f"records.{rank}.jsonl"), "a") as f:
         f.write("\n")
-        fresh = {}
         for name, rows in benches.items():
-            todo = [i for i in range(len(rows)) if key(name, cfg.max_crops, i) not in done]
+            keys = [key(name, cfg.max_crops, i) for i in range(len(rows))]
+            todo = [i for i, x in enumerate(keys) if any(m[-1] for m in done.get(x, [[True]]))]
             if rank == 0:
                 print(f"{name}: {len(rows)} questions, {len(rows) - len(todo)} of them recorded before", flush=True)
             for at, trajs in pieces(policy, rows, todo[rank::world], cfg, cfg.k, cfg.k == 1, rank > 0):
                 for j, i in enumerate(at):
-                    same, name_i = trajs[j * cfg.k:(j + 1) * cfg.k], key(name, cfg.max_crops, i)
-                    fresh[name_i] = [[None if x != x else float(x) for x in env.measure(t, cfg)] for t in same]
-                    f.write(json.dumps({"key": name_i, "doc_id": rows[i].get("doc_id"), "samples": fresh[name_i],
+                    same = trajs[j * cfg.k:(j + 1) * cfg.k]
+                    samples = [[None if x != x else float(x) for x in env.measure(t, cfg)] for t in same]
+                    f.write(json.dumps({"key": keys[i], "doc_id": rows[i].get("doc_id"), "samples": samples,
                                         "answers": [t.answer for t in same]}) + "\n")
                     longest = max([longest or same[0], *same], key=lambda t: len(t.turns))
                 f.flush()
-    done.update(env.gather(list(fresh.items()), world))
-    return report(benches, done, key, cfg), longest
+    wait(world)
+    return report(benches, read_records(cfg.out), key, cfg), longest
 
 
 def report(benches, done, key, cfg):
@@ -388,6 +402,7 @@ def draw(traj, path):
 
 def ask(policy, cfg):
     """--image and --question: answer greedily, print the trajectory, draw it."""
+    os.makedirs(cfg.out, exist_ok=True)
     traj, = env.rollout(policy, [{"images": [cfg.image], "problem": cfg.question}], cfg, greedy=True)
     print(show(traj, policy.proc))
     draw(traj, os.path.join(cfg.out, "trajectory.png"))
@@ -402,15 +417,18 @@ def main(cfg):
     if cfg.tool not in ("on", "off") or bool(cfg.image) != bool(cfg.question):
         raise env.UserError("--tool is on or off, and --image and --question are given together")
     cfg = replace(cfg, max_crops=cfg.max_crops if cfg.tool == "on" else 0)
-    if cfg.bench or cfg.image:
-        rows = read_benches(cfg) if cfg.bench and rank == 0 else {}
+    if cfg.image:
+        return ask(env.load_policy(cfg.model, device), cfg) if rank == 0 else None
+    if cfg.bench:
+        benches = read_benches(cfg, rank, world)
+        rows = [r for rows in benches.values() for r in rows]
     else:
         rows = data.load_rows(os.path.join(cfg.data, "test.jsonl"), cfg.image_root)[:cfg.limit or None]
+    data.check_images(rows, rank, world)
     policy, t = env.load_policy(cfg.model, device), time.time()
     os.makedirs(cfg.out, exist_ok=True)
-    if cfg.image:
-        return ask(policy, cfg) if rank == 0 else None
-    result, longest = (score_benches if cfg.bench else score)(policy, rows, cfg, rank, world)
+    with env.memory("evaluation", cfg.max_tokens, "in_flight", cfg):
+        result, longest = score_benches(policy, benches, cfg, rank, world) if cfg.bench else score(policy, rows, cfg, rank, world)
     result["seconds"] = round(time.time() - t, 1)
     if rank == 0:
         env.write_text(os.path.join(cfg.out, "eval.json"), json.dumps({**result, "config": asdict(cfg)}, indent=1))

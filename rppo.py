@@ -18,6 +18,7 @@ Reads <data>/train.jsonl; writes <out>/{config.json, log.jsonl, checkpoints/<ste
 the main job ../eval/{sft,rppo}/eval.json and ../summary.json.
 """
 import json
+import math
 import os
 import time
 from dataclasses import asdict, dataclass
@@ -59,10 +60,15 @@ class Config(env.World):
     keep: int = 2                    # newest checkpoints kept (the best is kept too)
     resume: bool = True              # go on from the last checkpoint in out; false: start anew beside it
     n_score: int = 768               # test rows scored at the end; 0: leave scoring to eval.py
+    max_skips: int = 5               # steps in a row without a finite gradient that end the run
+    train_vision: bool = True        # the next four as in sft.py
+    recompute: bool = False
+    shard: bool = False
+    bf16_moments: bool = False
 
 
 REAL = dict(steps=200, prompts=32, samples=8, micro_batch=1, lr=1e-6, warmup=5, decay=0.0, eval_every=20, eval_rows=64, save_every=20,
-            show_every=5, n_score=0)
+            show_every=5, n_score=0, train_vision=False, recompute=True, shard=True)
 
 
 def group_advantages(rewards, norm_std):
@@ -118,7 +124,9 @@ def prepare(cfg):
 
 
 def update(policy, optimizer, trajs, advantages, cfg, world):
-    """`updates` passes over one rollout. trajs: this rank's B trajectories; advantages (B,). Returns sums for the log.
+    """`updates` passes over one rollout. trajs: this rank's B trajectories; advantages (B,). Returns n_tokens of all ranks, and
+    for the log this rank's sums over its computed tokens (`trained` in number), their largest gap, the last pass's norm
+    (of all ranks) and the number of passes without a step because the loss or the norm of all ranks was not finite.
 
     A trajectory whose advantage is 0 has no gradient and is not computed, but its tokens count in n_tokens.
     """
@@ -128,36 +136,133 @@ def update(policy, optimizer, trajs, advantages, cfg, world):
     n_tokens, n_used = sft.total([sum(sum(t.mask) for t in trajs if not masked(t)), len(use)], world, device)
     use.sort(key=lambda i: len(trajs[i].ids))  # little padding
     micro = [use[i:i + cfg.micro_batch] for i in range(0, len(use), cfg.micro_batch)]
+    busy = len(micro)
+    if policy.sharded:  # a rank with less to do must take part as often as the busiest: with a short trajectory, for nothing
+        shortest = min(range(len(trajs)), key=lambda i: len(trajs[i].ids))
+        micro += [[shortest]] * (int(max(env.gather([[busy]], world))[0]) - busy)
     batches = [env.collate([trajs[i] for i in m], policy.proc) for m in micro]
     sampled = [torch.tensor([p for i in m for p, k in zip(trajs[i].logp, trajs[i].mask) if k], device=device) for m in micro]
-    old, stats = [None] * len(micro), torch.zeros(6, dtype=torch.float64)  # tokens, entropy, clipped, |dlogp|, max, norm
+    old, stats = [None] * len(micro), dict(trained=0, entropy=0.0, clipped=0, gap=0.0, gap_max=0.0, grad_norm=0.0, skipped=0)
     policy.train()
     if cfg.updates > 1:  # log-probabilities before any update, by the code that will compute them during the updates
         with torch.no_grad(), policy.autocast():
             old = [policy(b, cfg.temperature)[0] for b in batches]
     for k in range(cfg.updates):
+        loss_sum = 0.0
         for j, (m, b) in enumerate(zip(micro, batches)):
             with policy.autocast():
                 logp, entropy = policy(b, cfg.temperature)                    # (n,) the trained tokens of the micro-batch
             before = logp.detach() if old[j] is None else old[j]
             mask = b["mask"][:, 1:].to(device)                                # (b, T-1)
             wide = lambda x: torch.zeros_like(mask).masked_scatter(mask > 0, x)
-            a = torch.tensor([advantages[i] for i in m], dtype=torch.float32, device=device)
-            policy_loss(wide(logp), wide(before), a, mask, cfg.clip_low, cfg.clip_high, n_tokens).backward()
-            if k == 0:
+            a = torch.tensor([advantages[i] if j < busy else 0.0 for i in m], dtype=torch.float32, device=device)
+            loss = policy_loss(wide(logp), wide(before), a, mask, cfg.clip_low, cfg.clip_high, n_tokens)
+            loss.backward()
+            loss_sum += loss.item()
+            if k == 0 and j < busy:
                 gap = (logp.detach() - sampled[j]).abs()
-                stats += torch.stack([torch.tensor(float(len(gap))), entropy.sum().cpu(), torch.tensor(0.), gap.sum().cpu(),
-                                      torch.tensor(0.), torch.tensor(0.)]).double()
-                stats[4] = max(stats[4], gap.max().item())
-            if k == cfg.updates - 1:
+                stats["trained"] += len(gap)
+                stats["entropy"] += entropy.sum().item()
+                stats["gap"] += gap.sum().item()
+                stats["gap_max"] = max(stats["gap_max"], gap.max().item())
+            if k == cfg.updates - 1 and j < busy:
                 ratio = (logp.detach() - before).exp()
-                stats[2] += ((ratio < 1 - cfg.clip_low) | (ratio > 1 + cfg.clip_high)).sum().item()
-        sft.sync_gradients(policy, world)
-        stats[5] = float(torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.clip_norm))
-        if n_used:  # in a step of flat groups alone, the optimizer's momentum would still move the weights
+                stats["clipped"] += ((ratio < 1 - cfg.clip_low) | (ratio > 1 + cfg.clip_high)).sum().item()
+        [loss_sum] = sft.sync_gradients(policy, world, [loss_sum])
+        stats["grad_norm"] = sft.clip_gradients(policy, cfg)
+        finite = math.isfinite(loss_sum + stats["grad_norm"])
+        stats["skipped"] += not finite
+        if n_used and finite:  # in a step of flat groups alone, the optimizer's momentum would still move the weights
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return n_tokens, stats
+
+
+def summarise(trajs, parts, n_tokens, stats, asked, cfg, world):
+    """What a step's log entry says of all ranks' trajectories, and whether a signal asked any rank to stop."""
+    keys, G = list(parts[0]), cfg.samples
+    table = np.array(env.gather([env.measure(x, cfg) + [p[k] for k in keys] for x, p in zip(trajs, parts)], world), float)
+    sums = np.array(env.gather([[stats[k] for k in ("trained", "entropy", "clipped", "gap", "gap_max")] + [len(asked)]], world), float)
+    trained, entropy, clipped, gap, _, stop = sums.sum(0).tolist()
+    groups = table[:, -1].astype(np.float32).reshape(-1, G)
+    return dict(reward=float(table[:, -1].mean()), **env.metrics(table[:, :len(env.MEASURES)]),
+                parts={k: float(v) for k, v in zip(keys, table[:, len(env.MEASURES):].mean(0))},
+                flat_groups=float((groups.max(1) == groups.min(1)).mean()), tokens=int(n_tokens),
+                entropy=entropy / max(trained, 1), clip_share=clipped / max(trained, 1), log_ratio=gap / max(trained, 1),
+                log_ratio_max=float(sums[:, 4].max()), grad_norm=stats["grad_norm"], skipped=stats["skipped"]), stop
+
+
+def report(cfg, entry, trajs, proc, eta):
+    """Print a step; every show_every steps also one of its trajectories, as text and as a picture."""
+    print(f"step {entry['step']:5d} {entry['reward']:6.3f}  {evaluation.line(entry)}  {entry['entropy']:6.3f} {entry['grad_norm']:6.3f} "
+          f"{entry['tokens'] / (cfg.prompts * cfg.samples):6.1f} {entry['rollout_s']:6.2f} {entry['update_s']:6.2f} "
+          f"{int(eta) // 60:3d}:{int(eta) % 60:02d}", flush=True)
+    if "held_out" in entry:
+        print(f"{'held-out':19}{evaluation.line(entry['held_out'])}", flush=True)
+    if (entry["step"] + 1) % cfg.show_every == 0:
+        shown = max(trajs, key=lambda x: len(x.turns))
+        print(evaluation.show(shown, proc), flush=True)
+        evaluation.draw(shown, os.path.join(cfg.out, "trajectory.png"))
+
+
+def mark_best(out):
+    """Write best.json: of the checkpoints that are there, the first with the highest held-out accuracy in the log."""
+    scored = [dict(step=e["step"] + 1, accuracy=e["held_out"]["accuracy"]) for e in sft.read_log(out)
+              if "held_out" in e and os.path.exists(os.path.join(out, "checkpoints", str(e["step"] + 1)))]
+    best = max(scored, key=lambda x: x["accuracy"], default=dict(step=None, accuracy=None))
+    env.write_text(os.path.join(out, "best.json"), json.dumps(best))
+    return best["step"]
+
+
+def train(policy, optimizer, rows, held_out, resumed, preset, cfg, rank, world):
+    """The steps from `resumed` on."""
+    t0 = time.time()
+    with env.interruptible() as asked:
+        for step in range(resumed, cfg.steps):
+            # 1. rollout: this rank's prompts, G samples each
+            t = time.time()
+            mine = list(range(rank, cfg.prompts, world))
+            chosen = [rows[i] for i in prompts_of(step, cfg, len(rows))]
+            with env.memory("rollout", cfg.max_tokens, "in_flight", cfg):
+                trajs = env.rollout(policy, [chosen[p] for p in mine], cfg, cfg.samples, seed=(cfg.seed, step), prompt_ids=mine)
+            rollout_s = time.time() - t
+
+            # 2. reward, as named parts
+            env.judge(trajs, cfg)
+            parts = [env.reward(x, x.row, cfg) for x in trajs]
+
+            # 3. advantage, within each group
+            rewards = torch.tensor([p["total"] for p in parts]).view(len(mine), cfg.samples)      # (P, G)
+            advantages = group_advantages(rewards, cfg.norm_std).flatten().tolist()               # B = P*G
+
+            # 4. update
+            t = time.time()
+            for g in optimizer.param_groups:
+                g["lr"] = cfg.lr * sft.lr_scale(step, cfg)
+            with env.memory("update", max(len(x.ids) for x in trajs), "micro_batch", cfg):
+                n_tokens, stats = update(policy, optimizer, trajs, advantages, cfg, world)
+            update_s = time.time() - t
+
+            # 5. evaluate and log
+            scored = {}
+            if cfg.eval_rows and ((step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps):
+                with env.memory("held-out evaluation", cfg.max_tokens, "in_flight", cfg):
+                    scored = {"held_out": evaluation.evaluate(policy, held_out, cfg, rank, world)[0]}
+            entry, stop = summarise(trajs, parts, n_tokens, stats, asked, cfg, world)
+            entry = dict(step=step, **entry, lr=optimizer.param_groups[0]["lr"], norm_std=cfg.norm_std, rollout_s=rollout_s,
+                         update_s=update_s, **scored)
+            if rank == 0:
+                sft.append_log(cfg.out, entry)
+                sft.check_skips(cfg, entry, chosen)
+                report(cfg, entry, trajs, policy.proc, (time.time() - t0) / (step + 1 - resumed) * (cfg.steps - step - 1))
+
+            # 6. save
+            if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps or scored or stop:
+                sft.save_checkpoint(cfg.out, step + 1, policy, cfg, preset, [optimizer], rank)
+                if rank == 0:
+                    sft.prune(cfg.out, cfg.keep, mark_best(cfg.out))
+            if stop:
+                env.leave()
 
 
 def main(cfg):
@@ -169,75 +274,22 @@ def main(cfg):
     rows = data.load_rows(os.path.join(cfg.data, "train.jsonl"), cfg.image_root)
     if len(rows) <= cfg.eval_rows:
         raise env.UserError(f"{cfg.data}/train.jsonl has {len(rows)} rows, {cfg.eval_rows} are held out; lower --eval_rows")
+    data.check_images(rows, rank, world)
     rows, held_out = rows[:len(rows) - cfg.eval_rows], rows[len(rows) - cfg.eval_rows:]
     resumed = sft.begin(cfg, rank, world)              # the step to go on from, or 0
-    policy = env.load_policy(env.newest(cfg.out) if resumed else start, device)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay)
+    policy = env.prepare(env.load_policy(env.newest(cfg.out) if resumed else start, device, train=True), cfg, device)
+    sft.announce_memory(policy, cfg, rank, world)
+    optimizer = sft.adamw([p for p in policy.parameters() if p.requires_grad], cfg, (0.9, 0.95))
     if resumed:
         sft.load_optimizer(env.newest(cfg.out), policy, [optimizer])
     preset = env.read_json(os.path.join(start, "world.json"), {"preset": "real"})["preset"]
-    best = env.read_json(os.path.join(cfg.out, "best.json"), {"accuracy": -1.0})
     if rank == 0:
+        mark_best(cfg.out)                             # after damage, the best one may be gone
         print(f"rppo: {cfg.prompts} prompts x {cfg.samples} samples on {world} ranks, {cfg.steps} steps from {start}\n"
               f"{'':10} reward  {evaluation.header()}  entrpy   norm tok/tr roll_s  upd_s    eta")
-    t0 = time.time()
-
-    for step in range(resumed, cfg.steps):
-        # 1. rollout: this rank's prompts, G samples each
-        t = time.time()
-        mine = list(range(rank, cfg.prompts, world))
-        numbers = prompts_of(step, cfg, len(rows))
-        trajs = env.rollout(policy, [rows[numbers[p]] for p in mine], cfg, cfg.samples, seed=(cfg.seed, step), prompt_ids=mine)
-        rollout_s = time.time() - t
-
-        # 2. reward, as named parts
-        env.judge(trajs, cfg)
-        parts = [env.reward(x, x.row, cfg) for x in trajs]
-
-        # 3. advantage, within each group
-        rewards = torch.tensor([p["total"] for p in parts]).view(len(mine), cfg.samples)      # (P, G)
-        advantages = group_advantages(rewards, cfg.norm_std).flatten().tolist()               # B = P*G
-
-        # 4. update
-        t = time.time()
-        for g in optimizer.param_groups:
-            g["lr"] = cfg.lr * sft.lr_scale(step, cfg)
-        n_tokens, stats = update(policy, optimizer, trajs, advantages, cfg, world)
-        update_s = time.time() - t
-
-        # 5. log
-        tokens, entropy, clipped, gap, _, _ = sft.total(stats.tolist(), world, device)
-        keys = list(parts[0])
-        table = np.array(env.gather([env.measure(x, cfg) + [p[k] for k in keys] for x, p in zip(trajs, parts)], world), float)
-        flat = float(np.mean(env.gather([float(r.max() == r.min()) for r in rewards], world)))
-        entry = dict(step=step, reward=float(table[:, -1].mean()), **env.metrics(table[:, :len(env.MEASURES)]),
-                     parts={k: float(v) for k, v in zip(keys, table[:, len(env.MEASURES):].mean(0))}, flat_groups=flat,
-                     tokens=int(n_tokens), entropy=entropy / max(tokens, 1), clip_share=clipped / max(tokens, 1),
-                     log_ratio=gap / max(tokens, 1), log_ratio_max=max(env.gather([stats[4].item()], world)), grad_norm=stats[5].item(),
-                     lr=optimizer.param_groups[0]["lr"], norm_std=cfg.norm_std, rollout_s=rollout_s, update_s=update_s)
-        if cfg.eval_rows and ((step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps):
-            entry["held_out"] = evaluation.evaluate(policy, held_out, cfg, rank, world)[0]
-        if rank == 0:
-            eta = (time.time() - t0) / (step + 1 - resumed) * (cfg.steps - step - 1)
-            print(f"step {step:5d} {entry['reward']:6.3f}  {evaluation.line(entry)}  {entry['entropy']:6.3f} {entry['grad_norm']:6.3f} "
-                  f"{n_tokens / len(table):6.1f} {rollout_s:6.2f} {update_s:6.2f} {int(eta) // 60:3d}:{int(eta) % 60:02d}", flush=True)
-            if "held_out" in entry:
-                print(f"{'held-out':19}{evaluation.line(entry['held_out'])}", flush=True)
-            if (step + 1) % cfg.show_every == 0:
-                shown = max(trajs, key=lambda x: len(x.turns))
-                print(evaluation.show(shown, policy.proc), flush=True)
-                evaluation.draw(shown, os.path.join(cfg.out, "trajectory.png"))
-            sft.append_log(cfg.out, entry)
-
-        # 6. save
-        if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps or "held_out" in entry:
-            if "held_out" in entry and entry["held_out"]["accuracy"] > best["accuracy"]:
-                best = {"step": step + 1, "accuracy": entry["held_out"]["accuracy"]}
-            if rank == 0:
-                sft.save_checkpoint(cfg.out, step + 1, policy, cfg, preset, [optimizer])
-                env.write_text(os.path.join(cfg.out, "best.json"), json.dumps(best))
-                sft.prune(cfg.out, cfg.keep, best.get("step"))
-    seconds["rppo"] = time.time() - t0
+    t = time.time()
+    train(policy, optimizer, rows, held_out, resumed, preset, cfg, rank, world)
+    seconds["rppo"] = time.time() - t
     if cfg.n_score:
         compare(cfg, start, seconds, started, rank)
     return policy

@@ -8,8 +8,11 @@
 The sums run over all conversations of a step on all ranks. A conversation is rendered by replaying its turns through
 the tool, by the code that makes rollouts. Rows are taken in the order of the file, so a curriculum is the data's affair.
 Reads <data>/sft.jsonl; writes <out>/checkpoints/<step>/ (plain save_pretrained), config.json, log.jsonl, last.
+Killed at any moment and started again, a run ends with the same bits: nothing that a step does depends on a random state.
 """
+import hashlib
 import json
+import math
 import os
 import shutil
 import time
@@ -29,7 +32,7 @@ class Config(env.World):
     data: str = "data/scenes-{seed}"
     image_root: str = ""             # where the images of the rows lie; empty: relative to the file of the rows
     out: str = "runs/sft"
-    steps: int = 300                 # x batch = 14,400 rows: one pass over the scenes, whose last 30 % are the imperfect ones
+    steps: int = 420                 # x batch = 20,160 rows: one pass over the scenes, whose last 30 % are the imperfect ones
     batch: int = 48                  # conversations per step, over all ranks
     micro_batch: int = 16            # conversations per forward pass
     lr: float = 4e-3
@@ -42,9 +45,15 @@ class Config(env.World):
     save_every: int = 150
     keep: int = 2                    # newest checkpoints kept
     resume: bool = True              # go on from the last checkpoint in out; false: start anew beside it
+    max_skips: int = 5               # steps in a row without a finite gradient that end the run
+    train_vision: bool = True        # false: the vision tower stays as it is
+    recompute: bool = False          # activation checkpointing: a third more computation for a fraction of the memory
+    shard: bool = False              # FSDP2 over all ranks (one is enough: it keeps fp32 weights and computes in bf16)
+    bf16_moments: bool = False       # Adam's moments in bf16: 4 bytes a parameter less (see AdamW16)
 
 
-REAL = dict(steps=1000, batch=32, micro_batch=1, lr=1e-5, muon_lr=0.0, warmup=50, save_every=200)
+REAL = dict(steps=1000, batch=32, micro_batch=1, lr=1e-5, muon_lr=0.0, warmup=50, save_every=200, train_vision=False,
+            recompute=True, shard=True)
 
 
 def make_tiny(rows, seed):
@@ -122,13 +131,41 @@ class Muon(torch.optim.Optimizer):
                 p.add_(x.T if tall else x, alpha=-g["lr"] * max(1, p.shape[0] / p.shape[1]) ** 0.5)
 
 
+class AdamW16(torch.optim.Optimizer):
+    """AdamW (Loshchilov and Hutter 2019) that keeps its two moments in bf16 and computes in fp32. An average that moves by
+    1 - beta2 = 0.02 to 0.05 of the difference a step still moves at bf16's resolution of 2^-8; at 0.001 it would stand still."""
+
+    def __init__(self, params, lr, betas, weight_decay):
+        assert betas[1] <= 0.98
+        super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self):
+        for g in self.param_groups:
+            for p in (p for p in g["params"] if p.grad is not None):
+                s, (b1, b2) = self.state[p], g["betas"]
+                s["step"] = s.get("step", torch.zeros(())) + 1
+                averages = []
+                for k, b, x in (("exp_avg", b1, p.grad), ("exp_avg_sq", b2, p.grad ** 2)):
+                    averages.append(s[k].float().lerp(x, 1 - b) if k in s else x * (1 - b))
+                    s[k] = averages[-1].to(torch.bfloat16)
+                m, v = (a / (1 - b ** s["step"].item()) for a, b in zip(averages, g["betas"]))
+                p.mul_(1 - g["lr"] * g["weight_decay"]).sub_(g["lr"] * m / (v.sqrt() + 1e-8))
+
+
+def adamw(params, cfg, betas):
+    return (AdamW16 if cfg.bf16_moments else torch.optim.AdamW)(params, lr=cfg.lr, betas=betas, weight_decay=cfg.weight_decay)
+
+
 def make_optimizers(policy, cfg):
     """AdamW, and with muon_lr (the tiny preset) Muon for the weight matrices."""
+    if cfg.muon_lr and cfg.shard:
+        raise env.UserError("--shard=true: Muon needs whole matrices; give --muon_lr=0")
     mats = {p for n, p in policy.named_parameters() if p.ndim == 2 and "embed" not in n and "lm_head" not in n and cfg.muon_lr}
-    rest = [p for p in policy.parameters() if p not in mats]
-    out = [torch.optim.AdamW(rest, lr=cfg.lr, betas=(0.9, 0.98), weight_decay=cfg.weight_decay)]
+    rest = [p for p in policy.parameters() if p not in mats and p.requires_grad]
+    out = [adamw(rest, cfg, (0.9, 0.98))]
     if mats:
-        out.append(Muon([p for p in policy.parameters() if p in mats], cfg.muon_lr, 0.95))
+        out.append(Muon([p for p in policy.parameters() if p in mats and p.requires_grad], cfg.muon_lr, 0.95))
     for o in out:
         for g in o.param_groups:
             g["peak"] = g["lr"]
@@ -138,36 +175,131 @@ def make_optimizers(policy, cfg):
 # ---------------------------------------------------------------------------------------------------------------
 # What both training stages need: run folders, checkpoints, sums over ranks (rppo.py imports these).
 
-def save_checkpoint(out, step, policy, cfg, preset, optimizers):
-    """Write out/checkpoints/<step>: a plain save_pretrained folder, world.json, and the optimizer's state. Complete or
-    absent: it is written beside and renamed, and only then does out/last name it. Call on rank 0."""
+def estimate(vlm, cfg, ranks):
+    """Estimate of GiB per GPU for training vlm (it may be on the meta device), as {part: GiB}.
+
+    Per parameter 4 bytes of weight, of gradient and of each Adam moment (2 with bf16_moments), shared out over the ranks
+    with cfg.shard. A rollout holds all weights in bf16 and its cache; an update its activations (with recompute one state
+    per layer and one layer's inside), slabs of logits and the embeddings. "peak" is the larger of the two phases.
+    """
+    text, vision, split = vlm.config.get_text_config(), vlm.config.vision_config, ranks if cfg.shard else 1
+    n, tower = (sum(p.numel() for p in m.parameters()) for m in (vlm, vlm.model.visual))
+    trained = n if cfg.train_vision else n - tower
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+
+    def activations(tokens, part, layers):
+        states, inside = part.hidden_size, 8 * part.hidden_size + 3 * part.intermediate_size
+        return 2 * tokens * (states * layers + inside * (1 if cfg.recompute else layers))
+
+    tokens = cfg.micro_batch * cfg.max_tokens
+    patches = cfg.micro_batch * (cfg.max_pixels + cfg.max_crops * cfg.max_crop_pixels) / vision.patch_size ** 2
+    part = dict(weights=4 * n / split, adam=(4 if cfg.bf16_moments else 8) * trained / split, gathered=2 * n,
+                cache=4 * cfg.in_flight * cfg.max_tokens * text.num_hidden_layers * text.num_key_value_heads * head,
+                gradients=4 * trained / split, logits=12 * min(2 ** 26, tokens * text.vocab_size) + 8 * text.vocab_size * text.hidden_size,
+                activations=activations(tokens, text, text.num_hidden_layers) + activations(patches, vision, vision.depth))
+    phases = part["gathered"] + part["cache"], part["gradients"] + part["activations"] + part["logits"]
+    return {k: v / 2 ** 30 for k, v in {**part, "peak": part["weights"] + part["adam"] + max(phases)}.items()}
+
+
+def announce_memory(policy, cfg, rank, ranks):
+    """Print the estimate and, on a GPU where it does not fit, what to change."""
+    need = estimate(policy.vlm, cfg, ranks)
+    there = torch.cuda.get_device_properties(policy.device).total_memory / 2 ** 30 if policy.device.type == "cuda" else None
+    if rank == 0:
+        print("memory per GPU, estimated: " + " ".join(f"{k} {v:.2f}" for k, v in need.items()) + " GiB" + (f" of {there:.1f}" if there else "")
+              + ("; it may not fit: use more ranks, --bf16_moments=true, --train_vision=false, or lower --in_flight, --max_tokens, "
+                 "--micro_batch" if there and need["peak"] > there else ""), flush=True)
+
+
+def whole(t, rank):
+    """A weight or moment, gathered if it is sharded (then all ranks must reach this): on rank 0, on the CPU; elsewhere None."""
+    t = t.full_tensor() if hasattr(t, "full_tensor") else t
+    return t.detach().cpu() if rank == 0 else None
+
+
+def save_checkpoint(out, step, policy, cfg, preset, optimizers, rank=0):
+    """Write out/checkpoints/<step>: a plain save_pretrained folder, world.json, the optimizer's state, and checksums.json. Complete
+    or absent: it is written beside and renamed, and only then does out/last name it. All ranks must reach this, rank 0 writes.
+    Raises UserError when it cannot be written, after removing what it began."""
     from safetensors.torch import save_file
+    names = {p: n for n, p in policy.named_parameters()}
+    weights = {n: whole(p, rank) for n, p in policy.vlm.named_parameters()}
+    moments = {f"{names[p]}|{k}": whole(v, rank) for o in optimizers for p, s in o.state.items() for k, v in s.items()}
+    if rank:
+        return
     folder = os.path.join(out, "checkpoints", str(step))
     tmp = folder + ".tmp"
-    shutil.rmtree(tmp, ignore_errors=True)
-    os.makedirs(tmp)
-    policy.vlm.save_pretrained(tmp)
-    policy.proc.save(tmp)
-    with open(os.path.join(tmp, "world.json"), "w") as f:
-        json.dump({"preset": preset, **{x.name: getattr(cfg, x.name) for x in fields(env.World)}}, f, indent=1)
-    names = {p: n for n, p in policy.named_parameters()}
-    save_file({f"{names[p]}|{k}": torch.as_tensor(v) for o in optimizers for p, s in o.state.items() for k, v in s.items()},
-              os.path.join(tmp, "optimizer.safetensors"))
-    if os.path.exists(folder):
-        shutil.rmtree(folder)
-    os.replace(tmp, folder)
+    try:
+        os.makedirs(tmp)
+        policy.vlm.save_pretrained(tmp, state_dict=weights)
+        policy.proc.save(tmp)
+        world = {"preset": preset, **{x.name: getattr(cfg, x.name) for x in fields(env.World)}}
+        env.write_text(os.path.join(tmp, "world.json"), json.dumps(world, indent=1))
+        save_file(moments, os.path.join(tmp, "optimizer.safetensors"))
+        env.write_text(os.path.join(tmp, "checksums.json"), json.dumps({x: checksum(os.path.join(tmp, x)) for x in sorted(os.listdir(tmp))}))
+        os.replace(tmp, folder)
+        checkpoints = os.open(os.path.dirname(folder), os.O_RDONLY)  # the new name is on the disk before an old one goes
+        os.fsync(checkpoints)
+        os.close(checkpoints)
+    except Exception as e:
+        shutil.rmtree(tmp, ignore_errors=True)
+        if not isinstance(e, OSError) and "os error" not in str(e):  # safetensors and tokenizers have exceptions of their own
+            raise
+        raise env.UserError(f"{folder}: cannot be written ({e}); make room, then the same command goes on from the checkpoint before it")
     env.write_text(os.path.join(out, "last"), str(step))
 
 
+def checksum(path):
+    """[bytes, sha256] of a file, which is then on the disk."""
+    sha = hashlib.sha256()
+    with open(path, "rb") as f:
+        while piece := f.read(2 ** 20):
+            sha.update(piece)
+        os.fsync(f.fileno())
+    return [os.path.getsize(path), sha.hexdigest()]
+
+
+def damage(folder):
+    """What is not as save_checkpoint wrote it (a file is missing, cut short or altered), or None."""
+    try:
+        with open(os.path.join(folder, "checksums.json")) as f:
+            altered = [x for x, want in json.load(f).items() if checksum(os.path.join(folder, x)) != want]
+        return f"{', '.join(altered)} altered" if altered else None
+    except (OSError, ValueError) as e:
+        return str(e)
+
+
+def newest_whole(out):
+    """The step of the newest checkpoint without damage, or 0. Half-written ones are removed, damaged ones put aside."""
+    folder = os.path.join(out, "checkpoints")
+    names = os.listdir(folder) if os.path.exists(folder) else []
+    for x in names:
+        if x.endswith(".tmp"):
+            shutil.rmtree(os.path.join(folder, x))
+    for step in sorted((int(x) for x in names if x.isdigit()), reverse=True):
+        path = os.path.join(folder, str(step))
+        if not (why := damage(path)):
+            env.write_text(os.path.join(out, "last"), str(step))
+            return step
+        print(f"{path}: damaged ({why}); it is now {path}.damaged, and the one before it is used")
+        shutil.rmtree(path + ".damaged", ignore_errors=True)
+        os.replace(path, path + ".damaged")
+    return 0
+
+
 def load_optimizer(folder, policy, optimizers):
-    """Restore what save_checkpoint wrote."""
-    from safetensors.torch import load_file
+    """Restore what save_checkpoint wrote, each rank its shard."""
+    from safetensors import safe_open
+    from torch.distributed.tensor import distribute_tensor
     params = dict(policy.named_parameters())
     owner = {p: o for o in optimizers for g in o.param_groups for p in g["params"]}
-    for key, v in load_file(os.path.join(folder, "optimizer.safetensors")).items():
-        name, k = key.split("|")
-        p = params[name]
-        owner[p].state[p][k] = v if k == "step" else v.to(p.device)
+    with safe_open(os.path.join(folder, "optimizer.safetensors"), "pt") as f:
+        for key in f.keys():
+            name, k = key.split("|")
+            p, v = params[name], f.get_tensor(key)
+            v = v if k == "step" else v.to(p.device)
+            sharded = k != "step" and hasattr(p, "placements")
+            owner[p].state[p][k] = distribute_tensor(v, p.device_mesh, p.placements, src_data_rank=None) if sharded else v
 
 
 def prune(out, keep, best=None):
@@ -182,36 +314,65 @@ def begin(cfg, rank, world):
     """Open the run folder cfg.out. Returns the step to go on from (0 for a new run). All ranks must reach this."""
     step = 0
     if rank == 0:
-        if not cfg.resume and os.path.exists(cfg.out):
+        if not cfg.resume and os.path.exists(cfg.out) and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
             aside = next(f"{cfg.out.rstrip('/')}.{i}" for i in range(1, 10 ** 6) if not os.path.exists(f"{cfg.out.rstrip('/')}.{i}"))
             os.rename(cfg.out, aside)
             print(f"--resume=false: the old run is now {aside}")
-        if env.same_settings(cfg.out, cfg) and os.path.exists(os.path.join(cfg.out, "last")):
-            step = int(open(os.path.join(cfg.out, "last")).read())
+        if env.same_settings(cfg.out, cfg) and (step := newest_whole(cfg.out)):
             print(f"{cfg.out}: " + (f"going on from step {step} of {cfg.steps}" if step < cfg.steps else "finished before, reused"))
         os.makedirs(cfg.out, exist_ok=True)
         env.write_text(os.path.join(cfg.out, "config.json"), json.dumps(asdict(cfg), indent=1))
-        log = os.path.join(cfg.out, "log.jsonl")
-        lines = [x for x in open(log) if x.endswith("}\n")] if os.path.exists(log) else []  # a killed run may leave half a line
-        kept = [x for x in lines if json.loads(x)["step"] < step]
-        env.write_text(log, "".join(kept))
+        env.write_text(os.path.join(cfg.out, "log.jsonl"), "".join(json.dumps(e) + "\n" for e in read_log(cfg.out) if e["step"] < step))
     return int(total([step], world, torch.device("cuda") if torch.cuda.is_available() else "cpu")[0])
 
 
+def read_log(out):
+    """The entries of log.jsonl; a killed run may leave half a line at the end."""
+    path = os.path.join(out, "log.jsonl")
+    return [json.loads(x) for x in open(path) if x.endswith("}\n")] if os.path.exists(path) else []
+
+
 def append_log(out, entry):
+    """Add a step to log.jsonl; it is on the disk before any checkpoint that includes it. JSON has no NaN: null."""
     with open(os.path.join(out, "log.jsonl"), "a") as f:
-        f.write(json.dumps(entry) + "\n")
+        f.write(json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}) + "\n")
+        f.flush()
+        os.fsync(f.fileno())
 
 
-def sync_gradients(policy, world):
-    """Sum gradients over the ranks (each rank's loss is already divided by the global count). All ranks must reach this."""
+def check_skips(cfg, entry, rows):
+    """Say that a step was skipped; UserError naming step and rows when it was the last of max_skips in a row."""
+    if entry["skipped"]:
+        what = f"step {entry['step']}: loss or gradient not finite, rows {[r.get('doc_id') for r in rows]}"
+        last = read_log(cfg.out)[-cfg.max_skips:]
+        if len(last) == cfg.max_skips and all(e["skipped"] for e in last):
+            raise env.UserError(f"{what}; {cfg.max_skips} steps in a row (--max_skips): lower --lr, or look at the rows")
+        print(f"{what}; skipped", flush=True)
+
+
+def sync_gradients(policy, world, sums):
+    """Sum gradients over the ranks (each rank's loss is already divided by the global count), and in the same message the
+    numbers in `sums`, which it returns. All ranks must reach this."""
     if world == 1:
-        return
+        return sums
     params = [p for p in policy.parameters() if p.requires_grad]
-    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in params])
+    if policy.sharded:                                 # FSDP2 has made averages of them already
+        for p in (p for p in params if p.grad is not None):
+            p.grad *= world
+        return total(sums, world, policy.device)
+    flat = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in params] + [torch.tensor(sums, device=policy.device)]
+    flat = torch.cat(flat)
     dist.all_reduce(flat)
-    for p, g in zip(params, flat.split([p.numel() for p in params])):
+    *grads, sums = flat.split([p.numel() for p in params] + [len(sums)])
+    for p, g in zip(params, grads):
         p.grad = g.view_as(p)
+    return sums.tolist()
+
+
+def clip_gradients(policy, cfg):
+    """Scale the gradient to a norm of at most clip_norm. Returns the norm before, of all ranks' shards."""
+    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.clip_norm)
+    return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
 
 
 def total(value, world, device):
@@ -222,6 +383,33 @@ def total(value, world, device):
     return t.tolist()
 
 
+def update(policy, optimizers, batches, step, cfg, world, asked):
+    """One step on this rank's micro-batches. Returns its log entry, and whether a signal asked any rank to stop."""
+    [n_tokens] = total([sum(b["mask"].sum().item() for b in batches)], world, policy.device)
+
+    # 2. loss and gradient, normalised by the trained tokens of all ranks
+    loss_sum = 0.0
+    for b in batches:
+        with policy.autocast():
+            logp, _ = policy(b)
+        loss = -logp.sum() / max(n_tokens, 1)
+        loss.backward()
+        loss_sum += loss.item()
+    loss_sum, stop = sync_gradients(policy, world, [loss_sum, float(len(asked))])
+
+    # 3. step, unless one rank's loss is not finite: then so is the norm or the sum of all, and none of them steps
+    norm = clip_gradients(policy, cfg)
+    skipped = not math.isfinite(loss_sum + norm)
+    for o in optimizers:
+        for g in o.param_groups:
+            g["lr"] = g["peak"] * lr_scale(step, cfg)
+        if not skipped:
+            o.step()
+        o.zero_grad(set_to_none=True)
+    return dict(step=step, loss=loss_sum, tokens=int(n_tokens), grad_norm=norm, skipped=int(skipped),
+                lr=optimizers[0].param_groups[0]["lr"]), stop
+
+
 def main(cfg):
     rank, world, device = env.setup()
     if cfg.batch % world:
@@ -229,61 +417,48 @@ def main(cfg):
     rows = data.load_rows(os.path.join(cfg.data, "sft.jsonl"), cfg.image_root)
     if lacking := [i for i, r in enumerate(rows) if not r.get("turns")]:
         raise env.UserError(f"{cfg.data}/sft.jsonl: row {lacking[0]} has no `turns` ({len(lacking)} rows in all)")
+    data.check_images(rows, rank, world)
     resumed = begin(cfg, rank, world)              # the step to go on from, or 0
     start = env.newest(cfg.out) if resumed else cfg.model
-    policy = env.load_policy(start, device) if start else make_tiny(rows, cfg.seed).to(device)
+    policy = env.prepare(env.load_policy(start, device, train=True) if start else make_tiny(rows, cfg.seed), cfg, device)
+    announce_memory(policy, cfg, rank, world)
     optimizers = make_optimizers(policy, cfg)
     if resumed:
         load_optimizer(start, policy, optimizers)
-    share = cfg.batch // world
     preset = env.read_json(os.path.join(start, "world.json"), {"preset": "real"})["preset"] if start else "tiny"
+    rows_of = lambda step: [rows[(step * cfg.batch + i) % len(rows)] for i in range(cfg.batch)]
 
-    def batch_of(step):
+    def batches_of(step):
         """This rank's micro-batches of a step: conversations of like length together, so that little is padding."""
-        at = [(step * cfg.batch + rank + i * world) % len(rows) for i in range(share)]
-        trajs = sorted((env.render(policy.proc, rows[i], rows[i]["turns"], cfg) for i in at), key=lambda t: len(t.ids))
-        return [env.collate(trajs[i:i + cfg.micro_batch], policy.proc) for i in range(0, share, cfg.micro_batch)]
+        trajs = sorted((env.render(policy.proc, r, r["turns"], cfg) for r in rows_of(step)[rank::world]), key=lambda t: len(t.ids))
+        return [env.collate(trajs[i:i + cfg.micro_batch], policy.proc) for i in range(0, len(trajs), cfg.micro_batch)]
 
     policy.train()
-    pool, t0 = ThreadPoolExecutor(1), time.time()      # the next step is rendered while this one computes
-    pending = pool.submit(batch_of, resumed) if resumed < cfg.steps else None
-    for step in range(resumed, cfg.steps):
-        # 1. batch
-        batches = pending.result()
-        pending = pool.submit(batch_of, step + 1) if step + 1 < cfg.steps else None
-        n_tokens = total([sum(b["mask"].sum().item() for b in batches)], world, device)[0]
+    t0 = time.time()
+    with env.interruptible() as asked, ThreadPoolExecutor(1) as pool:  # the next step is rendered while this one computes
+        pending = pool.submit(batches_of, resumed) if resumed < cfg.steps else None
+        for step in range(resumed, cfg.steps):
+            # 1. batch
+            batches = pending.result()
+            pending = pool.submit(batches_of, step + 1) if step + 1 < cfg.steps else None
+            with env.memory("update", max(b["ids"].shape[1] for b in batches), "micro_batch", cfg):
+                entry, stop = update(policy, optimizers, batches, step, cfg, world, asked)
 
-        # 2. loss and gradient, normalised by the trained tokens of all ranks
-        loss_sum = 0.0
-        for b in batches:
-            with policy.autocast():
-                logp, _ = policy(b)
-            loss = -logp.sum() / n_tokens
-            loss.backward()
-            loss_sum += loss.item()
-        sync_gradients(policy, world)
-
-        # 3. step
-        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.clip_norm).item()
-        for o in optimizers:
-            for g in o.param_groups:
-                g["lr"] = g["peak"] * lr_scale(step, cfg)
-            o.step()
-            o.zero_grad(set_to_none=True)
-
-        # 4. log and save
-        loss_sum = total([loss_sum], world, device)[0]
-        if rank == 0:
-            seconds = time.time() - t0
-            eta = seconds / (step + 1 - resumed) * (cfg.steps - step - 1)
-            append_log(cfg.out, dict(step=step, loss=loss_sum, tokens=int(n_tokens), grad_norm=norm, seconds=seconds,
-                                         lr=optimizers[0].param_groups[0]["lr"]))
-            if step % cfg.log_every == 0 or step + 1 == cfg.steps:
-                print(f"step {step:5d} loss {loss_sum:7.4f} norm {norm:6.3f} tokens {int(n_tokens):6d} "
-                      f"{seconds:7.1f}s eta {int(eta) // 60:3d}:{int(eta) % 60:02d}", flush=True)
-            if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
-                save_checkpoint(cfg.out, step + 1, policy, cfg, preset, optimizers)
-                prune(cfg.out, cfg.keep)
+            # 4. log and save
+            if rank == 0:
+                seconds = time.time() - t0
+                eta = seconds / (step + 1 - resumed) * (cfg.steps - step - 1)
+                append_log(cfg.out, dict(entry, seconds=seconds))
+                check_skips(cfg, entry, rows_of(step))
+                if step % cfg.log_every == 0 or step + 1 == cfg.steps:
+                    print(f"step {step:5d} loss {entry['loss']:7.4f} norm {entry['grad_norm']:6.3f} tokens {entry['tokens']:6d} "
+                          f"{seconds:7.1f}s eta {int(eta) // 60:3d}:{int(eta) % 60:02d}", flush=True)
+            if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps or stop:
+                save_checkpoint(cfg.out, step + 1, policy, cfg, preset, optimizers, rank)
+                if rank == 0:
+                    prune(cfg.out, cfg.keep)
+            if stop:
+                env.leave()
     if world > 1:
         dist.barrier()                             # the checkpoint is there before anyone reads it
 

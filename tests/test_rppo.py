@@ -281,7 +281,7 @@ def test_gradient_is_that_of_the_formula(learner, trajs, rows):
     (loss / tokens(trajs)).backward()
     want = torch.cat([p.grad.flatten() for p in learner.parameters()]).double()
     assert n_tokens == tokens(trajs) and want.norm() > 1e-3 and distance(got, want) <= 1e-5
-    assert stats[1].item() == pytest.approx(entropy, rel=1e-5)          # of the trajectories that were computed
+    assert stats["entropy"] == pytest.approx(entropy, rel=1e-5)          # of the trajectories that were computed
 
 
 def test_gradient_does_not_depend_on_micro_batches(learner, trajs):
@@ -289,7 +289,7 @@ def test_gradient_does_not_depend_on_micro_batches(learner, trajs):
     runs = [gradient(learner, trajs, ADVANTAGES, rppo.Config(**SMALL, temperature=0.7, micro_batch=m)) for m in (12, 3, 1)]
     for grad, n_tokens, stats in runs[1:]:
         assert distance(grad, runs[0][0]) <= 1e-5 and n_tokens == runs[0][1]
-        torch.testing.assert_close(stats, runs[0][2], rtol=1e-4, atol=1e-3)
+        assert stats == pytest.approx(runs[0][2], rel=1e-4, abs=1e-3)
 
 
 def test_zero_advantages_are_not_computed(learner, trajs, monkeypatch):
@@ -301,7 +301,7 @@ def test_zero_advantages_are_not_computed(learner, trajs, monkeypatch):
     grad, n_tokens, stats = gradient(learner, trajs, ADVANTAGES, cfg)
     assert sum(computed) == 9 and max(computed) <= 4
     trained = [t for t, a in zip(trajs, ADVANTAGES) if a]
-    assert n_tokens == tokens(trajs) and stats[0] == tokens(trained)
+    assert n_tokens == tokens(trajs) and stats["trained"] == tokens(trained)
     alone, n_alone, _ = gradient(learner, trained, [a for a in ADVANTAGES if a], cfg)
     assert distance(grad * n_tokens, alone * n_alone) <= 1e-5
 
@@ -316,7 +316,7 @@ def test_a_flat_step_leaves_the_weights_alone(learner, trajs):
     n_tokens, stats = rppo.update(learner, optimizer, trajs, [0.0] * 12, cfg, 1)
     assert not all(torch.equal(a, b) for a, b in zip(start, moved))
     assert all(torch.equal(p, b) for p, b in zip(learner.parameters(), moved))
-    assert n_tokens == tokens(trajs) and torch.isfinite(stats).all() and stats[0] == stats[5] == 0
+    assert n_tokens == tokens(trajs) and all(map(math.isfinite, stats.values())) and stats["trained"] == stats["grad_norm"] == 0
 
 
 def test_clipping_over_two_updates(learner, trajs, monkeypatch):
@@ -336,7 +336,7 @@ def test_clipping_over_two_updates(learner, trajs, monkeypatch):
         ratios.append((logp2 - old)[mask > 0].exp())
     ratios = torch.cat(ratios)
     clipped = ((ratios < 1 - cfg.clip_low) | (ratios > 1 + cfg.clip_high)).sum()
-    assert stats[2] == clipped and 0 < clipped < len(ratios) == stats[0]
+    assert stats["clipped"] == clipped and 0 < clipped < len(ratios) == stats["trained"]
     # the loss that was given these is the one of the formula: old log-probabilities have no gradient
     assert not any(old.requires_grad for _, old, *_ in calls)
 
@@ -346,7 +346,7 @@ def test_one_update_is_on_policy(learner, trajs):
     cfg = rppo.Config(**SMALL, temperature=0.7, clip_low=0.0, clip_high=0.0, micro_batch=5)
     wide = rppo.Config(**SMALL, temperature=0.7, clip_low=0.9, clip_high=9.0, micro_batch=5)
     grad, _, stats = gradient(learner, trajs, ADVANTAGES, cfg)
-    assert stats[2] == 0 and distance(grad, gradient(learner, trajs, ADVANTAGES, wide)[0]) <= 1e-6
+    assert stats["clipped"] == 0 and distance(grad, gradient(learner, trajs, ADVANTAGES, wide)[0]) <= 1e-6
 
 
 def test_masking_of_trajectories_without_an_answer(learner, trajs):
@@ -359,26 +359,26 @@ def test_masking_of_trajectories_without_an_answer(learner, trajs):
     assert n_tokens == n_want == tokens(trajs[i] for i in kept) < tokens(trajs) and distance(grad, want) <= 1e-5
     nothing = [t for t in trajs if t.status != "answered"]
     grad, n_tokens, stats = gradient(learner, nothing, ones[:len(nothing)], rppo.Config(**cfg, mask_over_turns=True))
-    assert n_tokens == 0 and (grad == 0).all() and torch.isfinite(stats).all()
+    assert n_tokens == 0 and (grad == 0).all() and all(map(math.isfinite, stats.values()))
 
 
 def test_log_probabilities_of_rollout_and_update_agree(learner, trajs):
     """The numbers recorded while sampling, through a cache and with images arriving mid-way, are those of the update;
     under another temperature they are not, so that the agreement means something."""
     _, _, stats = gradient(learner, trajs, [1.0] * 12, rppo.Config(**SMALL, temperature=0.7))
-    n, entropy, _, gap, most, _ = stats.tolist()
+    n, entropy, gap, most = (stats[k] for k in ("trained", "entropy", "gap", "gap_max"))
     assert n == tokens(trajs) and gap / n <= most < 1e-4
     assert 0 < entropy / n < math.log(len(learner.proc.banned))
     _, _, stats = gradient(learner, trajs, [1.0] * 12, rppo.Config(**SMALL, temperature=1.0))
-    assert stats[4] > 0.1
+    assert stats["gap_max"] > 0.1
 
 
 def test_gradient_clipping(learner, trajs):
     """The gradient that reaches the optimizer has at most norm clip_norm; the logged norm is the one before."""
     free, _, stats = gradient(learner, trajs, ADVANTAGES, rppo.Config(**SMALL))
-    assert stats[5].item() == pytest.approx(free.norm().item(), rel=1e-4)
+    assert stats["grad_norm"] == pytest.approx(free.norm().item(), rel=1e-4)
     short, _, stats = gradient(learner, trajs, ADVANTAGES, rppo.Config(**{**SMALL, "clip_norm": 1e-3}))
-    assert short.norm().item() == pytest.approx(1e-3, rel=1e-2) and stats[5].item() == pytest.approx(free.norm().item(), rel=1e-4)
+    assert short.norm().item() == pytest.approx(1e-3, rel=1e-2) and stats["grad_norm"] == pytest.approx(free.norm().item(), rel=1e-4)
     assert distance(short / short.norm(), free / free.norm()) <= 1e-5
 
 

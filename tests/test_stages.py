@@ -91,7 +91,7 @@ def chain(tmp_path_factory):
 def test_folders(chain):
     """Every file that the project promises is there, and nothing half-written is."""
     checkpoint = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json",
-                  "world.json", "optimizer.safetensors")
+                  "world.json", "optimizer.safetensors", "checksums.json")
     promised = [f"data/scenes-0/{x}" for x in ("sft.jsonl", "train.jsonl", "test.jsonl", "config.json", "test/0.png", "train/8.png")]
     for run in ("runs/sft", "runs/rppo"):
         promised += [f"{run}/{x}" for x in ("config.json", "log.jsonl", "last", *(f"checkpoints/2/{x}" for x in checkpoint))]
@@ -526,13 +526,16 @@ def test_no_held_out_rows(scenes, base, tmp_path):
 # ---------------------------------------------------------------------------------------------------------------
 # 4. Two ranks are one process. The same function runs here, and below in each rank that torchrun starts.
 
-def work(scenes, base, out):
+def work(scenes, base, out, *flags):
     """Three steps of sft.py and of rppo.py, and eval.py, in `out`; this rank's record goes to out/<rank>.*: the ids of every
-    rollout, and the gradient of the first step as it is after the sum over the ranks."""
+    rollout, and the gradient of the first step as it is after the sum over the ranks. flags: "adam" leaves Muon out, "shard" is
+    FSDP2 with recomputation."""
     from safetensors.torch import save_file
     rank = int(os.environ.get("RANK", 0))
     ids, gradients, ready = {}, {}, []
     rollout, sync, update = env.rollout, sft.sync_gradients, rppo.update
+    whole = lambda t: (t.full_tensor() if hasattr(t, "full_tensor") else t).detach().clone()
+    how = dict(shard="shard" in flags, recompute="shard" in flags)
 
     def recording_rollout(policy, rows, cfg, *args, **given):
         trajs = rollout(policy, rows, cfg, *args, **given)
@@ -547,14 +550,15 @@ def work(scenes, base, out):
         total = 0.5 if traj.at[0] == 2 and traj.at[1] % 2 == 0 else zlib.crc32(str(traj.ids).encode()) % 101 / 101
         return {"total": total}
 
-    def recording_sync(policy, world):
-        sync(policy, world)
+    def recording_sync(policy, world, sums):
+        sums = sync(policy, world, sums)
         if stage not in gradients:
-            gradients[stage] = torch.cat([p.grad.flatten() for p in policy.parameters()])
+            gradients[stage] = torch.cat([whole(p.grad).flatten() for p in policy.parameters()])
+        return sums
 
     def marked_update(*args):
         n_tokens, stats = update(*args)
-        stats[4] = rank + 1         # stands for the largest |log-ratio| of this rank
+        stats["gap_max"] = rank + 1 # stands for the largest |log-ratio| of this rank
         return n_tokens, stats
 
     with pytest.MonkeyPatch.context() as m:
@@ -562,33 +566,34 @@ def work(scenes, base, out):
                                   (env, "rollout", recording_rollout), (sft, "sync_gradients", recording_sync)):
             m.setattr(module, name, new)
         stage = "sft"
-        sft.main(config("sft", scenes, base, f"{out}/sft", batch=8))
+        sft.main(config("sft", scenes, base, f"{out}/sft", batch=8, **how, **(dict(muon_lr=0.0) if "adam" in flags else {})))
         stage = "rppo"
         m.setattr(rppo, "update", marked_update)
-        policy = rppo.main(config("rppo", scenes, base, f"{out}/rppo", prompts=4, samples=4, eval_every=3, eval_rows=5))
+        policy = rppo.main(config("rppo", scenes, base, f"{out}/rppo", prompts=4, samples=4, eval_every=3, eval_rows=5, **how))
         evaluation.main(evaluation.Config(**SHORT, data=scenes, model=base, out=f"{out}/eval", limit=7, k=3))
         # a flat step after a step with a gradient
         cfg = config("rppo", scenes, base, out)
         optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0.0)
         trajs = rollout(policy, data.load_rows(f"{scenes}/test.jsonl")[:2], cfg)
         for advantages in ([1.0, -1.0], [0.0, 0.0]):
-            before = [p.clone() for p in policy.parameters()]
+            before = [whole(p) for p in policy.parameters()]
             update(policy, optimizer, trajs, advantages, cfg, int(os.environ.get("WORLD_SIZE", 1)))
-    moved = not all(torch.equal(a, b) for a, b in zip(before, policy.parameters()))
+    moved = not all(torch.equal(a, whole(b)) for a, b in zip(before, policy.parameters()))
     save_file(gradients, f"{out}/{rank}.safetensors")
     env.write_text(f"{out}/{rank}.json", json.dumps({"ids": ids, "flat_step_moved": moved}))
 
 
-@pytest.fixture(scope="module")
-def ranks(scenes, base, tmp_path_factory):
-    """The folders of the same work by one process and by two ranks of torchrun, one thread each."""
+@pytest.fixture(scope="module", params=[(), ("adam", "shard")], ids=["copied", "sharded"])
+def ranks(request, scenes, base, tmp_path_factory):
+    """The folders of the same work by one process and by two ranks of torchrun, one thread each: with a copy of the weights on
+    each rank, and sharded over them."""
     one, two = (str(tmp_path_factory.mktemp(x)) for x in ("one", "two"))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    work(scenes, base, one)
+    work(scenes, base, one, *request.param[:1])
     torch.set_num_threads(threads)
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__, scenes,
-                           base, two], env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+                           base, two, *request.param], env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-3000:]
     return one, two
