@@ -10,7 +10,7 @@ log-probabilities, answer matching, reward, metrics. Training and evaluation cal
     reset, respond, observe     one conversation, token by token; SFT rendering and RL rollout both use these three
     Policy, load_policy         a Qwen VLM behind two calls: log-probabilities of a batch, and one incremental step
     rollout                     P prompts x G samples: shared prefill, one KV cache across turns
-    match, reward, metrics      is the answer right, what is it worth, what happened on the way
+    match, judge, reward, metrics   is the answer right, what is it worth, what happened on the way
 
 Shapes: P prompts, G samples per prompt, B = P*G trajectories, T tokens of the longest, N image tokens,
 V rows of the language-model head. (In formulas T is DRIM's number of crops.) Boxes are (x0, y0, x1, y1) in pixels of the original image.

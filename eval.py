@@ -268,6 +268,7 @@ def score_benches(policy, benches, cfg, rank=0, world=1):
     contents of eval.json and a long trajectory of this rank, or None. All ranks must reach this; they share cfg.out."""
     key, done, longest = record_key(policy, benches, cfg), read_records(cfg.out), None
     wait(world)                        # all have read before anyone writes
+    os.makedirs(cfg.out, exist_ok=True)
     with open(os.path.join(cfg.out, f"records.{rank}.jsonl"), "a") as f:
         f.write("\n")
         for name, rows in benches.items():
@@ -420,17 +421,16 @@ def main(cfg):
     if cfg.image:
         return ask(env.load_policy(cfg.model, device), cfg) if rank == 0 else None
     if cfg.bench:
-        benches = read_benches(cfg, rank, world)
-        rows = [r for rows in benches.values() for r in rows]
+        rows = read_benches(cfg, rank, world)
     else:
         rows = data.load_rows(os.path.join(cfg.data, "test.jsonl"), cfg.image_root)[:cfg.limit or None]
-    data.check_images(rows, rank, world)
+    data.check_images(sum(rows.values(), []) if cfg.bench else rows, rank, world)
     policy, t = env.load_policy(cfg.model, device), time.time()
-    os.makedirs(cfg.out, exist_ok=True)
     with env.memory("evaluation", cfg.max_tokens, "in_flight", cfg):
-        result, longest = score_benches(policy, benches, cfg, rank, world) if cfg.bench else score(policy, rows, cfg, rank, world)
+        result, longest = (score_benches if cfg.bench else score)(policy, rows, cfg, rank, world)
     result["seconds"] = round(time.time() - t, 1)
     if rank == 0:
+        os.makedirs(cfg.out, exist_ok=True)
         env.write_text(os.path.join(cfg.out, "eval.json"), json.dumps({**result, "config": asdict(cfg)}, indent=1))
         if longest:
             draw(longest, os.path.join(cfg.out, "trajectory.png"))

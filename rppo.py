@@ -114,8 +114,8 @@ def prepare(cfg):
     t = time.time()
     data.main(scenes)
     seconds["data"], t = time.time() - t, time.time()
+    # what is not the reward's is the task, the same for both
     reward = ("temperature", "lam", "eps", "tool_bonus", "format_weight", "judge_url", "judge_name")
-    # the rest of World is the task, the same for both
     task = {k: getattr(cfg, k) for k in vars(env.World()) if k not in reward}
     start = sft.Config(**task, seed=cfg.seed, data=cfg.data, out=os.path.join(parent, "sft"))
     sft.main(start)

@@ -676,6 +676,14 @@ def test_judged_benchmark(base, published, tmp_path, endpoint):
     assert 0 <= int(printed.split()[3]) < 12
 
 
+@pytest.mark.parametrize("failed", [0, 1])
+def test_records_where_the_judge_failed(tmp_path, failed):
+    """A later answer to the same question replaces the one on which the judge failed, whichever rank's file it is in."""
+    for rank in (0, 1):
+        (tmp_path / f"records.{rank}.jsonl").write_text(json.dumps({"key": "a", "samples": [[rank, float(rank == failed)]]}) + "\n{\n")
+    assert evaluation.read_records(str(tmp_path)) == {"a": [[1 - failed, 0.0]]}
+
+
 def test_one_picture(base, tmp_path, capsys):
     """--image and --question: the trajectory is printed and drawn."""
     photo(300, 200).save(tmp_path / "photo.jpg")
