@@ -37,6 +37,7 @@ class Config(env.World):
     seed: int = 0
     model: str = ""                  # the cold-started policy; empty: the tiny one of sft.py, made if missing
     data: str = "data/scenes-{seed}"
+    image_root: str = ""             # where the images of the rows lie; empty: relative to the file of the rows
     out: str = "runs/rppo"
     steps: int = 100
     prompts: int = 16                # P per step, over all ranks
@@ -113,7 +114,8 @@ def prepare(cfg):
     t = time.time()
     data.main(scenes)
     seconds["data"], t = time.time() - t, time.time()
-    reward = ("temperature", "lam", "eps", "tool_bonus", "format_weight")  # the rest of World is the task, the same for both
+    # what is not the reward's is the task, the same for both
+    reward = ("temperature", "lam", "eps", "tool_bonus", "format_weight", "judge_url", "judge_name")
     task = {k: getattr(cfg, k) for k in vars(env.World()) if k not in reward}
     start = sft.Config(**task, seed=cfg.seed, data=cfg.data, out=os.path.join(parent, "sft"))
     sft.main(start)
@@ -225,6 +227,7 @@ def train(policy, optimizer, rows, held_out, resumed, preset, cfg, rank, world):
             rollout_s = time.time() - t
 
             # 2. reward, as named parts
+            env.judge(trajs, cfg)
             parts = [env.reward(x, x.row, cfg) for x in trajs]
 
             # 3. advantage, within each group
@@ -267,7 +270,7 @@ def main(cfg):
     if cfg.prompts % world:
         raise env.UserError(f"--prompts={cfg.prompts} is not a multiple of the {world} ranks; change --prompts or --nproc-per-node")
     start, seconds = prepare(cfg)
-    rows = data.load_rows(os.path.join(cfg.data, "train.jsonl"))
+    rows = data.load_rows(os.path.join(cfg.data, "train.jsonl"), cfg.image_root)
     if len(rows) <= cfg.eval_rows:
         raise env.UserError(f"{cfg.data}/train.jsonl has {len(rows)} rows, {cfg.eval_rows} are held out; lower --eval_rows")
     data.check_images(rows, rank, world)
@@ -297,7 +300,8 @@ def compare(cfg, start, seconds, started, rank):
     for name, model in (("sft", start), ("rppo", cfg.out)):
         given = {k: v for k, v in asdict(cfg).items() if k in vars(env.World())}
         summary[name] = evaluation.main(evaluation.Config(**given, seed=cfg.seed, model=env.newest(model), data=cfg.data,
-                                                          out=os.path.join(parent, "eval", name), limit=cfg.n_score))
+                                                          image_root=cfg.image_root, out=os.path.join(parent, "eval", name),
+                                                          limit=cfg.n_score))
         seconds[f"eval_{name}"] = summary[name]["seconds"]
     if rank == 0:
         summary["seconds"] = {**{k: round(v, 1) for k, v in seconds.items()}, "total": round(time.time() - started, 1)}

@@ -30,6 +30,7 @@ class Config(env.World):
     seed: int = 0
     model: str = ""                  # a folder or hub id; empty: the tiny model, made here
     data: str = "data/scenes-{seed}"
+    image_root: str = ""             # where the images of the rows lie; empty: relative to the file of the rows
     out: str = "runs/sft"
     steps: int = 420                 # x batch = 20,160 rows: one pass over the scenes, whose last 30 % are the imperfect ones
     batch: int = 48                  # conversations per step, over all ranks
@@ -406,7 +407,7 @@ def main(cfg):
     rank, world, device = env.setup()
     if cfg.batch % world:
         raise env.UserError(f"--batch={cfg.batch} is not a multiple of the {world} ranks; change --batch or --nproc-per-node")
-    rows = data.load_rows(os.path.join(cfg.data, "sft.jsonl"))
+    rows = data.load_rows(os.path.join(cfg.data, "sft.jsonl"), cfg.image_root)
     if lacking := [i for i, r in enumerate(rows) if not r.get("turns")]:
         raise env.UserError(f"{cfg.data}/sft.jsonl: row {lacking[0]} has no `turns` ({len(lacking)} rows in all)")
     data.check_images(rows, rank, world)
