@@ -1,7 +1,8 @@
-"""data.py, file 2 of 5 (read env.py first): rows of questions, and the built-in scenes.
+"""data.py, file 2 of 5 (read env.py first): rows of questions, the built-in scenes, and questions from photographs.
 
     python data.py                          # data/scenes-0/{sft,train,test}.jsonl and images, level 0 (the tiny task)
     python data.py --level=3 --n_train=2000 # 4096 x 4096 scenes with two scales and small text, for real models
+    python data.py --images=photos --annotator=https://host/v1 --annotator_name=NAME --policy=runs/sft --out=data/mine
 
 A row, one JSON object a line, is the published schema of DRIM-VisualReasonHard and of Mini-o3's RL data plus three
 optional fields:
@@ -17,17 +18,26 @@ The scenes: coloured boxes on a grid. One box of the asked colour bears the evid
 one it is can hardly be read in the shrunken whole image. So: list the look-alikes, zoom into one, and if it is empty go to
 the next. At levels 2 and 3 the crop shows only where a label is, and a second zoom into the crop reads it.
 The cold start's trajectories are imperfect on purpose (see `oracle`), so that RL has something to improve.
+
+Photographs: an annotator zooms in on a detail and asks about it; a question is kept if the detail answers it and the
+shrunken whole does not, and if the policy solves it sometimes. Rows have three more fields: `chain` (boxes from coarse
+to fine, the last is the evidence), `difficulty` (fewest crops of a right trajectory) and `solve_rate`. Every answer is
+recorded under <out>/answers; data_card.md tells how many images and questions each step dropped, and why.
 """
+import hashlib
 import json
 import os
 import re
+import textwrap
+import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 import env
@@ -49,7 +59,7 @@ QUESTIONS = {"colour": "One of the {} boxes bears a coloured dot, the others a b
 
 @dataclass
 class Config:
-    seed: int = 0                     # of the sft and train scenes; the test scenes never change
+    seed: int = 0                     # of the sft and train scenes (the test scenes never change), or of the photographs
     out: str = "data/scenes-{seed}"   # where the rows and images go
     level: int = 0                    # 0 (256 px, the tiny task) to 3 (4096 px, two scales, small text)
     n_sft: int = 3360                 # scenes; each asks two questions (a scene for RL or testing asks one)
@@ -59,6 +69,27 @@ class Config:
     p_guess: float = 0.20             # the imperfect part of the cold start: after an empty crop, guess at once ...
     p_again: float = 0.40             # ... or look at the same place again, shifted a little
     clean: float = 0.7                # share of the cold start, at its beginning, in which only a tenth have these flaws
+    # Photographs instead of scenes (of the above, only seed, out and per_question count).
+    images: str = ""                  # their folder
+    annotator: str = ""               # a local model, or the address of an OpenAI-compatible endpoint (key: OPENAI_API_KEY)
+    annotator_name: str = ""          # the model's name at that address
+    policy: str = ""                  # the model that is to learn, likewise
+    policy_name: str = ""
+    max_pixels: int = 0               # the shrunken whole image; 0: as the policy was trained, or 2,000,000
+    min_megapixels: float = 2.0       # smaller images are left out
+    per_image: int = 2                # proposals per image
+    area: float = 0.01                # largest share of the image that a proposal may end at
+    votes: int = 4                    # answers asked for from the text, from the whole image and from the evidence each:
+    blind: int = 1                    # at most so many may be right from text or whole image,
+    agree: int = 3                    # at least so many from the evidence
+    samples: int = 8                  # trajectories of the policy per question
+    max_rate: float = 0.75            # largest share of them that may be right
+    attempts: int = 4                 # trajectories of the annotator per question
+    max_redundancy: float = 0.1       # of a kept one (env.redundancy)
+    share_sft: float = 0.4            # of the images, the rest is for train
+    share_test: float = 0.1
+    parallel: int = 8                 # images, and so requests, at a time
+    preview: int = 0                  # rows of a contact sheet, preview.png
 
 
 def cell_name(cell, grid):
@@ -212,6 +243,378 @@ def write_rows(cfg, split, n, seed):
         f.writelines(json.dumps(r) + "\n" for r in rows)
     os.replace(path + ".tmp", path)
     return len(rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Questions from photographs: `construct` takes them all, `build` takes one through the steps, each step is a function.
+
+# FORK: the prompts. Where the tool is used, env.SYSTEM explains it; graded and collected conversations see the question alone.
+PROPOSE = (
+    "Write one question about a small detail of this photograph, for a test of eyesight. First find the detail: {kind}, too "
+    "small to be made out in the whole photograph. Zoom in on it with the tool in 2 to 4 steps, each into the crop before it "
+    "(img_idx is its number) and at most half as wide and half as high, until the detail fills the crop with little margin. "
+    "Then write the question. It tells which object is meant, so that only one in the whole photograph fits; it does not give "
+    "its answer away; it mentions no crop and no zooming. The answer is a few words at most, and beyond doubt. End with\n"
+    '<answer>{{"question": "...", "answer": "...", "choices": {choices}}}</answer>')
+KINDS = (("things to be counted, or a printed number", "null"), ("the colour of a thing", "null"), ("a printed word", "null"),
+         ("what a thing is, does, or what state it is in", '["the answer", "plausible but wrong", "...", "..."]'))
+BLIND = "The picture is withheld. Give the answer that seems most likely from the question alone.\n"
+ZOOMS, FINER = (2, 4), 1.5  # zooms of a proposal, and how much finer each must be (ratio of lengths)
+COLOUR_WORDS = "black white grey gray silver red orange yellow gold green turquoise cyan blue purple violet pink brown beige".split()
+STEPS = ("select", "propose", "ask", "verify", "grade", "collect", "split")
+
+
+class Photo:
+    """A photograph, and every answer that was given about it: lines {key, answer} of a file that is only appended to."""
+
+    def __init__(self, image, path, name, out):
+        self.image, self.path, self.name, self.parts = image, path, name, {}
+        with open(path, "rb") as f:
+            self.digest = hashlib.sha256(f.read()).hexdigest()
+        self.log = os.path.join(out, "answers", hashlib.sha256(os.fsencode(name)).hexdigest()[:16] + ".jsonl")
+        text = open(self.log).read() if os.path.exists(self.log) else ""
+        whole = text[:text.rfind("\n") + 1]
+        if whole != text:  # a killed run may leave half a line
+            env.write_text(self.log, whole)
+        self.answers = {x["key"]: x["answer"] for x in map(json.loads, whole.splitlines())}
+
+    def recall(self, request, reply):
+        """The recorded answer to a request (anything JSON), or else reply(its key), which is recorded."""
+        key = hashlib.sha256(json.dumps([self.digest, request]).encode()).hexdigest()[:32]
+        if key not in self.answers:
+            answer = reply(key)
+            with open(self.log, "a") as f:
+                f.write(json.dumps(dict(key=key, answer=answer)) + "\n")
+            self.answers[key] = answer
+        return self.answers[key]
+
+
+@dataclass
+class Question:
+    """One proposal on its way through the steps."""
+    job: SimpleNamespace                       # cfg, world (of the policy's training), annotator, policy
+    photo: Photo
+    n: int                                     # its number among the proposals of the photograph
+    text: str | None = None                    # as the annotator wrote it: JSON
+    chain: list | None = None                  # boxes of the proposal, coarse to fine; the last one is the evidence
+    row: dict | None = None
+    turns: list = field(default_factory=list)  # of each kept trajectory
+    fates: list = field(default_factory=list)  # of every sampled trajectory
+
+
+def load_model(flag, address, name, device):
+    """What answers: a local policy, or the model `name` at an OpenAI-compatible endpoint (its policy is None)."""
+    url = address.startswith(("http://", "https://"))
+    if not address or url and not name:
+        raise UserError(f"--images needs --{flag}" + ("_name, the model's name at that address" if url else
+                        "=FOLDER, a hub id, or the address of an OpenAI-compatible endpoint"))
+    path = env.newest(address)
+    return SimpleNamespace(name=name if url else path, url=address, policy=None if url else env.load_policy(path, device),
+                           busy=threading.Lock())  # a local policy holds one rollout at a time
+
+
+def messages(parts, traj, problem, world, frame, seen):
+    """A conversation so far for a chat endpoint: the system prompt, views and observations of env.py. parts: what was
+    encoded before, by (frame, box, budget); traj.image is what frame cuts out of the photograph."""
+    text = lambda x: {"type": "text", "text": x}
+
+    def part(box, low, high):
+        if (frame, box, high) not in parts:
+            view = env.Processor.view(SimpleNamespace(patch=16, merge=2), traj.image, box, low, high)  # as a Qwen3-VL sees it
+            parts[frame, box, high] = env.data_url(Image.fromarray(view.numpy()))
+        return parts[frame, box, high]
+
+    whole = [part(traj.boxes[0], min(world.min_crop_pixels, world.max_pixels), world.max_pixels)] if seen else []
+    out = [dict(role="system", content=env.SYSTEM if world.max_crops else env.SYSTEM_NO_TOOL),
+           dict(role="user", content=[*whole, text(problem)])]
+    crops = iter(traj.crops)
+    for said, _, error in traj.turns:
+        view = text(env.ERRORS[error]) if error else part(next(crops), world.min_crop_pixels, world.max_crop_pixels)
+        out += [dict(role="assistant", content=said),
+                dict(role="user", content=[text("<tool_response>\n"), view, text("\n</tool_response>")])]
+    return out
+
+
+def converse(q, model, problem, world, k, frame=None, seen=True):
+    """k conversations about the photograph, or the part `frame` of it, or (seen=False) about a question alone.
+
+    Returns env.Trajectory without tokens: turns, boxes, answer. What was recorded is not asked again. Raises
+    ConnectionError when the endpoint fails.
+    """
+    image = q.photo.image.crop(frame) if frame else q.photo.image
+    start = [model.name, q.job.cfg.seed, q.n, env.SYSTEM if world.max_crops else env.SYSTEM_NO_TOOL, problem, frame, seen, asdict(world)]
+
+    def rollout(key):  # in env.py a conversation begins with an image: a blank one where there is none to see
+        row = dict(images=[image if seen else Image.new("RGB", (64, 64), "grey")], problem=problem)
+        try:
+            with model.busy:
+                trajs = env.rollout(model.policy, [row], world, k, (q.job.cfg.seed, 0), [int(key[:8], 16)])
+        except UserError:  # the question does not fit into max_tokens, so nobody can answer it
+            return [[]] * k
+        return [[text for text, _, _ in t.turns] for t in trajs]
+
+    def reply(traj, key):
+        text = env.chat(model.url, model.name, messages(q.photo.parts, traj, problem, world, frame, seen), world.temperature)
+        return text.strip().encode(errors="replace").decode()
+
+    said = model.policy and q.photo.recall([*start, k], rollout)
+    trajs = [env.Trajectory({}, image, boxes=[(0, 0, image.width, image.height)]) for _ in range(k)]
+    for i, t in enumerate(trajs):
+        while t.status == "open" and not (said and len(t.turns) == len(said[i])):
+            if q.job.stopped:
+                raise ConnectionError("stopped")
+            text = said[i][len(t.turns)] if said else q.photo.recall([*start, i, [x for x, _, _ in t.turns]], partial(reply, t))
+            t.turns.append((text, env.parse_action(text), None))
+            box, _ = env.act(t, world)
+            t.boxes += [box] if box else []
+    return trajs
+
+
+def area(box):
+    return (box[2] - box[0]) * (box[3] - box[1])
+
+
+def covered(box, frame):
+    """Share of box that lies in frame."""
+    w, h = min(box[2], frame[2]) - max(box[0], frame[0]), min(box[3], frame[3]) - max(box[1], frame[1])
+    return max(w, 0) * max(h, 0) / area(box)
+
+
+def right(traj, row):
+    return traj.answer is not None and env.match(traj.answer, row)
+
+
+def select(cfg, name):
+    """1. Photographs that can be read and are large enough. Returns (Photo, mode of the file) or (None, the reason)."""
+    path = os.path.join(cfg.images, name)
+    try:
+        with Image.open(path) as im:
+            if im.width * im.height < cfg.min_megapixels * 1e6:
+                return None, "too small"
+            if getattr(im, "is_animated", False) and im.format != "MPO":  # a phone's JPEG may hold a second picture
+                return None, "animated"
+        image = env.open_image(path)
+    except (Exception, UserError) as e:  # a damaged file can make a decoder raise anything
+        tqdm.write(f"left out: {e if isinstance(e, UserError) else f'{path}: {e}'}")
+        return None, "too large to decode" if isinstance(e, Image.DecompressionBombError) else "unreadable"
+    return Photo(image, path, name, cfg.out), im.mode
+
+
+# The steps of a question: each returns the reason why it drops it, or None.
+
+def propose(q):
+    """2. The annotator zooms in on a detail, step by step (and ends with a question about it)."""
+    rng = np.random.default_rng([q.job.cfg.seed, int(q.photo.digest[:8], 16)])
+    kind, choices = KINDS[(rng.integers(len(KINDS)) + q.n) % len(KINDS)]
+    room = replace(q.job.world, max_crops=ZOOMS[1] + 1, max_tokens=q.job.world.max_tokens + 4096)  # the prompt is long
+    [traj] = converse(q, q.job.annotator, PROPOSE.format(kind=kind, choices=choices), room, 1)
+    q.text, q.chain, steps = traj.answer, [list(b) for b in traj.crops], list(zip(traj.boxes, traj.crops))
+    if q.text is None:
+        return "no question"
+    if not ZOOMS[0] <= len(steps) <= ZOOMS[1]:
+        return f"not {ZOOMS[0]} to {ZOOMS[1]} zooms"
+    if any(covered(inner, outer) < 1 for outer, inner in steps):
+        return "a zoom leaves the crop before it"
+    if any(area(inner) * FINER ** 2 > area(outer) for outer, inner in steps):
+        return "a zoom is hardly finer"
+    if area(q.chain[-1]) > q.job.cfg.area * area(traj.boxes[0]):
+        return "the last view is too large"
+
+
+def ask(q):
+    """3. Read the question: it needs a short answer that can be judged. Options go into the text, in random order."""
+    cfg, photo = q.job.cfg, q.photo
+    try:
+        made = json.loads(q.text[q.text.find("{"):q.text.rfind("}") + 1])  # often in a code fence
+        problem, answer, choices = made["question"].strip(), made["answer"], made.get("choices") or None
+        answer = str(answer) if type(answer) in (int, float) else answer.strip()
+        texts = [problem, answer, *(choices or [])]
+        if not all(isinstance(x, str) and x.isprintable() and env.normalise(x) for x in texts):
+            return "malformed"
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return "malformed"
+    if len(problem) > 400 or any(len(x) > 60 or len(x.split()) > 6 for x in texts[1:]):
+        return "too long"
+    if choices:
+        order = np.random.default_rng([cfg.seed, int(photo.digest[:8], 16), q.n]).permutation(len(choices))
+        choices = [choices[i] for i in order]
+        named = [env.match(c, dict(solution=chr(65 + i), choices=choices)) for i, c in enumerate(choices)]
+        if not 3 <= len(choices) <= 8 or not all(named) or not env.match(answer, dict(solution=answer, choices=choices)):
+            return "options unclear"
+        problem += "".join(f"\n{chr(65 + i)}. {c}" for i, c in enumerate(choices))
+    q.row = dict(images=[os.path.relpath(photo.path, cfg.out)], doc_id=f"{photo.name}-{q.n}", problem=problem, solution=answer,
+                 data_source=os.path.basename(os.path.abspath(cfg.images)), boxes=q.chain[-1:], choices=choices, chain=q.chain)
+
+
+def verify(q):
+    """4. Hard and true: hardly ever answered from the text alone or the shrunken whole, nearly always from the evidence."""
+    cfg, plain = q.job.cfg, replace(q.job.world, max_crops=0)
+    votes = lambda problem, **view: sum(right(t, q.row) for t in converse(q, q.job.annotator, problem, plain, cfg.votes, **view))
+    if votes(BLIND + q.row["problem"], seen=False) > cfg.blind:
+        return "given away by its text"
+    if votes(q.row["problem"]) > cfg.blind:
+        return "answered without zooming"
+    if votes(q.row["problem"], frame=tuple(q.chain[-1])) < cfg.agree:
+        return "answer not confirmed"
+
+
+def grade(q):
+    """5. The policy, with the tool, solves it sometimes, not always, and never with fewer than two crops."""
+    trajs = converse(q, q.job.policy, q.row["problem"], q.job.world, q.job.cfg.samples)
+    solved = [len(t.crops) for t in trajs if right(t, q.row)]
+    if not solved:
+        return "never solved"
+    if len(solved) > q.job.cfg.max_rate * len(trajs):
+        return "solved too often"
+    if min(solved) < 2:
+        return "solved with one crop or none"
+    q.row.update(difficulty=min(solved), solve_rate=len(solved) / len(trajs))
+
+
+def collect(q):
+    """6. Cold-start trajectories of the annotator: per_question of the faultless ones, first those that recovered (looked
+    where the evidence is not, and then where it is)."""
+    good, cfg, world, policy = [], q.job.cfg, q.job.world, q.job.policy.policy
+    for t in converse(q, q.job.annotator, q.row["problem"], world, cfg.attempts):
+        turns = [text for text, _, _ in t.turns]
+        fate = ("wrong" if not right(t, q.row) else "malformed or refused call" if any(error for _, _, error in t.turns) else
+                "redundant" if env.redundancy(t.crops, world.eps) > cfg.max_redundancy else
+                "evidence not covered" if not env.covers(t, q.row) else
+                "too long" if policy and env.render(policy.proc, q.row, turns, world, q.photo.image).status != "answered" else
+                "recovered" if any(covered(q.chain[-1], c) < 0.5 for c in t.crops) else "direct")
+        q.fates.append(fate)
+        good += [(fate, turns)] if fate in ("recovered", "direct") else []
+    good.sort(key=lambda x: x[0] == "direct")
+    q.turns = [turns for _, turns in good[:cfg.per_question]]
+    return None if good else "no faultless trajectory"
+
+
+def split(cfg, found):
+    """7. By photograph, into {side: rows}; copies of a photograph have one digest. Each side gets one if there are three;
+    those of sft have trajectories, and their questions without one are left out."""
+    able = {}
+    for q in found:  # in random order, see construct
+        able[q["digest"]] = able.get(q["digest"], False) or bool(q["turns"])
+    most = lambda share: max(round(share * len(able)), len(able) > 2)
+    test = set(list(able)[:most(cfg.share_test)])
+    sft = set([d for d in able if able[d] and d not in test][:most(cfg.share_sft)])
+    return {"sft": [{**q["row"], "turns": turns} for q in found if q["digest"] in sft for turns in q["turns"]],
+            "train": [q["row"] for q in found if q["digest"] not in sft | test],
+            "test": [q["row"] for q in found if q["digest"] in test]}
+
+
+def build(job, name):
+    """All that one photograph leads to: counts {(step or distribution, reason or label): n}, and its questions."""
+    photo, note = select(job.cfg, name)
+    counts, found = Counter({("select", "kept" if photo else note): 1}), []
+    if photo and note != "RGB":
+        counts["converted images", note] += 1
+    for n in range(job.cfg.per_image if photo else 0):
+        q = Question(job, photo, n)
+        for step in (propose, ask, verify, grade, collect):
+            try:
+                reason = step(q)
+            except ConnectionError as e:
+                tqdm.write(f"{name}: {e}; not recorded, so the same command asks again")
+                reason = "endpoint failed"
+            counts[step.__name__, reason or "kept"] += 1
+            if reason:
+                break
+        if step is collect:  # it drops no question: one without a trajectory is for train or test
+            number, word = re.fullmatch(r"[\d.,]+", q.row["solution"]), env.normalise(q.row["solution"])
+            kind = "choice" if q.row["choices"] else "number" if number else "colour" if word in COLOUR_WORDS else "word"
+            share = area(q.chain[-1]) / (photo.image.width * photo.image.height)
+            counts.update([("zooms", str(len(q.chain))), ("evidence area", f"up to {np.ceil(share * 1000) / 10:.1f} %"), ("answer", kind),
+                           ("fewest crops to solve", str(q.row["difficulty"])), ("solve rate", f"{q.row['solve_rate']:.2f}"),
+                           *(("trajectories", fate) for fate in q.fates)])
+            found.append(dict(digest=photo.digest, row=q.row, turns=q.turns))
+    return counts, found
+
+
+def write_card(cfg, world, counts):
+    """data_card.json and data_card.md: the funnel, the distributions, and all settings."""
+    funnel, shown = [], {}
+    for step in STEPS:
+        dropped = {reason: n for (s, reason), n in sorted(counts.items()) if s == step and reason != "kept"}
+        left = counts[step, "kept"]
+        funnel.append(dict(step=step, entered=left + sum(dropped.values()), left=left, dropped=dropped))
+    for (name, label), n in sorted(counts.items()):
+        if name not in STEPS:
+            shown.setdefault(name, {})[label] = n
+    good = [counts["trajectories", fate] for fate in ("recovered", "direct")]
+    share = good[0] / sum(good) if any(good) else None
+    card = dict(funnel=funnel, distributions=shown, recovered_share=share, settings=asdict(cfg), world=asdict(world))
+    env.write_text(os.path.join(cfg.out, "data_card.json"), json.dumps(card, indent=1))
+    listed = lambda d: ", ".join(f"{label}: {n}" for label, n in d.items())
+    lines = [f"# Questions from {cfg.images}\n", f"Seed {cfg.seed}; annotator {cfg.annotator} {cfg.annotator_name}; policy {cfg.policy} "
+             f"{cfg.policy_name}.\n", *(["**Nothing survived.**\n"] if not counts["split", "kept"] else []),
+             f"Select counts images, the others questions: {cfg.per_image} per image are proposed. One that collect drops has no "
+             "cold-start trajectory; split gives it to train or test.\n",
+             "| step | entered | left | dropped |\n|---|---|---|---|",
+             *(f"| {s['step']} | {s['entered']} | {s['left']} | {listed(s['dropped'])} |" for s in funnel), "",
+             *(f"- {name}: {listed(d)}" for name, d in shown.items()),
+             f"- share of faultless trajectories that recovered: {'-' if share is None else f'{share:.2f}'}"]
+    env.write_text(os.path.join(cfg.out, "data_card.md"), "\n".join(lines) + "\n")
+
+
+def preview(questions, cfg):
+    """A contact sheet: the photograph with its chain of boxes, the last crop, question and answer."""
+    side, font = 400, ImageFont.load_default(15)
+    sheet = Image.new("RGB", (3 * side + 40, (side + 10) * len(questions) + 10), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, q in enumerate(questions):
+        image, y = env.open_image(os.path.join(cfg.out, q["row"]["images"][0])), 10 + i * (side + 10)
+        sheet.paste(ImageOps.contain(image, (side, side)), (10, y))
+        for box in q["row"]["chain"]:
+            x0, y0, x1, y1 = (v * side / max(image.size) for v in box)
+            draw.rectangle((10 + x0, y + y0, 10 + x1, y + y1), outline="red", width=2)
+        sheet.paste(ImageOps.contain(image.crop(q["row"]["boxes"][0]), (side, side)), (side + 20, y))
+        texts = [q["row"]["doc_id"], *q["row"]["problem"].split("\n"), f"Answer: {q['row']['solution']}"]
+        wrapped = [x for text in texts for x in textwrap.wrap(text.encode("ascii", "replace").decode(), 50)]
+        draw.multiline_text((2 * side + 30, y), "\n".join(wrapped), fill="black", font=font)
+    sheet.save(os.path.join(cfg.out, "preview.png"))
+
+
+def construct(cfg, device):
+    """Rows and cold-start trajectories from the photographs of cfg.images. Started again, it repeats no recorded request."""
+    at = partial(os.path.join, cfg.out)
+    if os.path.exists(at("train.jsonl")) and not os.path.exists(at("answers")):
+        raise UserError(f"{cfg.out} holds rows that were not made from photographs; give another --out")
+    paths = [os.path.join(folder, f) for folder, _, files in os.walk(cfg.images) for f in files]
+    names = [os.path.relpath(p, cfg.images) for p in paths if not os.path.abspath(p).startswith(os.path.abspath(cfg.out) + os.sep)]
+    names = [n for n in names if not any(x.startswith(".") for x in n.split(os.sep))]
+    if not names:
+        raise UserError(f"--images={cfg.images}: no files there; give a folder of photographs")
+    names.sort(key=lambda n: hashlib.sha256(f"{cfg.seed}".encode() + os.fsencode(n)).digest())  # random order
+    job = SimpleNamespace(cfg=cfg, stopped=False, annotator=load_model("annotator", cfg.annotator, cfg.annotator_name, device))
+    same = (cfg.policy, cfg.policy_name) == (cfg.annotator, cfg.annotator_name)
+    job.policy = job.annotator if same else load_model("policy", cfg.policy, cfg.policy_name, device)
+    job.world = env.configure(env.World, {}, [], model=cfg.policy, **(dict(max_pixels=cfg.max_pixels) if cfg.max_pixels else {}))
+    os.makedirs(at("answers"), exist_ok=True)
+    counts, found = Counter(), []  # rows stay in memory, photographs do not
+    with ThreadPoolExecutor(cfg.parallel) as pool:
+        try:  # results come in the order of names, whatever the order in which they are finished
+            for part, questions in tqdm(pool.map(partial(build, job), names), total=len(names), desc="photographs", disable=None):
+                counts.update(part)
+                found += questions
+        except BaseException:
+            job.stopped = True
+            pool.shutdown(cancel_futures=True)
+            raise
+    for side, rows in split(cfg, found).items():
+        env.write_text(at(f"{side}.jsonl"), "".join(json.dumps(r) + "\n" for r in rows))
+        counts["rows", side] = len(rows)
+        counts["split", "kept"] += len({r["doc_id"] for r in rows})
+    if left_out := len(found) - counts["split", "kept"]:
+        counts["split", "no trajectory, beside one that has"] = left_out
+    if found and cfg.preview:
+        preview(found[:cfg.preview], cfg)
+    write_card(cfg, job.world, counts)
+    if not counts["select", "kept"]:
+        raise UserError(f"--images={cfg.images}: none of {len(names)} files is a photograph that can be used; see {at('data_card.md')}")
+    env.write_text(at("config.json"), json.dumps(asdict(cfg), indent=1))
+    print(f"{cfg.out}: " + ", ".join(f"{counts['rows', side]} {side} rows" for side in ("sft", "train", "test"))
+          + f"{'' if found else '; nothing survived'}; see {at('data_card.md')}")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -400,8 +803,10 @@ def check_images(rows, rank, world):
 
 
 def main(cfg):
-    """Make the scenes of cfg.out unless they are there; returns the number of rows of each split."""
-    rank, world, _ = env.setup()
+    """Make the scenes of cfg.out unless they are there, or rows from the photographs of cfg.images."""
+    rank, world, device = env.setup()
+    if cfg.images:
+        return construct(cfg, device)
     if cfg.level not in LEVELS:
         raise UserError(f"--level={cfg.level}: the levels are {', '.join(map(str, LEVELS))}")
     here = lambda name: os.path.exists(os.path.join(cfg.out, name))

@@ -395,8 +395,10 @@ def _image_ids(proc, view):
 
 
 def reset(proc, row, cfg, image=None):
-    """A new conversation about a row: system prompt, image, question, and the header of the first turn."""
-    image = image or open_image(row["images"][0])  # FORK: more than one image per question starts here
+    """A new conversation about a row: system prompt, image (given here, or a path or an RGB image in the row), question, and
+    the header of the first turn."""
+    image = image or row["images"][0]  # FORK: more than one image per question starts here
+    image = image if isinstance(image, Image.Image) else open_image(image)
     box = (0, 0, image.width, image.height)
     view = proc.view(image, box, min(cfg.min_crop_pixels, cfg.max_pixels), cfg.max_pixels)
     traj = Trajectory(row, image, boxes=[box])
@@ -418,24 +420,32 @@ def respond(traj, proc, ids, logp=None):
     traj.turns.append((text, parse_action(text), None))
 
 
-def observe(traj, proc, cfg):
-    """Act on the last turn: end the trajectory, or run the tool and append what the policy sees next."""
+def act(traj, cfg):
+    """What the last turn leads to: (box of a crop, None), (None, key of ERRORS), or (None, None) if it ended the trajectory."""
     text, action, _ = traj.turns[-1]
     if action.kind == "answer":
         traj.answer, traj.status = action.answer, "answered"
-        return
+        return None, None
     if len(traj.turns) > cfg.max_crops:  # the turn after the last tool turn may only answer
         traj.status = "over_turns"
-        return
-    box, view, error = None, None, action.kind
+        return None, None
+    box, error = None, action.kind
     if action.kind == "crop":
         box, error = resolve_box(action, traj.boxes, cfg.min_crop_side)
     traj.turns[-1] = (text, action, error)
+    return box, error
+
+
+def observe(traj, proc, cfg):
+    """Act on the last turn: end the trajectory, or run the tool and append what the policy sees next."""
+    box, error = act(traj, cfg)
+    if traj.status != "open":
+        return
     if box:
         view = proc.view(traj.image, box, cfg.min_crop_pixels, cfg.max_crop_pixels)
         seen = _image_ids(proc, view)
     else:
-        seen = proc.frame(ERRORS[error])
+        view, seen = None, proc.frame(ERRORS[error])
     ids = (proc.frame("\n<|im_start|>user\n<tool_response>\n") + seen
            + proc.frame("\n</tool_response><|im_end|>\n<|im_start|>assistant\n"))
     if len(traj.ids) + len(ids) + 2 > cfg.max_tokens:  # ids and image together or not at all; 2: a token and <|im_end|>
@@ -884,7 +894,8 @@ def metrics(records):
 # Plumbing that every stage uses: flags, ranks, checkpoints.
 
 AT_LEAST_1 = ("steps", "batch", "micro_batch", "prompts", "samples", "updates", "keep", "k", "in_flight", "turn_tokens",
-              "max_tokens", "save_every", "eval_every", "log_every", "show_every", "max_skips")
+              "max_tokens", "save_every", "eval_every", "log_every", "show_every", "max_skips", "per_image", "votes", "attempts",
+              "parallel")
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
