@@ -380,10 +380,6 @@ def covered(box, frame):
     return max(w, 0) * max(h, 0) / area(box)
 
 
-def right(traj, row):
-    return traj.answer is not None and env.match(traj.answer, row)
-
-
 def select(cfg, name):
     """1. Photographs that can be read and are large enough. Returns (Photo, mode of the file) or (None, the reason)."""
     path = os.path.join(cfg.images, name)
@@ -449,7 +445,7 @@ def ask(q):
 def verify(q):
     """4. Hard and true: hardly ever answered from the text alone or the shrunken whole, nearly always from the evidence."""
     cfg, plain = q.job.cfg, replace(q.job.world, max_crops=0)
-    votes = lambda problem, **view: sum(right(t, q.row) for t in converse(q, q.job.annotator, problem, plain, cfg.votes, **view))
+    votes = lambda problem, **view: sum(env.is_right(t, q.row) for t in converse(q, q.job.annotator, problem, plain, cfg.votes, **view))
     if votes(BLIND + q.row["problem"], seen=False) > cfg.blind:
         return "given away by its text"
     if votes(q.row["problem"]) > cfg.blind:
@@ -461,7 +457,7 @@ def verify(q):
 def grade(q):
     """5. The policy, with the tool, solves it sometimes, not always, and never with fewer than two crops."""
     trajs = converse(q, q.job.policy, q.row["problem"], q.job.world, q.job.cfg.samples)
-    solved = [len(t.crops) for t in trajs if right(t, q.row)]
+    solved = [len(t.crops) for t in trajs if env.is_right(t, q.row)]
     if not solved:
         return "never solved"
     if len(solved) > q.job.cfg.max_rate * len(trajs):
@@ -477,7 +473,7 @@ def collect(q):
     good, cfg, world, policy = [], q.job.cfg, q.job.world, q.job.policy.policy
     for t in converse(q, q.job.annotator, q.row["problem"], world, cfg.attempts):
         turns = [text for text, _, _ in t.turns]
-        fate = ("wrong" if not right(t, q.row) else "malformed or refused call" if any(error for _, _, error in t.turns) else
+        fate = ("wrong" if not env.is_right(t, q.row) else "malformed or refused call" if any(error for _, _, error in t.turns) else
                 "redundant" if env.redundancy(t.crops, world.eps) > cfg.max_redundancy else
                 "evidence not covered" if not env.covers(t, q.row) else
                 "too long" if policy and env.render(policy.proc, q.row, turns, world, q.photo.image).status != "answered" else

@@ -925,7 +925,7 @@ def configure(Config, real, argv=None, **given):
         defaults = {**(real if trained.pop("preset") == "real" else {}), **trained}
     cfg = Config(**{k: v for k, v in {**defaults, **flags}.items() if k in kinds})
     for k, v in vars(cfg).items():
-        if isinstance(v, str):
+        if isinstance(v, str) and "{seed}" in v:
             setattr(cfg, k, v.replace("{seed}", str(cfg.seed)))
     return cfg
 

@@ -51,7 +51,7 @@ class Config(env.World):
     clip_low: float = 0.2
     clip_high: float = 0.28          # a wider upper clip, as the neighbours have it
     clip_norm: float = 1.0
-    norm_std: bool = True            # divide advantages by the group's std (our choice; logged)
+    norm_std: bool = False           # divide advantages by the group's std (measured: better without; logged)
     mask_over_turns: bool = False    # no loss on trajectories that ran out of turns or tokens (Mini-o3)
     eval_every: int = 25             # steps between held-out evaluations ...
     eval_rows: int = 128             # ... on the last rows of train.jsonl, which are never trained on
