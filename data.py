@@ -10,8 +10,9 @@ optional fields:
     {"images": ["test/0.png"], "doc_id": "test-0", "problem": "...", "solution": "green", "data_source": "scenes-0",
      "boxes": [[117, 84, 120, 87]], "choices": null, "difficulty": 3}
 
-Image paths are relative to the file; boxes (the evidence) are pixels of the original. A cold-start row also has
-"turns": the assistant's turns as text. Their observations are not stored: they are replayed through the tool.
+Image paths are relative to the file or to --image_root; boxes (the evidence) are pixels of the original. A cold-start row
+also has "turns": the assistant's turns as text. Their observations are not stored: they are replayed through the tool.
+Conversations of other projects become such rows while they are loaded (see `load_rows`).
 
 The scenes: coloured boxes on a grid. One box of the asked colour bears the evidence, its look-alikes do not, and which
 one it is can hardly be read in the shrunken whole image. So: list the look-alikes, zoom into one, and if it is empty go to
@@ -379,10 +380,6 @@ def covered(box, frame):
     return max(w, 0) * max(h, 0) / area(box)
 
 
-def right(traj, row):
-    return traj.answer is not None and env.match(traj.answer, row)
-
-
 def select(cfg, name):
     """1. Photographs that can be read and are large enough. Returns (Photo, mode of the file) or (None, the reason)."""
     path = os.path.join(cfg.images, name)
@@ -449,7 +446,7 @@ def ask(q):
 def verify(q):
     """4. Hard and true: hardly ever answered from the text alone or the shrunken whole, nearly always from the evidence."""
     cfg, plain = q.job.cfg, replace(q.job.world, max_crops=0)
-    votes = lambda problem, **view: sum(right(t, q.row) for t in converse(q, q.job.annotator, problem, plain, cfg.votes, **view))
+    votes = lambda problem, **view: sum(env.is_right(t, q.row) for t in converse(q, q.job.annotator, problem, plain, cfg.votes, **view))
     if votes(BLIND + q.row["problem"], seen=False) > cfg.blind:
         return "given away by its text"
     if votes(q.row["problem"]) > cfg.blind:
@@ -462,7 +459,7 @@ def grade(q):
     """5. The policy, with the tool, solves it sometimes, not always, and never with fewer than two crops."""
     cfg = q.job.cfg
     trajs = converse(q, q.job.policy, q.row["problem"], q.job.world, cfg.samples)
-    solved = [len(t.crops) for t in trajs if right(t, q.row)]
+    solved = [len(t.crops) for t in trajs if env.is_right(t, q.row)]
     if not solved:
         return "never solved"
     if len(solved) > cfg.max_rate * len(trajs):
@@ -478,7 +475,7 @@ def collect(q):
     good, cfg, world, policy = [], q.job.cfg, q.job.world, q.job.policy.policy
     for t in converse(q, q.job.annotator, q.row["problem"], world, cfg.attempts):
         turns = [text for text, _, _ in t.turns]
-        fate = ("wrong" if not right(t, q.row) else "malformed or refused call" if any(error for _, _, error in t.turns) else
+        fate = ("wrong" if not env.is_right(t, q.row) else "malformed or refused call" if any(error for _, _, error in t.turns) else
                 "redundant" if env.redundancy(t.crops, world.eps) > cfg.max_redundancy else
                 "evidence not covered" if not env.covers(t, q.row) else
                 "too long" if policy and env.render(policy.proc, q.row, turns, world, q.photo.image).status != "answered" else
@@ -619,13 +616,151 @@ def construct(cfg, device):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Reading rows, and the command line.
+# Rows from files: our own schema, and the conversations of other projects.
 
-def load_rows(path):
-    """FORK: the data set. Read rows from a JSON list or JSONL file; image paths become absolute.
+CONVERSATIONS = ("conversations", "messages", "message_list")  # LLaMA-Factory's sharegpt; ms-swift; Pixel-Reasoner
+# FORK: the neighbours' tools. Dialect -> unit of the box (None: pixels), number of the image it refers to (0: the original),
+# margins that the tool may have added to the box on each side, as shares of (the box's own sides, the image's sides).
+DIALECTS = {
+    "image_zoom_in_tool": (None, lambda call: 0, ((0, 0), (0.25, 0))),                        # DeepEyes; Chain-of-Focus
+    "img_idx": (1000, lambda call: call["img_idx"], ((0, 0),)),                               # the same as Qwen3-VL and we have it
+    "crop_image_normalized": (1, lambda call: call["target_image"] - 1, ((0, 0), (0, 0.1))),  # Pixel-Reasoner
+    "source": (1, lambda call: int(call["source"].replace("original_image", "observation_0")[12:]), ((0, 0),)),  # Mini-o3
+}
+# Pixels are those of the original (DeepEyes cuts there) or of the image as the model saw it: sides in steps of 28, at most so
+# many pixels (the limits of DeepEyes and of Chain-of-Focus, which cuts there). Up to the limits only the rounding differs.
+SEEN_PIXELS = (16384 * 28 ** 2, 3840 ** 2)
+ACTIONS = re.compile(r"<(tool_call|grounding)>(.*?)</\1>|<(answer)>(.*?)</answer>|\\(boxed)\{(.*)\}", re.DOTALL)
+ASIDES = re.compile(r"\s*(Think first, call|Think in the mind first|Guidelines:).*", re.DOTALL)  # their own instructions
 
-    Raises UserError naming file and row when a field is missing or an image does not exist.
+
+def messages_of(row):
+    """A foreign conversation as [(is the assistant's, text)], neighbours of one side joined, and its image paths."""
+    source, out, paths = next(row[k] for k in CONVERSATIONS if k in row), [], list(row.get("images") or [])
+    for m in json.loads(source) if isinstance(source, str) else source:
+        role, text = m.get("from", m.get("role")), m.get("value", m.get("content"))
+        if isinstance(text, list):  # Qwen's parts
+            paths += [part["image"] for part in text if "image" in part]
+            text = "".join("<image>" if part["type"] == "image" else part["text"] for part in text)
+        if role in ("function_call", "tool_call"):
+            text = f"<tool_call>\n{text}\n</tool_call>"
+        mine = role in ("gpt", "assistant", "function_call", "tool_call")
+        if role != "system":  # theirs describes another tool; ours stands in its place
+            out.append((mine, out.pop()[1] + "\n" + text if out and out[-1][0] == mine else text))
+    return out, paths
+
+
+def candidates(call, boxes):
+    """Calls in our own form (text) that a foreign call may stand for, likeliest first. boxes: the original and the crops
+    so far."""
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+    arguments = call.get("arguments", call)
+    unit, number, margins = DIALECTS[next((k for k in ("source", "img_idx") if k in arguments), call.get("name"))]
+    k, box = number(arguments), [float(v) for v in arguments["bbox_2d"]]
+    w, h = boxes[k][2] - boxes[k][0], boxes[k][3] - boxes[k][1]
+    frames = [(unit, unit)]
+    if unit is None or unit == 1 and max(box) > 2:  # Pixel-Reasoner takes shares and pixels
+        frames = [(w, h)] + [smart_resize(h, w, 28, 4 * 28 ** 2, most)[::-1] for most in SEEN_PIXELS]
+    for frame in frames:
+        if min(box) < 0 or max(v / frame[i % 2] for i, v in enumerate(box)) > 1.02:
+            continue
+        for own, whole in margins:
+            grow = [own * (box[i + 2] - box[i]) / frame[i] + whole for i in (0, 1)]
+            shares = [v / frame[i % 2] + (grow[i % 2] if i > 1 else -grow[i % 2]) for i, v in enumerate(box)]
+            yield look([round(1000 * min(max(v, 0), 1)) for v in shares], k)
+
+
+def difference(image, box, seen):
+    """How far a crop file is from the region that it should show; 1 is the limit. Shapes and 12 x 12 thumbnails are compared,
+    as a file may have been resized, rounded to the model's patches and compressed."""
+    stretch = abs(np.log(seen.width / seen.height * (box[3] - box[1]) / (box[2] - box[0])))
+    a, b = (np.asarray(im.convert("L").resize((12, 12), Image.BOX), float) for im in (image.crop(box), seen))
+    return max(stretch / 0.4, np.abs(a - b).mean() / (6 + 0.3 * b.std()))
+
+
+def replay(body, boxes, image, seen):
+    """The call in our form and its box on the original, for the JSON of a foreign call that showed the image `seen` (None:
+    not known). Raises ValueError(reason)."""
+    best = (np.inf, None, None)
+    try:
+        for ours in candidates(json.loads(body), boxes):
+            box, error = env.resolve_box(env.parse_action(ours), boxes, env.REAL_WORLD["min_crop_side"])
+            off = np.inf if error else 0.0 if seen is None else difference(image, box, seen)
+            best = min(best, (off, ours, box), key=lambda x: x[0])
+    except (ValueError, TypeError, LookupError, AttributeError):
+        raise ValueError("a call could not be read")
+    if best[0] > 1:
+        raise ValueError("a box is not on its image" if best[1] is None else "a call does not show what its crop file shows")
+    return best[1:]
+
+
+def translate(row, find):
+    """A foreign conversation as our row with `turns`; find(path) gives an absolute path. Raises ValueError(reason) for one
+    whose calls cannot be replayed on the original image."""
+    try:
+        messages, paths = messages_of(row)
+    except (ValueError, TypeError, LookupError, AttributeError):
+        raise ValueError("its messages could not be read")
+    tags = [text.count("<image>") for _, text in messages]
+    if not messages or messages[0][0] or tags[0] > 1 or not paths or len(paths) not in (1, sum(tags)):
+        raise ValueError("its images are not one original in the first message and then the crops")
+    image, turns, answer = env.open_image(find(paths[0])), [], None
+    boxes = [(0, 0, *image.size)]
+    for i in range(1, len(messages), 2):
+        text = messages[i][1]
+        actions = list(ACTIONS.finditer(text))
+        if len(actions) != 1 or answer is not None:
+            raise ValueError("a turn is not one call or one answer")
+        thought = re.sub("</?think>", "", text[:actions[0].start()]).strip()
+        body = next(x for x in actions[0].groups()[1::2] if x is not None).strip()
+        if actions[0][1]:
+            if i + 1 == len(messages) or tags[i + 1] != 1:
+                raise ValueError("a call was not followed by one crop")
+            seen = env.open_image(find(paths[len(boxes)])) if len(paths) > 1 else None
+            ours, box = replay(body, boxes, image, seen)
+            boxes.append(box)
+        else:
+            ours, answer = f"<answer>{body}</answer>", body
+        turns.append(f"<think>{thought}</think>\n{ours}")
+    if not answer:
+        raise ValueError("it does not end with an answer")
+    question = ASIDES.sub("", messages[0][1].replace("<image>", "")).strip().removeprefix("Question:").strip()
+    return {**{k: row[k] for k in ("doc_id", "data_source") if k in row}, "images": [paths[0]], "problem": question,
+            "solution": row.get("solution", answer), "turns": turns}
+
+
+def translated(path, rows, find):
+    """Rows with the conversations among them translated. Prints how many were left out, and why."""
+    def one(row):
+        try:
+            return (translate(row, find) if isinstance(row, dict) and "problem" not in row else row), None
+        except ValueError as e:
+            return None, str(e)
+        except UserError:
+            return None, "an image is missing, broken or outside of --image_root"
+    with ThreadPoolExecutor() as pool:  # most of the time is spent decoding images
+        out, why = zip(*tqdm(pool.map(one, rows), desc="conversations", total=len(rows), disable=None, leave=False))
+    report = f"{path}: {why.count(None)} of {len(rows)} conversations are used" + "".join(
+        f"; {n} left out, the first is row {why.index(reason)}: {reason}" for reason, n in Counter(why).most_common() if reason)
+    if None not in why:
+        raise UserError(report)
+    if os.environ.get("RANK", "0") == "0":
+        print(report, flush=True)
+    return [row for row, reason in zip(out, why) if reason is None]
+
+
+def load_rows(path, image_root=""):
+    """FORK: the data set. Read rows from a JSON list or JSONL file; image paths, relative to the file or to image_root,
+    become absolute. path may lie "in" a file (--data=cold.json): then that is read.
+
+    Conversations (`conversations`, `messages`, `message_list`) are translated; those that cannot be replayed are left out
+    and counted. Raises UserError naming file and row when a field is missing, an image does not exist or lies outside of
+    image_root.
     """
+    path = os.path.dirname(path) if os.path.isfile(os.path.dirname(path)) else path
+    if path.endswith(".parquet"):
+        raise UserError(f"{path}: Parquet is not read; write its images to files and its rows to JSONL, by the data set's own "
+                        "script (Mini-o3: preprocess_coldstart.py) or pandas.read_parquet and to_json(orient='records', lines=True)")
     try:
         with open(path, encoding="utf-8-sig") as f:
             text = f.read()
@@ -636,15 +771,25 @@ def load_rows(path):
         raise UserError(f"{path}: not JSON or JSONL ({e})")
     if not rows:
         raise UserError(f"{path}: no rows")
+    root = os.path.abspath(image_root or os.path.dirname(path))
+
+    def find(name, i=None):
+        full = env.inside(root, name, i) if image_root else os.path.join(root, name)
+        if not os.path.exists(full):
+            raise UserError(f"{path}: row {i}: image {full} does not exist; paths are relative to the file or to --image_root")
+        return full
+    if any(isinstance(r, dict) and any(k in r for k in CONVERSATIONS) for r in rows):
+        rows = translated(path, rows, find)
     for i, row in enumerate(rows):
         for key in ("images", "problem", "solution"):
             if not isinstance(row, dict) or row.get(key) in (None, "", []):
                 raise UserError(f"{path}: row {i} has no `{key}`; every row needs images, problem and solution")
         if not isinstance(row["images"], list) or not all(isinstance(p, str) for p in row["images"]):
             raise UserError(f"{path}: row {i}: `images` is not a list of paths")
-        row["images"] = [os.path.join(os.path.dirname(os.path.abspath(path)), p) for p in row["images"]]
-        if not os.path.exists(row["images"][0]):
-            raise UserError(f"{path}: row {i}: image {row['images'][0]} does not exist; paths are relative to the file")
+        row["images"] = [find(p, i) for p in row["images"]]
+        row["problem"] = str(row["problem"]).replace("<image>", "").strip()  # the image always comes first
+        if row.get("choices") and not env.match(np.ravel(row["solution"])[0], row):
+            raise UserError(f"{path}: row {i}: its solution {row['solution']!r} is none of its choices {row['choices']}")
     return rows
 
 

@@ -37,6 +37,7 @@ class Config(env.World):
     seed: int = 0
     model: str = ""                  # the cold-started policy; empty: the tiny one of sft.py, made if missing
     data: str = "data/scenes-{seed}"
+    image_root: str = ""             # where the images of the rows lie; empty: relative to the file of the rows
     out: str = "runs/rppo"
     steps: int = 100
     prompts: int = 16                # P per step, over all ranks
@@ -50,7 +51,7 @@ class Config(env.World):
     clip_low: float = 0.2
     clip_high: float = 0.28          # a wider upper clip, as the neighbours have it
     clip_norm: float = 1.0
-    norm_std: bool = True            # divide advantages by the group's std (our choice; logged)
+    norm_std: bool = False           # divide advantages by the group's std (measured: better without; logged)
     mask_over_turns: bool = False    # no loss on trajectories that ran out of turns or tokens (Mini-o3)
     eval_every: int = 25             # steps between held-out evaluations ...
     eval_rows: int = 128             # ... on the last rows of train.jsonl, which are never trained on
@@ -113,7 +114,8 @@ def prepare(cfg):
     t = time.time()
     data.main(scenes)
     seconds["data"], t = time.time() - t, time.time()
-    reward = ("temperature", "lam", "eps", "tool_bonus", "format_weight")  # the rest of World is the task, the same for both
+    # what is not the reward's is the task, the same for both
+    reward = ("temperature", "lam", "eps", "tool_bonus", "format_weight", "judge_url", "judge_name")
     task = {k: getattr(cfg, k) for k in vars(env.World()) if k not in reward}
     start = sft.Config(**task, seed=cfg.seed, data=cfg.data, out=os.path.join(parent, "sft"))
     sft.main(start)
@@ -122,9 +124,8 @@ def prepare(cfg):
 
 
 def update(policy, optimizer, trajs, advantages, cfg, world):
-    """`updates` passes over one rollout. trajs: this rank's B trajectories; advantages (B,). Returns n_tokens of all ranks, and
-    for the log this rank's sums over its computed tokens (`trained` in number), their largest gap, the last pass's norm
-    (of all ranks) and the number of passes without a step because the loss or the norm of all ranks was not finite.
+    """`updates` passes over one rollout. trajs: this rank's B trajectories; advantages (B,). Returns n_tokens, and for the log
+    this rank's sums over its trained tokens, the norm, and the passes skipped because loss or norm was not finite.
 
     A trajectory whose advantage is 0 has no gradient and is not computed, but its tokens count in n_tokens.
     """
@@ -178,16 +179,16 @@ def update(policy, optimizer, trajs, advantages, cfg, world):
 
 def summarise(trajs, parts, n_tokens, stats, asked, cfg, world):
     """What a step's log entry says of all ranks' trajectories, and whether a signal asked any rank to stop."""
-    keys, G = list(parts[0]), cfg.samples
+    keys, sums = list(parts[0]), ("trained", "entropy", "clipped", "gap", "gap_max")
     table = np.array(env.gather([env.measure(x, cfg) + [p[k] for k in keys] for x, p in zip(trajs, parts)], world), float)
-    sums = np.array(env.gather([[stats[k] for k in ("trained", "entropy", "clipped", "gap", "gap_max")] + [len(asked)]], world), float)
-    trained, entropy, clipped, gap, _, stop = sums.sum(0).tolist()
-    groups = table[:, -1].astype(np.float32).reshape(-1, G)
+    ranks = np.array(env.gather([[stats[k] for k in sums] + [len(asked)]], world), float)
+    trained, entropy, clipped, gap, _, stop = ranks.sum(0).tolist()
+    groups = table[:, -1].astype(np.float32).reshape(-1, cfg.samples)
     return dict(reward=float(table[:, -1].mean()), **env.metrics(table[:, :len(env.MEASURES)]),
                 parts={k: float(v) for k, v in zip(keys, table[:, len(env.MEASURES):].mean(0))},
                 flat_groups=float((groups.max(1) == groups.min(1)).mean()), tokens=int(n_tokens),
                 entropy=entropy / max(trained, 1), clip_share=clipped / max(trained, 1), log_ratio=gap / max(trained, 1),
-                log_ratio_max=float(sums[:, 4].max()), grad_norm=stats["grad_norm"], skipped=stats["skipped"]), stop
+                log_ratio_max=float(ranks[:, 4].max()), grad_norm=stats["grad_norm"], skipped=stats["skipped"]), stop
 
 
 def report(cfg, entry, trajs, proc, eta):
@@ -221,11 +222,12 @@ def train(policy, optimizer, rows, held_out, resumed, preset, cfg, rank, world):
             t = time.time()
             mine = list(range(rank, cfg.prompts, world))
             chosen = [rows[i] for i in prompts_of(step, cfg, len(rows))]
-            with env.memory("rollout", cfg.max_tokens, "in_flight", cfg):
+            with env.memory("rollout", cfg.max_tokens):
                 trajs = env.rollout(policy, [chosen[p] for p in mine], cfg, cfg.samples, seed=(cfg.seed, step), prompt_ids=mine)
             rollout_s = time.time() - t
 
             # 2. reward, as named parts
+            env.judge(trajs, cfg)
             parts = [env.reward(x, x.row, cfg) for x in trajs]
 
             # 3. advantage, within each group
@@ -236,14 +238,14 @@ def train(policy, optimizer, rows, held_out, resumed, preset, cfg, rank, world):
             t = time.time()
             for g in optimizer.param_groups:
                 g["lr"] = cfg.lr * sft.lr_scale(step, cfg)
-            with env.memory("update", max(len(x.ids) for x in trajs), "micro_batch", cfg):
+            with env.memory("update", max(len(x.ids) for x in trajs)):
                 n_tokens, stats = update(policy, optimizer, trajs, advantages, cfg, world)
             update_s = time.time() - t
 
             # 5. evaluate and log
             scored = {}
             if cfg.eval_rows and ((step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps):
-                with env.memory("held-out evaluation", cfg.max_tokens, "in_flight", cfg):
+                with env.memory("held-out evaluation", cfg.max_tokens):
                     scored = {"held_out": evaluation.evaluate(policy, held_out, cfg, rank, world)[0]}
             entry, stop = summarise(trajs, parts, n_tokens, stats, asked, cfg, world)
             entry = dict(step=step, **entry, lr=optimizer.param_groups[0]["lr"], norm_std=cfg.norm_std, rollout_s=rollout_s,
@@ -268,7 +270,7 @@ def main(cfg):
     if cfg.prompts % world:
         raise env.UserError(f"--prompts={cfg.prompts} is not a multiple of the {world} ranks; change --prompts or --nproc-per-node")
     start, seconds = prepare(cfg)
-    rows = data.load_rows(os.path.join(cfg.data, "train.jsonl"))
+    rows = data.load_rows(os.path.join(cfg.data, "train.jsonl"), cfg.image_root)
     if len(rows) <= cfg.eval_rows:
         raise env.UserError(f"{cfg.data}/train.jsonl has {len(rows)} rows, {cfg.eval_rows} are held out; lower --eval_rows")
     data.check_images(rows, rank, world)
@@ -298,7 +300,8 @@ def compare(cfg, start, seconds, started, rank):
     for name, model in (("sft", start), ("rppo", cfg.out)):
         given = {k: v for k, v in asdict(cfg).items() if k in vars(env.World())}
         summary[name] = evaluation.main(evaluation.Config(**given, seed=cfg.seed, model=env.newest(model), data=cfg.data,
-                                                          out=os.path.join(parent, "eval", name), limit=cfg.n_score))
+                                                          image_root=cfg.image_root, out=os.path.join(parent, "eval", name),
+                                                          limit=cfg.n_score))
         seconds[f"eval_{name}"] = summary[name]["seconds"]
     if rank == 0:
         summary["seconds"] = {**{k: round(v, 1) for k, v in seconds.items()}, "total": round(time.time() - started, 1)}

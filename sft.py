@@ -30,6 +30,7 @@ class Config(env.World):
     seed: int = 0
     model: str = ""                  # a folder or hub id; empty: the tiny model, made here
     data: str = "data/scenes-{seed}"
+    image_root: str = ""             # where the images of the rows lie; empty: relative to the file of the rows
     out: str = "runs/sft"
     steps: int = 420                 # x batch = 20,160 rows: one pass over the scenes, whose last 30 % are the imperfect ones
     batch: int = 48                  # conversations per step, over all ranks
@@ -217,9 +218,9 @@ def whole(t, rank):
 
 
 def save_checkpoint(out, step, policy, cfg, preset, optimizers, rank=0):
-    """Write out/checkpoints/<step>: a plain save_pretrained folder, world.json, the optimizer's state, and checksums.json. Complete
-    or absent: it is written beside and renamed, and only then does out/last name it. All ranks must reach this, rank 0 writes.
-    Raises UserError when it cannot be written, after removing what it began."""
+    """Write out/checkpoints/<step>: a plain save_pretrained folder, world.json, the optimizer's state, and checksums.json.
+    Complete or absent: it is written beside and renamed, and only then does out/last name it. All ranks must reach this,
+    rank 0 writes."""
     from safetensors.torch import save_file
     names = {p: n for n, p in policy.named_parameters()}
     weights = {n: whole(p, rank) for n, p in policy.vlm.named_parameters()}
@@ -235,16 +236,12 @@ def save_checkpoint(out, step, policy, cfg, preset, optimizers, rank=0):
         world = {"preset": preset, **{x.name: getattr(cfg, x.name) for x in fields(env.World)}}
         env.write_text(os.path.join(tmp, "world.json"), json.dumps(world, indent=1))
         save_file(moments, os.path.join(tmp, "optimizer.safetensors"))
-        env.write_text(os.path.join(tmp, "checksums.json"), json.dumps({x: checksum(os.path.join(tmp, x)) for x in sorted(os.listdir(tmp))}))
+        sums = {x: checksum(os.path.join(tmp, x)) for x in sorted(os.listdir(tmp))}
+        env.write_text(os.path.join(tmp, "checksums.json"), json.dumps(sums, indent=1))
         os.replace(tmp, folder)
-        checkpoints = os.open(os.path.dirname(folder), os.O_RDONLY)  # the new name is on the disk before an old one goes
-        os.fsync(checkpoints)
-        os.close(checkpoints)
-    except Exception as e:
+    except Exception:                              # a full disk
         shutil.rmtree(tmp, ignore_errors=True)
-        if not isinstance(e, OSError) and "os error" not in str(e):  # safetensors and tokenizers have exceptions of their own
-            raise
-        raise env.UserError(f"{folder}: cannot be written ({e}); make room, then the same command goes on from the checkpoint before it")
+        raise
     env.write_text(os.path.join(out, "last"), str(step))
 
 
@@ -258,18 +255,9 @@ def checksum(path):
     return [os.path.getsize(path), sha.hexdigest()]
 
 
-def damage(folder):
-    """What is not as save_checkpoint wrote it (a file is missing, cut short or altered), or None."""
-    try:
-        with open(os.path.join(folder, "checksums.json")) as f:
-            altered = [x for x, want in json.load(f).items() if checksum(os.path.join(folder, x)) != want]
-        return f"{', '.join(altered)} altered" if altered else None
-    except (OSError, ValueError) as e:
-        return str(e)
-
-
 def newest_whole(out):
-    """The step of the newest checkpoint without damage, or 0. Half-written ones are removed, damaged ones put aside."""
+    """The step of the newest checkpoint whose files are as they were written, or 0. What is half-written is removed, what is
+    damaged (a file is missing, cut short or altered) is named and put aside."""
     folder = os.path.join(out, "checkpoints")
     names = os.listdir(folder) if os.path.exists(folder) else []
     for x in names:
@@ -277,10 +265,15 @@ def newest_whole(out):
             shutil.rmtree(os.path.join(folder, x))
     for step in sorted((int(x) for x in names if x.isdigit()), reverse=True):
         path = os.path.join(folder, str(step))
-        if not (why := damage(path)):
+        try:
+            with open(os.path.join(path, "checksums.json")) as f:
+                damage = [x for x, sums in json.load(f).items() if checksum(os.path.join(path, x)) != sums]
+        except (OSError, ValueError) as e:
+            damage = e
+        if not damage:
             env.write_text(os.path.join(out, "last"), str(step))
             return step
-        print(f"{path}: damaged ({why}); it is now {path}.damaged, and the one before it is used")
+        print(f"{path}: damaged ({damage}); it is now {path}.damaged, and the one before it is used")
         shutil.rmtree(path + ".damaged", ignore_errors=True)
         os.replace(path, path + ".damaged")
     return 0
@@ -321,7 +314,8 @@ def begin(cfg, rank, world):
             print(f"{cfg.out}: " + (f"going on from step {step} of {cfg.steps}" if step < cfg.steps else "finished before, reused"))
         os.makedirs(cfg.out, exist_ok=True)
         env.write_text(os.path.join(cfg.out, "config.json"), json.dumps(asdict(cfg), indent=1))
-        env.write_text(os.path.join(cfg.out, "log.jsonl"), "".join(json.dumps(e) + "\n" for e in read_log(cfg.out) if e["step"] < step))
+        kept = [json.dumps(e) + "\n" for e in read_log(cfg.out) if e["step"] < step]
+        env.write_text(os.path.join(cfg.out, "log.jsonl"), "".join(kept))
     return int(total([step], world, torch.device("cuda") if torch.cuda.is_available() else "cpu")[0])
 
 
@@ -342,11 +336,11 @@ def append_log(out, entry):
 def check_skips(cfg, entry, rows):
     """Say that a step was skipped; UserError naming step and rows when it was the last of max_skips in a row."""
     if entry["skipped"]:
-        what = f"step {entry['step']}: loss or gradient not finite, rows {[r.get('doc_id') for r in rows]}"
+        print(f"step {entry['step']} skipped: loss or gradient not finite, rows {[r.get('doc_id') for r in rows]}", flush=True)
         last = read_log(cfg.out)[-cfg.max_skips:]
         if len(last) == cfg.max_skips and all(e["skipped"] for e in last):
-            raise env.UserError(f"{what}; {cfg.max_skips} steps in a row (--max_skips): lower --lr, or look at the rows")
-        print(f"{what}; skipped", flush=True)
+            raise env.UserError(f"step {entry['step']}: no finite gradient in {cfg.max_skips} steps in a row (--max_skips); lower --lr "
+                                f"or look at the rows of the last one, {[r.get('doc_id') for r in rows]}")
 
 
 def sync_gradients(policy, world, sums):
@@ -359,8 +353,8 @@ def sync_gradients(policy, world, sums):
         for p in (p for p in params if p.grad is not None):
             p.grad *= world
         return total(sums, world, policy.device)
-    flat = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in params] + [torch.tensor(sums, device=policy.device)]
-    flat = torch.cat(flat)
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+    flat = torch.cat([g.flatten() for g in grads] + [torch.tensor(sums, device=policy.device)])
     dist.all_reduce(flat)
     *grads, sums = flat.split([p.numel() for p in params] + [len(sums)])
     for p, g in zip(params, grads):
@@ -413,7 +407,7 @@ def main(cfg):
     rank, world, device = env.setup()
     if cfg.batch % world:
         raise env.UserError(f"--batch={cfg.batch} is not a multiple of the {world} ranks; change --batch or --nproc-per-node")
-    rows = data.load_rows(os.path.join(cfg.data, "sft.jsonl"))
+    rows = data.load_rows(os.path.join(cfg.data, "sft.jsonl"), cfg.image_root)
     if lacking := [i for i, r in enumerate(rows) if not r.get("turns")]:
         raise env.UserError(f"{cfg.data}/sft.jsonl: row {lacking[0]} has no `turns` ({len(lacking)} rows in all)")
     data.check_images(rows, rank, world)
@@ -440,7 +434,7 @@ def main(cfg):
             # 1. batch
             batches = pending.result()
             pending = pool.submit(batches_of, step + 1) if step + 1 < cfg.steps else None
-            with env.memory("update", max(b["ids"].shape[1] for b in batches), "micro_batch", cfg):
+            with env.memory("update", max(b["ids"].shape[1] for b in batches)):
                 entry, stop = update(policy, optimizers, batches, step, cfg, world, asked)
 
             # 4. log and save

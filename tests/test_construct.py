@@ -539,7 +539,7 @@ def test_local_conversation(few, policy, tmp_path, monkeypatch):
         again = data.converse(data.Question(job, data.select(cfg, name)[0], 0), model, "Which colour?", world, 4, frame=frame)
         assert not kept and [t.turns for t in again] == [t.turns for t in true]
     made = data.converse(data.Question(job, photo, 0), model, "Which? " * 600, world, 2)
-    assert [t.turns for t in made] == [[], []] and not any(data.right(t, dict(solution="x")) for t in made)
+    assert [t.turns for t in made] == [[], []] and not any(env.is_right(t, dict(solution="x")) for t in made)
 
 
 # ---------------------------------------------------------------------------------------------------------------

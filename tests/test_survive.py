@@ -40,6 +40,7 @@ from test_rppo import acting  # noqa: E402
 from test_stages import RPPO, SFT, SHORT, STAGES, base, config, cpu, read_log, weights  # noqa: E402, F401
 
 parse_action = env.parse_action                  # the real one: a fixture of test_stages.py makes gibberish act
+SLOW = pytest.mark.slow
 KILLS = int(os.environ.get("KILLS", 20))         # of the slow kill test; .ci/run makes four
 
 
@@ -101,12 +102,14 @@ def alter(path):
 
 @pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "tokenizer.json", "world.json", "checksums.json"])
 @pytest.mark.parametrize("harm", [cut, alter, os.remove])
-def test_damage_is_noticed(file, harm, copied):
-    """A file of a checkpoint that is cut short, altered by one bit or missing is named; an untouched one passes."""
-    folder = env.newest(copied.out)
-    assert sft.damage(folder) is None
-    harm(f"{folder}/{file}")
-    assert sft.damage(folder) and (file in sft.damage(folder) or file == "checksums.json")
+def test_damage_is_noticed(file, harm, copied, capsys):
+    """A file of the newest checkpoint that is cut short, altered by one bit or missing is named, and the one before it used."""
+    assert sft.newest_whole(copied.out) == 4
+    harm(f"{copied.out}/checkpoints/4/{file}")
+    capsys.readouterr()
+    assert sft.newest_whole(copied.out) == 3 and open(f"{copied.out}/last").read() == "3"
+    printed = capsys.readouterr().out
+    assert "checkpoints/4: damaged" in printed and (file in printed or file == "checksums.json")
 
 
 @pytest.mark.parametrize("harm", [partial(map, cut), partial(map, alter), partial(map, os.remove)])
@@ -159,11 +162,13 @@ def test_last_may_be_wrong(copied, finished):
     assert not os.path.exists(f"{copied.out}/checkpoints/7.tmp")
 
 
-@pytest.mark.parametrize("room", [1000, 10_000, 1_000_000, 2_900_000])
+@pytest.mark.parametrize("room", [pytest.param(1000, marks=SLOW), 10_000, pytest.param(1_000_000, marks=SLOW), 2_900_000])
 def test_full_disk(room, scenes, base, tmp_path, monkeypatch, capfd):
     """No file can grow above `room` bytes while the second checkpoint is written, so that a different file fails each time:
     one clear line, nothing half-written stays, the checkpoint before it is whole, and with room the run goes on."""
     cfg = config("sft", scenes, base, tmp_path / "run", steps=2)
+    monkeypatch.setattr(env, "configure", lambda *_: cfg)
+    monkeypatch.setattr(env.signal, "signal", lambda *_: signal.SIG_DFL)
     save, limits = sft.save_checkpoint, resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def cramped(out, step, *args):
@@ -174,24 +179,23 @@ def test_full_disk(room, scenes, base, tmp_path, monkeypatch, capfd):
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     monkeypatch.setattr(sft, "save_checkpoint", cramped)
-    with pytest.raises(env.UserError, match="cannot be written .*os error|cannot be written .*Errno") as e:
-        sft.main(cfg)
-    assert "checkpoints/2" in str(e.value) and "\n" not in str(e.value) and "make room" in str(e.value)
-    assert os.listdir(f"{cfg.out}/checkpoints") == ["1"] and sft.damage(env.newest(cfg.out)) is None
+    with pytest.raises(env.UserError, match="the disk is full .*File too large.*make room") as e:
+        env.run(sft.main, sft.Config, sft.REAL)
+    assert "\n" not in str(e.value) and os.listdir(f"{cfg.out}/checkpoints") == ["1"] and sft.newest_whole(cfg.out) == 1
     monkeypatch.undo()
     sft.main(cfg)
     assert [e["step"] for e in read_log(cfg.out)] == [0, 1] and open(f"{cfg.out}/last").read() == "2"
 
 
-def test_full_disk_elsewhere(scenes, base, tmp_path, monkeypatch):
-    """Also where a log line is written: a clear line at the command line. Another OSError is not taken for it."""
-    for number, error in ((errno.ENOSPC, env.UserError), (errno.EIO, OSError)):
-        monkeypatch.setattr(sys, "argv", ["sft.py", f"--data={scenes}", f"--model={base}", f"--out={tmp_path}/{number}", "--steps=1",
-                                          "--batch=1", "--max_crops=1"])
-        monkeypatch.setattr(sft, "append_log", lambda *_: (_ for _ in ()).throw(OSError(number, "as in the test")))
-        monkeypatch.setattr(env.signal, "signal", lambda *_: signal.SIG_DFL)
-        with pytest.raises(error, match="disk is full" if error is env.UserError else "as in the test"):
-            env.run(sft.main, sft.Config, sft.REAL)
+@pytest.mark.parametrize("number, error", [(errno.ENOSPC, env.UserError), (errno.EDQUOT, env.UserError), (errno.EIO, OSError)])
+def test_full_disk_elsewhere(number, error, monkeypatch):
+    """Wherever it shows, a full disk or quota is one line at the command line; another error is not taken for it."""
+    def main(_):
+        raise OSError(number, os.strerror(number))
+    monkeypatch.setattr(env, "configure", lambda *_: None)
+    monkeypatch.setattr(env.signal, "signal", lambda *_: signal.SIG_DFL)
+    with pytest.raises(error, match="^the disk is full" if error is env.UserError else os.strerror(number)):
+        env.run(main, None, {})
 
 
 def test_best_is_the_first_highest(tmp_path):
@@ -207,15 +211,17 @@ def test_best_is_the_first_highest(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------
 # 2. Signals.
 
-@pytest.mark.parametrize("name, number", [("sft", signal.SIGTERM), ("sft", signal.SIGINT), ("rppo", signal.SIGTERM)])
+@pytest.mark.parametrize("name, number", [("sft", signal.SIGINT), ("rppo", signal.SIGTERM),
+                                          pytest.param("sft", signal.SIGTERM, marks=SLOW), pytest.param("rppo", signal.SIGINT, marks=SLOW)])
 def test_a_signal_saves_and_leaves(name, number, scenes, base, tmp_path, monkeypatch, capfd):
     """A signal in the middle of step 1 of 3: that step is finished and saved, though save_every is far away; exit code 0
     and a line how to go on. The same command then ends as a run that was left alone. Handlers are as before."""
     whole, cfg = (config(name, scenes, base, tmp_path / x, save_every=10) for x in ("whole", "run"))
     STAGES[name][0].main(whole)
-    before, sync, calls = signal.getsignal(number), sft.sync_gradients, itertools.count()
+    stage, before, calls = STAGES[name][0], signal.getsignal(number), itertools.count()
+    update = stage.update
     with monkeypatch.context() as m, pytest.raises(SystemExit) as e:
-        m.setattr(sft, "sync_gradients", lambda *a: (next(calls) == 1 and signal.raise_signal(number), sync(*a))[1])
+        m.setattr(stage, "update", lambda *a: (next(calls) == 1 and signal.raise_signal(number), update(*a))[1])
         STAGES[name][0].main(cfg)
     assert e.value.code == 0 and "the same command goes on" in capfd.readouterr().out
     assert open(f"{cfg.out}/last").read() == "2" and signal.getsignal(number) is before
@@ -235,7 +241,7 @@ def test_a_signal_after_the_last_step(scenes, base, tmp_path, monkeypatch):
     assert seen == [True]
 
 
-@pytest.mark.slow
+@SLOW
 def test_the_main_job_interrupted_in_every_stage(base, tmp_path, monkeypatch, capsys):
     """rppo.py from nothing, stopped by a signal while it draws, imitates, reinforces and scores, one after the other, and
     started again each time: as if it had never been stopped. Its half-drawn scenes are not taken for foreign rows."""
@@ -284,8 +290,8 @@ def poison(m, kind, when):
     m.setattr(sft, "sync_gradients", poisoned)
 
 
-@pytest.mark.parametrize("name", ["sft", "rppo"])
-@pytest.mark.parametrize("kind", ["loss", "gradient"])
+@pytest.mark.parametrize("name, kind", [("sft", "loss"), ("rppo", "gradient"), pytest.param("sft", "gradient", marks=SLOW),
+                                        pytest.param("rppo", "loss", marks=SLOW)])
 def test_a_step_that_is_not_finite_is_skipped(name, kind, scenes, base, tmp_path, monkeypatch, capsys):
     """Neither weights nor optimizer state change in that step; it is counted, said with its rows, and the log stays JSON;
     the steps after it are made."""
@@ -297,20 +303,20 @@ def test_a_step_that_is_not_finite_is_skipped(name, kind, scenes, base, tmp_path
     assert [e["skipped"] for e in log] == [0, 1, 0] and log[1]["loss" if (name, kind) == ("sft", "loss") else "grad_norm"] is None or \
         (name, kind) == ("rppo", "loss") and log[1]["skipped"] == 1
     assert steps[0] == steps[1] != steps[2]
-    assert re.search(r"step 1: .*not finite, rows \['(sft|train)-\d+-\d+'", capsys.readouterr().out)
+    assert re.search(r"step 1 skipped: .*not finite, rows \['(sft|train)-\d+-\d+'", capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("name", ["sft", "rppo"])
+@pytest.mark.parametrize("name", ["sft", pytest.param("rppo", marks=SLOW)])
 def test_too_many_skips_end_the_run(name, scenes, base, tmp_path, monkeypatch):
     """max_skips steps in a row: one line that names step and rows; a finite step in between starts the count anew, a kill
     does not."""
     cfg = config(name, scenes, base, tmp_path / "run", steps=9, max_skips=2, **({"eval_rows": 0} if name == "rppo" else {}))
-    with monkeypatch.context() as m, pytest.raises(env.UserError, match=r"step 4: .*rows \['.*2 steps in a row") as e:
-        poison(m, "gradient", lambda i: i not in (0, 2))
+    with monkeypatch.context() as m, pytest.raises(env.UserError, match=r"step 3: no finite gradient in 2 steps in a row .*rows .*\['(sft|train)-\d") as e:
+        poison(m, "gradient", lambda i: i != 1)
         STAGES[name][0].main(cfg)
-    assert "\n" not in str(e.value) and [x["skipped"] for x in read_log(cfg.out)] == [0, 1, 0, 1, 1]
-    assert open(f"{cfg.out}/last").read() == "4" and state(cfg.out, 3)[1] == state(cfg.out, 4)[1]   # as step 2 left it
-    with monkeypatch.context() as m, pytest.raises(env.UserError, match="step 4: "):
+    assert "\n" not in str(e.value) and [x["skipped"] for x in read_log(cfg.out)] == [1, 0, 1, 1]
+    assert open(f"{cfg.out}/last").read() == "3" and state(cfg.out, 2)[1] == state(cfg.out, 3)[1]   # as step 1 left it
+    with monkeypatch.context() as m, pytest.raises(env.UserError, match="step 3: "):
         poison(m, "gradient", lambda i: True)
         STAGES[name][0].main(cfg)
 
@@ -328,7 +334,8 @@ def finite(tensors):
     return all(torch.isfinite(v).all() for v in tensors.values())
 
 
-@pytest.mark.parametrize("more", [dict(samples=1), dict(samples=1, updates=2), dict(mask_over_turns=True, max_crops=0), dict(turn_tokens=1)])
+@pytest.mark.parametrize("more", [dict(samples=1), dict(mask_over_turns=True, max_crops=0),
+                                  pytest.param(dict(samples=1, updates=2), marks=SLOW), pytest.param(dict(turn_tokens=1), marks=SLOW)])
 def test_nothing_to_learn_from(more, scenes, base, tmp_path):
     """Groups of one; every trajectory masked, so that the mask is empty; turns of one token: the log is all numbers, and what
     has no gradient moves nothing."""
@@ -351,27 +358,17 @@ def test_no_sampled_token(policy, rows):
     batch = env.collate([traj], policy.proc)
     logp, entropy = policy(batch)
     assert sum(traj.mask) == 0 and logp.shape == entropy.shape == (0,) and logp.sum() == 0
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=0.0)
-    entry, _ = sft.update(policy, [sft_peak(optimizer)], [batch], 0, sft.Config(), 1, [])
+    cfg = sft.Config(lr=0.0, muon_lr=0.0)
+    entry, _ = sft.update(policy, sft.make_optimizers(policy, cfg), [batch], 0, cfg, 1, [])
     assert entry["loss"] == 0 and entry["grad_norm"] == 0 and entry["skipped"] == 0
-
-
-def sft_peak(optimizer):
-    for g in optimizer.param_groups:
-        g["peak"] = g["lr"]
-    return optimizer
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # 4. Memory.
 
-@pytest.mark.parametrize("name, where, what, words", [
-    ("rppo", (env, "rollout"), "rollout", ["512 tokens", "--in_flight (now 128)"]),
-    ("rppo", (rppo, "update"), "update", ["--micro_batch (now 3)"]),
-    ("rppo", (evaluation, "evaluate"), "held-out evaluation", ["--in_flight"]),
-    ("sft", (sft, "update"), "update", ["--micro_batch (now 3)"]),
-    ("eval", (evaluation, "score"), "evaluation", ["--in_flight"])])
-def test_out_of_memory(name, where, what, words, scenes, base, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name, where, what", [("rppo", (env, "rollout"), "rollout"), ("rppo", (rppo, "update"), "update"),
+    ("rppo", (evaluation, "evaluate"), "held-out evaluation"), ("sft", (sft, "update"), "update"), ("eval", (evaluation, "score"), "evaluation")])
+def test_out_of_memory(name, where, what, scenes, base, tmp_path, monkeypatch):
     """One line says in which phase, how long the longest trajectory is, and what to lower."""
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of ...")
@@ -379,8 +376,9 @@ def test_out_of_memory(name, where, what, words, scenes, base, tmp_path, monkeyp
     cfg = config(name, scenes, base, tmp_path / "run") if name != "eval" else evaluation.Config(data=scenes, model=base, out=str(tmp_path))
     with pytest.raises(env.UserError, match=f"^out of GPU memory in the {what},") as e:
         STAGES[name][0].main(cfg)
-    assert all(w in str(e.value) for w in (*words, "--max_tokens", "--max_pixels", "--max_crop_pixels")) and "\n" not in str(e.value)
-    assert 20 < int(re.search(r"up to (\d+) tokens", str(e.value))[1]) <= 512
+    assert all(f"--{w}" in str(e.value) for w in ("in_flight", "micro_batch", "max_tokens", "max_pixels", "max_crop_pixels"))
+    longest = int(re.search(r"up to (\d+) tokens", str(e.value))[1])
+    assert "\n" not in str(e.value) and (20 < longest < 512 if what == "update" else longest == 512)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -427,12 +425,11 @@ def more_hostile_texts(n, seed):
 def test_hostile_texts_by_the_ten_thousand():
     """50,000 seeded texts through parser and boxes: nothing is raised, evaluated, imported or opened; every text ends in a
     documented outcome, and every crop is whole pixels inside the image, of at least the least side and at most 100 : 1."""
-    started, kinds, results, events = time.time(), collections.Counter(), collections.Counter(), []
-    watching = True
+    texts = [*hostile_texts(25_000, seed=3), *more_hostile_texts(25_000, seed=4)]
+    started, kinds, results, events, watching = time.time(), collections.Counter(), collections.Counter(), [], True
     sys.addaudithook(lambda event, _: watching and event.split(".")[0] in ("exec", "compile", "open", "import", "os", "subprocess",
                                                                           "socket", "pickle", "ctypes") and events.append(event))
     worlds = [(640, 480, [(0, 0, 640, 480), (100, 100, 400, 300), (150, 120, 153, 123)]), (2000, 20, [(0, 0, 2000, 20)]), (7, 9, [(0, 0, 7, 9)])]
-    texts = itertools.chain(hostile_texts(25_000, seed=3), more_hostile_texts(25_000, seed=4))
     for i, text in enumerate(texts):
         action = parse_action(text)
         kinds[action.kind] += 1
@@ -456,12 +453,12 @@ def test_hostile_texts_by_the_ten_thousand():
 
 @pytest.mark.parametrize("world", [env.World(max_tokens=10 ** 6), env.World(**{**env.REAL_WORLD, "max_tokens": 10 ** 6})])
 def test_hostile_turns_stay_in_the_budget(world, policy, rows, tmp_path, monkeypatch):
-    """600 hostile texts as sampled turns, through decoding, tool and observation: no view is above the pixel budget, images
+    """400 hostile texts as sampled turns, through decoding, tool and observation: no view is above the pixel budget, images
     and their tokens stay in step, and every turn ends in an observation, an answer or the end of its budget."""
     monkeypatch.setattr(env, "parse_action", parse_action)
     picture(600, 17).save(tmp_path / "x.png")
     image, proc, crops = env.open_image(tmp_path / "x.png"), policy.proc, 0
-    texts = list(hostile_texts(300, seed=5)) + [t.encode("utf-8", "replace").decode() for t in more_hostile_texts(300, seed=6)]
+    texts = list(hostile_texts(200, seed=5)) + [t.encode("utf-8", "replace").decode() for t in more_hostile_texts(200, seed=6)]
     texts += [call([0, 0, 1000, 1]), call([0, 0, 1, 1000]), call([0, 400, 1000, 600])]        # the thinnest boxes
     for i in range(0, len(texts), 3):
         traj = env.reset(proc, rows[0], world, image=image)
@@ -548,13 +545,13 @@ def test_zoo(tmp_path):
 
 
 def test_damaged_images(tmp_path):
-    """600 files with bytes changed, cut out or cut off: an image or a UserError, whatever the decoder makes of them."""
+    """360 files with bytes changed, cut out or cut off: an image or a UserError, whatever the decoder makes of them."""
     rng, outcomes = random.Random(0), collections.Counter()
     warnings.simplefilter("ignore")
-    for kind in ("png", "jpeg", "gif", "webp", "tiff", "bmp"):
+    for kind in ("png", "jpeg", "gif", "webp", "tiff", "dds"):
         picture(60, 40).save(tmp_path / f"x.{kind}")
         whole = (tmp_path / f"x.{kind}").read_bytes()
-        for _ in range(100):
+        for _ in range(60):
             body = bytearray(whole)
             for _ in range(rng.randrange(1, 4)):
                 at = rng.choice([rng.randrange(len(body)), rng.randrange(60)])
@@ -564,7 +561,7 @@ def test_damaged_images(tmp_path):
                 outcomes[env.open_image(tmp_path / "y").mode] += 1
             except env.UserError:
                 outcomes["refused"] += 1
-    assert set(outcomes) == {"RGB", "refused"} and min(outcomes.values()) > 50
+    assert set(outcomes) == {"RGB", "refused"} and min(outcomes.values()) > 30
 
 
 @pytest.mark.parametrize("name", ["sft", "rppo", "eval"])
@@ -649,12 +646,12 @@ def test_pickled_weights_are_refused(base, tmp_path):
     os.remove(tmp_path / "model" / "model.safetensors")
     torch.save({"lm_head.weight": Bomb(str(tmp_path / "executed"))}, tmp_path / "model" / "pytorch_model.bin")
     with pytest.raises(env.UserError, match="model: no readable weights in safetensors") as e:
-        env.load_policy(str(tmp_path / "model"), "cpu")
+        env.load_policy(str(tmp_path / "model"), torch.device("cpu"))
     assert "\n" not in str(e.value) and not os.path.exists(tmp_path / "executed")
     shutil.copy(f"{base}/model.safetensors", tmp_path / "model")
     cut(tmp_path / "model" / "model.safetensors")
     with pytest.raises(env.UserError, match="model: no readable weights in safetensors"):
-        env.load_policy(str(tmp_path / "model"), "cpu")
+        env.load_policy(str(tmp_path / "model"), torch.device("cpu"))
 
 
 def test_what_is_shown_is_escaped(policy, rows, tmp_path):
@@ -675,7 +672,7 @@ def test_what_is_shown_is_escaped(policy, rows, tmp_path):
 # 8. Real runs of torchrun, broken and killed. The worker is at the end of this file.
 
 FLAGS = {"sft": dict(SFT, steps=8, batch=8, save_every=2, log_every=100),
-         "rppo": dict(RPPO, steps=8, save_every=2, eval_every=4, show_every=100)}
+         "rppo": dict(RPPO, steps=8, save_every=2, eval_every=4, show_every=100), "eval": SHORT}
 
 
 def torchrun(name, ranks, scenes, base, out, fault=None, options=(), **more):
@@ -723,7 +720,7 @@ def whole(scenes, base, tmp_path_factory):
     return get
 
 
-@pytest.mark.slow
+@SLOW
 @pytest.mark.parametrize("i", range(KILLS))
 def test_killed_at_any_moment(i, whole, scenes, base, tmp_path):
     """SIGKILL to a whole torchrun at a random moment of its steps and saves, then the same command again: weights, optimizer
@@ -748,33 +745,40 @@ def test_killed_at_any_moment(i, whole, scenes, base, tmp_path):
     same(out, expected)
 
 
-@pytest.mark.slow
+@SLOW
 @pytest.mark.parametrize("how, reason", [("kill", "Signal 9 (SIGKILL) received"), ("raise", "RuntimeError: rank 1 has had enough")])
-def test_a_rank_that_dies(how, reason, whole, scenes, base, tmp_path):
-    """One rank of two dies in its fourth step: the job ends within seconds and says why; then --max-restarts=1 brings such a
-    job back from its checkpoint by itself, also one that was told to start anew (--resume=false), to the same bits."""
+def test_a_rank_that_dies(how, reason, scenes, base, tmp_path):
+    """One rank of two dies in its fourth step: the job ends within seconds and says why."""
     out, started = f"{tmp_path}/run", time.time()
     printed = finish(torchrun("rppo", 2, scenes, base, out, dict(how=how, rank=1, call=3)), out, code=1)
     assert reason in printed and re.search(r"local_rank\W+1|rank +: 1", printed)
     steps = [e["step"] for e in read_log(out)]
-    assert steps == [0, 1, 2] and time.time() - started < 60 and sft.newest_whole(out) == 2
-    printed = finish(torchrun("rppo", 2, scenes, base, out, dict(how=how, rank=1, call=3), ["--max-restarts=1"], resume=False), out)
-    assert "the old run is now" in printed and printed.count("the old run is now") == 1 and "going on from step 2 of 8" in printed
+    assert steps == [0, 1, 2] and time.time() - started < 120 and sft.newest_whole(out) == 2
+
+
+@SLOW
+def test_a_restart_by_torchrun(whole, scenes, base, tmp_path):
+    """With --max-restarts=1 a job of which one rank is killed comes back from its checkpoint by itself, to the same bits; also
+    one that was told to put an old run aside (--resume=false): it does not put aside what it has just made."""
+    out = f"{tmp_path}/run"
+    os.makedirs(out)
+    printed = finish(torchrun("rppo", 2, scenes, base, out, dict(how="kill", rank=1, call=3), ["--max-restarts=1"], resume=False), out)
+    assert printed.count("the old run is now") == 1 and "going on from step 2 of 8" in printed
     same(out, whole("rppo", 2))
 
 
-@pytest.mark.slow
+@SLOW
 def test_a_signal_to_one_worker(whole, scenes, base, tmp_path):
     """SIGTERM to one rank of two: both finish the step, save and leave with exit code 0, so that torchrun succeeds; the same
     command goes on."""
     out = f"{tmp_path}/run"
-    printed = finish(torchrun("sft", 2, scenes, base, out, dict(how="term", rank=1, call=2), files=False), out, code=0)
+    printed = finish(torchrun("sft", 2, scenes, base, out, dict(how="term", rank=1, call=2)), out, code=0)
     assert "the same command goes on" in printed and open(f"{out}/last").read() == "3" and "Traceback" not in printed
     finish(torchrun("sft", 2, scenes, base, out), out)
     same(out, whole("sft", 2), files=False)
 
 
-@pytest.mark.slow
+@SLOW
 def test_ctrl_c(whole, scenes, base, tmp_path):
     """Ctrl-C on torchrun, which passes it on to its workers: they save and leave; the same command goes on."""
     out = f"{tmp_path}/run"
@@ -789,61 +793,58 @@ def test_ctrl_c(whole, scenes, base, tmp_path):
     same(out, whole("rppo", 2), files=False)
 
 
-@pytest.mark.slow
+@SLOW
 def test_ranks_skip_alike(scenes, base, tmp_path):
     """NaN on one rank of two: which rank it is makes no difference, so no rank made a step that the other did not."""
-    for name in ("sft", "rppo"):
-        outs = [f"{tmp_path}/{name}{rank}" for rank in (0, 1)]
-        for rank, out in enumerate(outs):
-            finish(torchrun(name, 2, scenes, base, out, dict(how="nan", rank=rank, call=2), steps=4), out)
-            assert [e["skipped"] for e in read_log(out)] == [0, 0, 1, 0]
-        same(*outs)
+    outs = [f"{tmp_path}/{rank}" for rank in (0, 1)]
+    for rank, out in enumerate(outs):
+        finish(torchrun("rppo", 2, scenes, base, out, dict(how="nan", rank=rank, call=2), steps=4), out)
+        assert [e["skipped"] for e in read_log(out)] == [0, 0, 1, 0]
+    same(*outs)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["sft", "rppo"])
-def test_another_number_of_ranks(name, whole, scenes, base, tmp_path):
-    """One rank, then two, then one: every step is made once, and the weights are close to those of one rank throughout."""
-    out, flags = f"{tmp_path}/run", dict(how="term", rank=0)
-    for ranks, fault in ((1, dict(flags, call=1)), (2, dict(flags, call=2)), (1, None)):
-        finish(torchrun(name, ranks, scenes, base, out, fault), out)
+@SLOW
+@pytest.mark.parametrize("name, first, then", [("sft", 2, 1), ("rppo", 1, 2)])
+def test_another_number_of_ranks(name, first, then, whole, scenes, base, tmp_path):
+    """Stopped after two steps and gone on with by another number of ranks: every step is made once, and the weights are close
+    to those of one rank throughout."""
+    out = f"{tmp_path}/run"
+    finish(torchrun(name, first, scenes, base, out, dict(how="term", rank=0, call=1)), out)
+    finish(torchrun(name, then, scenes, base, out), out)
     log, other = read_log(out), read_log(whole(name, 1))
-    assert [e["step"] for e in log] == list(range(8)) and "going on from step 5 of 8" in output(out)
+    assert [e["step"] for e in log] == list(range(8)) and "going on from step 2 of 8" in output(out)
     flat = lambda folder: torch.cat([v.flatten().double() for k, v in sorted(weights(folder).items())])
     start, one, mixed = flat(base), flat(env.newest(whole(name, 1))), flat(env.newest(out))
     assert (mixed - one).norm() < 0.05 * (one - start).norm()
     assert log[1]["tokens"] == other[1]["tokens"] and log[2]["tokens"] == other[2]["tokens"]
 
 
-@pytest.mark.slow
+@SLOW
 def test_a_rank_without_rows(scenes, base, tmp_path):
     """One row evaluated by two ranks: one of them has nothing to add to what the ranks gather."""
-    scores = []
-    for ranks in (1, 2):
-        FLAGS["eval"] = dict(SHORT)
-        finish(torchrun("eval", ranks, scenes, base, f"{tmp_path}/{ranks}", limit=1), f"{tmp_path}/{ranks}")
-        scores.append({k: v for k, v in json.loads(open(f"{tmp_path}/{ranks}/eval.json").read()).items() if k not in ("seconds", "config")})
-    assert scores[0] == scores[1] and scores[0]["n"] == 1
+    finish(torchrun("eval", 2, scenes, base, f"{tmp_path}/2", limit=1), f"{tmp_path}/2")
+    evaluation.main(evaluation.Config(**SHORT, data=scenes, model=base, out=f"{tmp_path}/1", limit=1))
+    one, two = ({k: v for k, v in json.loads(open(f"{tmp_path}/{x}/eval.json").read()).items() if k not in ("seconds", "config")} for x in (1, 2))
+    assert one == two and one["n"] == 1
 
 
 def worker(name, *flags):
     """A stage by its command line on the CPU, for a random policy whose gibberish counts as actions; FAULT says how the n-th
-    gradient of one rank goes wrong, before any restart."""
-    fault, calls, sync = json.loads(os.environ.get("FAULT", "null")), itertools.count(), sft.sync_gradients
+    update of one rank goes wrong, before any restart."""
+    fault, calls, (stage, real) = json.loads(os.environ.get("FAULT", "null")), itertools.count(), STAGES[name]
+    fault = fault and int(os.environ["RANK"]) == fault["rank"] and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and fault
+    update, sync = getattr(stage, "update", None), sft.sync_gradients
 
-    def faulty(policy, world, sums):
-        if fault and next(calls) == fault["call"] and int(os.environ["RANK"]) == fault["rank"] and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-            if fault["how"] == "kill":
-                os.kill(os.getpid(), signal.SIGKILL)
-            elif fault["how"] == "term":
-                os.kill(os.getpid(), signal.SIGTERM)
-            elif fault["how"] == "nan":
-                sums = [math.nan, *sums[1:]]
-            else:
-                raise RuntimeError("rank 1 has had enough")
-        return sync(policy, world, sums)
-    torch.cuda.is_available, env.parse_action, sft.sync_gradients, sys.argv[1:] = lambda: False, acting, faulty, flags
-    env.run(STAGES[name][0].main, STAGES[name][0].Config, STAGES[name][1])
+    def faulty(*args):
+        now = fault and next(calls) == fault["call"] and fault["how"]
+        if now == "raise":
+            raise RuntimeError("rank 1 has had enough")
+        if now in ("kill", "term"):
+            os.kill(os.getpid(), {"kill": signal.SIGKILL, "term": signal.SIGTERM}[now])
+        sft.sync_gradients = sync if now != "nan" else lambda policy, world, sums: sync(policy, world, [math.nan, *sums[1:]])
+        return update(*args)
+    torch.cuda.is_available, env.parse_action, stage.update, sys.argv[1:] = lambda: False, acting, faulty, flags
+    env.run(stage.main, stage.Config, real)
 
 
 if __name__ == "__main__":
