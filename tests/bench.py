@@ -49,6 +49,7 @@ class Config:
     repeats: int = 5                 # of each measurement, ours and plain by turns; medians are reported
     scaling: bool = True             # also measure how the rollout's time grows
     shrink: int = 1                  # divide a true shape by this: a trial of the command without its GPU
+    seed: int = 0                    # of the weights and the scripted turns
     out: str = "runs/bench.json"
 
 
@@ -63,7 +64,7 @@ SHAPES = {"qwen3-vl-2b": (2048, 6144, 28, 16, 8, 151936, True, 1024, 4096, 24, 1
 
 def make_policy(cfg, rows, device):
     """The tiny policy of sft.py, or a random one of a true shape, made on the device, with the tiny one's tokenizer."""
-    tiny = sft.make_tiny(rows, seed=0)
+    tiny = sft.make_tiny(rows, cfg.seed)
     if cfg.shape == "tiny":
         return tiny.to(device)
     tok, three, less = tiny.proc.tok, cfg.shape.startswith("qwen3"), lambda n, least=1: max(least, n // cfg.shrink)
@@ -103,7 +104,7 @@ def settings(cfg, turns=None, **given):
     preset |= {k: v // cfg.shrink for k, v in preset.items() if k.endswith("pixels")}
     longest = cfg.turn_tokens or (256 // min(cfg.shrink, 5) if preset else 32)
     return rppo.Config(**{**preset, "max_crops": (turns or cfg.turns) - 1, "turn_tokens": longest, "max_tokens": 10 ** 6,
-                          "in_flight": 10 ** 6, "samples": cfg.samples, "prompts": cfg.prompts, **given})
+                          "in_flight": 10 ** 6, "samples": cfg.samples, "prompts": cfg.prompts, "seed": cfg.seed, **given})
 
 
 class Script:
@@ -111,7 +112,7 @@ class Script:
 
     def __init__(self, policy, task):
         """Makes `turns`, a list (turns) of lists (B) of ids, and `table` (turns, turn_tokens, B, 1), padded with the end."""
-        proc, rng, B = policy.proc, np.random.default_rng(0), task.prompts * task.samples
+        proc, rng, B = policy.proc, np.random.default_rng(task.seed), task.prompts * task.samples
         ids, self.turns, self.raw = lambda text: proc.encode(text, keep=env.TAGS), [], []
         for k in range(task.max_crops + 1):
             corner, sizes = rng.integers(0, 4, (B, 2)), rng.integers(task.turn_tokens // 2, task.turn_tokens + 1, B)
@@ -324,11 +325,12 @@ def compare_updates(cfg, policy, plain, trajs, task):
 
 
 def scaling(policy, rows, cfg):
-    """How the rollout grows: tables of (value, seconds, tokens fed to the model). A prompt is fed once for its group."""
+    """How the rollout grows: tables of (value, seconds, tokens fed to the model, bytes that decoding must read). A prompt is
+    fed once for its group. The time should grow no faster than the faster of the two: long dialogues are bound by reading."""
     base, tables = settings(cfg), {}
-    pixels = [base.max_pixels * x for x in (1, 4, 16, 64)] if cfg.shape == "tiny" else [base.max_pixels * x // 4 for x in (1, 2, 4, 8)]
-    for field, values in dict(turns=(2, 3, 5, 9), samples=(2, 4, 8, 16), max_pixels=pixels,
-                              turn_tokens=[base.turn_tokens * x for x in (1, 2, 4, 8)]).items():
+    pixels = [base.max_pixels * x for x in (1, 4, 16)] if cfg.shape == "tiny" else [base.max_pixels * x // 4 for x in (1, 2, 4)]
+    for field, values in dict(turns=(2, 4, 8), samples=(4, 8, 16), max_pixels=pixels,
+                              turn_tokens=[base.turn_tokens * x for x in (1, 2, 4)]).items():
         tables[field] = []
         for value in values:
             task = settings(cfg, **{field: value})
@@ -337,7 +339,7 @@ def scaling(policy, rows, cfg):
             first = [t.mask.index(1) for t in trajs]
             tokens = sum(len(t.ids) for t in trajs) - sum(first) + sum(first[::task.samples])
             [seconds] = by_turns((cfg.repeats + 1) // 2, policy.device, lambda: our_rollout(policy, rows, task, script))
-            tables[field].append((value, seconds, tokens))
+            tables[field].append((value, seconds, tokens, counted(policy, trajs, script)[0]))
     return tables
 
 
@@ -359,7 +361,8 @@ def report(r):
     print("decode reaches {decode_share:.0%} of the copying rate, {bytes_per_s:.1e} bytes/s; the update {update_share:.0%} of the matrix "
           "rate, {operations_per_s:.1e} operations/s".format(**r["limits"]))
     for field, table in r["scaling"].items():
-        print(f"{field:12}" + " |".join(f" {v}: {t:.2f} s, time x{t / table[0][1]:.1f}, tokens x{n / table[0][2]:.1f}" for v, t, n in table))
+        print(f"{field:12}" + " |".join(" {}: {:.2f} s".format(*x) + "".join(f", {name} x{x[i] / table[0][i]:.1f}" for i, name in
+                                        ((1, "time"), (2, "tokens"), (3, "bytes"))) for x in table))
 
 
 def main(cfg):
