@@ -991,7 +991,7 @@ def setup():
     return int(os.environ.get("RANK", 0)), world, torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
 
 
-def prepare(policy, cfg, device):
+def make_trainable(policy, cfg, device):
     """Make a policy on the CPU ready for training on `device`: vision tower, recomputation and sharding as cfg says.
 
     Sharded (FSDP2), every rank keeps its part of each block's fp32 weights; a block is gathered while it computes, in bf16
@@ -1017,7 +1017,7 @@ def prepare(policy, cfg, device):
 def load_policy(path, device, train=False):
     """FORK: the model. The one place that knows a family: Qwen3-VL and Qwen2.5-VL, from a folder or a hub id.
 
-    On CUDA its weights are bf16, enough for rollouts; to train they are fp32, and still on the CPU (see `prepare`).
+    On CUDA its weights are bf16, enough for rollouts; to train they are fp32, and still on the CPU (see `make_trainable`).
     """
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
     from transformers.utils import logging
@@ -1028,7 +1028,7 @@ def load_policy(path, device, train=False):
         raise UserError(f"--model={path}: no checkpoint there ({str(e).splitlines()[0]}); make one with `torchrun sft.py`")
     if config.model_type not in ("qwen3_vl", "qwen2_5_vl"):
         raise UserError(f"{path}: a {config.model_type} model; --model takes Qwen3-VL (2B, 4B, 8B) or Qwen2.5-VL (3B, 7B)")
-    dtype = torch.float32 if train or device.type == "cpu" else torch.bfloat16
+    dtype = torch.float32 if train or torch.device(device).type == "cpu" else torch.bfloat16
     try:  # weights are read from safetensors only: other formats can run code
         vlm = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, use_safetensors=True, trust_remote_code=False)
     except (OSError, SafetensorError) as e:

@@ -276,7 +276,7 @@ def main(cfg):
     data.check_images(rows, rank, world)
     rows, held_out = rows[:len(rows) - cfg.eval_rows], rows[len(rows) - cfg.eval_rows:]
     resumed = sft.begin(cfg, rank, world)              # the step to go on from, or 0
-    policy = env.prepare(env.load_policy(env.newest(cfg.out) if resumed else start, device, train=True), cfg, device)
+    policy = env.make_trainable(env.load_policy(env.newest(cfg.out) if resumed else start, device, train=True), cfg, device)
     sft.announce_memory(policy, cfg, rank, world)
     optimizer = sft.adamw([p for p in policy.parameters() if p.requires_grad], cfg, (0.9, 0.95))
     if resumed:

@@ -413,7 +413,7 @@ def main(cfg):
     data.check_images(rows, rank, world)
     resumed = begin(cfg, rank, world)              # the step to go on from, or 0
     start = env.newest(cfg.out) if resumed else cfg.model
-    policy = env.prepare(env.load_policy(start, device, train=True) if start else make_tiny(rows, cfg.seed), cfg, device)
+    policy = env.make_trainable(env.load_policy(start, device, train=True) if start else make_tiny(rows, cfg.seed), cfg, device)
     announce_memory(policy, cfg, rank, world)
     optimizers = make_optimizers(policy, cfg)
     if resumed:

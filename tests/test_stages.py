@@ -341,8 +341,8 @@ def test_seed_in_names():
 
 @pytest.mark.parametrize("name", STAGES)
 def test_every_field_is_read(name):
-    """No dead knobs: env.py reads each field of World as cfg.<field>, and a stage reads each field of its own: in its own
-    file, or for rppo.py in a function that it calls from sft.py."""
+    """No dead knobs: env.py reads each field of World as cfg.<field>, and each field of a stage's own is read in its file, in
+    env.py, or for rppo.py in a function that it calls from sft.py."""
     def attributes(of, *nodes):
         return {n.attr for node in nodes for n in ast.walk(node) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)
                 and isinstance(n.value, ast.Name) and n.value.id == of}
@@ -351,7 +351,7 @@ def test_every_field_is_read(name):
     helpers = [n for n in trees["sft"].body if isinstance(n, ast.FunctionDef) and n.name in borrowed]
     world = {f.name for f in fields(env.World)}
     own = {f.name for f in fields(STAGES[name][0].Config)} - (set() if name == "data" else world)
-    assert world - attributes("cfg", trees["env"]) == set() and own - attributes("cfg", trees[name], *helpers) == set()
+    assert world - attributes("cfg", trees["env"]) == set() and own - attributes("cfg", trees[name], trees["env"], *helpers) == set()
 
 
 def test_one_definition_of_everything():
