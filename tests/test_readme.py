@@ -27,6 +27,13 @@ def test_paths():
         assert (ROOT / path).exists(), path
 
 
+def test_promises():
+    """Every test that the README names exists."""
+    names = re.findall(r"`(test_\w+)`", README)
+    tests = "".join(p.read_text() for p in (ROOT / "tests").glob("test_*.py"))
+    assert len(names) > 20 and not [n for n in names if f"def {n}(" not in tests]
+
+
 @pytest.mark.parametrize("command", [c for c in COMMANDS if re.search(r"\w+\.py", c)])
 def test_commands(command):
     """Every command runs a stage that exists, with flags of its Config."""
