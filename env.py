@@ -522,7 +522,7 @@ class Policy(torch.nn.Module):
         for block in vlm.model.visual.blocks:
             block.attn.forward = MethodType(packed_attention, block.attn)
         self.register_buffer("banned", proc.banned, persistent=False)
-        self.sharded = False
+        self.sharded = self.is_gathered = False
 
     @property
     def device(self):
@@ -535,12 +535,14 @@ class Policy(torch.nn.Module):
     @contextmanager
     def gathered(self):
         """Meanwhile a sharded policy is whole on every rank (in bf16 on CUDA): a token needs no collective, and ranks may
-        differ in turns."""
-        parts = [m for m in self.modules() if hasattr(m, "reshard")]  # what fully_shard has wrapped
+        differ in turns and in rollouts. All ranks must reach this."""
+        parts = [] if self.is_gathered else [m for m in self.modules() if hasattr(m, "reshard")]  # what fully_shard has wrapped
         for m in parts:
             m.unshard()
             m.set_reshard_after_forward(False, recurse=False)
+        before, self.is_gathered = self.is_gathered, True
         yield
+        self.is_gathered = before
         for m in parts:
             m.reshard()
             m.set_reshard_after_forward(m is not self, recurse=False)

@@ -61,11 +61,12 @@ def pieces(policy, rows, at, cfg, k, greedy, quiet):
     """Yields (numbers of rows, k trajectories of each), a piece of the rows `at` at a time: a trajectory holds its
     full-resolution image. What is sampled depends on a row's number, not on its piece or rank."""
     per = max(1, cfg.in_flight // k)
-    for i in tqdm(range(0, len(at), per), desc="eval", disable=True if quiet else None, leave=False):
-        mine = at[i:i + per]
-        trajs = env.rollout(policy, [rows[j] for j in mine], cfg, k, seed=(cfg.seed, 2 ** 31), prompt_ids=mine, greedy=greedy)
-        env.judge(trajs, cfg)
-        yield mine, trajs
+    with policy.gathered():            # ranks may have different numbers of pieces
+        for i in tqdm(range(0, len(at), per), desc="eval", disable=True if quiet else None, leave=False):
+            mine = at[i:i + per]
+            trajs = env.rollout(policy, [rows[j] for j in mine], cfg, k, seed=(cfg.seed, 2 ** 31), prompt_ids=mine, greedy=greedy)
+            env.judge(trajs, cfg)
+            yield mine, trajs
 
 
 def evaluate(policy, rows, cfg, rank=0, world=1, k=1, greedy=False):

@@ -569,7 +569,7 @@ def work(scenes, base, out, *flags):
         sft.main(config("sft", scenes, base, f"{out}/sft", batch=8, **how, **(dict(muon_lr=0.0) if "adam" in flags else {})))
         stage = "rppo"
         m.setattr(rppo, "update", marked_update)
-        policy = rppo.main(config("rppo", scenes, base, f"{out}/rppo", prompts=4, samples=4, eval_every=3, eval_rows=5, **how))
+        policy = rppo.main(config("rppo", scenes, base, f"{out}/rppo", prompts=4, samples=4, eval_every=3, eval_rows=5, in_flight=2, **how))
         evaluation.main(evaluation.Config(**SHORT, data=scenes, model=base, out=f"{out}/eval", limit=7, k=3))
         # a flat step after a step with a gradient
         cfg = config("rppo", scenes, base, out)
