@@ -33,7 +33,8 @@ import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -85,7 +86,6 @@ class Config:
     samples: int = 8                  # trajectories of the policy per question
     max_rate: float = 0.75            # largest share of them that may be right
     attempts: int = 4                 # trajectories of the annotator per question
-    max_redundancy: float = 0.1       # of a kept one (env.redundancy)
     share_sft: float = 0.4            # of the images, the rest is for train
     share_test: float = 0.1
     parallel: int = 8                 # images, and so requests, at a time
@@ -238,10 +238,7 @@ def write_rows(cfg, split, n, seed):
         for at, row in enumerate(rows):
             flaws = at >= cfg.clean * len(rows) or rng.random() < 0.1
             row["turns"] = oracle(row.pop("question"), rng, cfg.level, max_crops, *(cfg.p_guess, cfg.p_again) if flaws else ())
-    path = os.path.join(cfg.out, f"{split}.jsonl")
-    with open(path + ".tmp", "w") as f:
-        f.writelines(json.dumps(r) + "\n" for r in rows)
-    os.replace(path + ".tmp", path)
+    env.write_text(os.path.join(cfg.out, f"{split}.jsonl"), "".join(json.dumps(r) + "\n" for r in rows))
     return len(rows)
 
 
@@ -260,15 +257,17 @@ KINDS = (("things to be counted, or a printed number", "null"), ("the colour of 
          ("what a thing is, does, or what state it is in", '["the answer", "plausible but wrong", "...", "..."]'))
 BLIND = "The picture is withheld. Give the answer that seems most likely from the question alone.\n"
 ZOOMS, FINER = (2, 4), 1.5  # zooms of a proposal, and how much finer each must be (ratio of lengths)
+MAX_REDUNDANCY = 0.1        # of a cold-start trajectory (env.redundancy)
 COLOUR_WORDS = "black white grey gray silver red orange yellow gold green turquoise cyan blue purple violet pink brown beige".split()
 STEPS = ("select", "propose", "ask", "verify", "grade", "collect", "split")
 
 
 class Photo:
-    """A photograph, and every answer that was given about it: lines {key, answer} of a file that is only appended to."""
+    """A photograph, and every answer that was given about it: lines [key, answer] of a file that is only appended to."""
 
     def __init__(self, image, path, name, out):
-        self.image, self.path, self.name, self.parts = image, path, name, {}
+        self.image, self.path, self.name, self.views = image, path, name, {}
+        self.box = (0, 0, *image.size)
         with open(path, "rb") as f:
             self.digest = hashlib.sha256(f.read()).hexdigest()
         self.log = os.path.join(out, "answers", hashlib.sha256(os.fsencode(name)).hexdigest()[:16] + ".jsonl")
@@ -276,7 +275,7 @@ class Photo:
         whole = text[:text.rfind("\n") + 1]
         if whole != text:  # a killed run may leave half a line
             env.write_text(self.log, whole)
-        self.answers = {x["key"]: x["answer"] for x in map(json.loads, whole.splitlines())}
+        self.answers = dict(map(json.loads, whole.splitlines()))
 
     def recall(self, request, reply):
         """The recorded answer to a request (anything JSON), or else reply(its key), which is recorded."""
@@ -284,100 +283,87 @@ class Photo:
         if key not in self.answers:
             answer = reply(key)
             with open(self.log, "a") as f:
-                f.write(json.dumps(dict(key=key, answer=answer)) + "\n")
+                f.write(json.dumps([key, answer]) + "\n")
             self.answers[key] = answer
         return self.answers[key]
+
+    def view(self, box, least, most):
+        """The part of a chat message that shows box within a pixel budget, as a Qwen3-VL sees it."""
+        if (box, most) not in self.views:
+            view = env.Processor.view(SimpleNamespace(patch=16, merge=2), self.image, box, least, most)
+            self.views[box, most] = env.data_url(Image.fromarray(view.numpy()))
+        return self.views[box, most]
 
 
 @dataclass
 class Question:
-    """One proposal on its way through the steps."""
-    job: SimpleNamespace                       # cfg, world (of the policy's training), annotator, policy
+    """The n-th proposal of a photograph on its way through the steps; they fill in what has a default."""
+    job: SimpleNamespace  # cfg, world (of the policy's training), annotator, policy
     photo: Photo
-    n: int                                     # its number among the proposals of the photograph
-    text: str | None = None                    # as the annotator wrote it: JSON
-    chain: list | None = None                  # boxes of the proposal, coarse to fine; the last one is the evidence
+    n: int
+    text: str = ""        # as the annotator wrote it: JSON
+    chain: list = ()      # boxes of the proposal, coarse to fine; the last one is the evidence
     row: dict | None = None
     turns: list = field(default_factory=list)  # of each kept trajectory
     fates: list = field(default_factory=list)  # of every sampled trajectory
 
 
-def load_model(flag, address, name, device):
+def load_model(address, name, device):
     """What answers: a local policy, or the model `name` at an OpenAI-compatible endpoint (its policy is None)."""
     url = address.startswith(("http://", "https://"))
     if not address or url and not name:
-        raise UserError(f"--images needs --{flag}" + ("_name, the model's name at that address" if url else
-                        "=FOLDER, a hub id, or the address of an OpenAI-compatible endpoint"))
+        raise UserError("--images needs --annotator=FOLDER (or a hub id, or the address of an OpenAI-compatible endpoint with "
+                        "--annotator_name=NAME), and --policy (--policy_name) likewise")
     path = env.newest(address)
     return SimpleNamespace(name=name if url else path, url=address, policy=None if url else env.load_policy(path, device),
                            busy=threading.Lock())  # a local policy holds one rollout at a time
 
 
-def messages(parts, traj, problem, world, frame, seen):
-    """A conversation so far for a chat endpoint: the system prompt, views and observations of env.py. parts: what was
-    encoded before, by (frame, box, budget); traj.image is what frame cuts out of the photograph."""
+def messages(photo, traj, problem, world):
+    """A conversation so far for a chat endpoint: the system prompt, views and observations of env.py."""
     text = lambda x: {"type": "text", "text": x}
-
-    def part(box, low, high):
-        if (frame, box, high) not in parts:
-            view = env.Processor.view(SimpleNamespace(patch=16, merge=2), traj.image, box, low, high)  # as a Qwen3-VL sees it
-            parts[frame, box, high] = env.data_url(Image.fromarray(view.numpy()))
-        return parts[frame, box, high]
-
-    whole = [part(traj.boxes[0], min(world.min_crop_pixels, world.max_pixels), world.max_pixels)] if seen else []
+    first = [photo.view(traj.boxes[0], min(world.min_crop_pixels, world.max_pixels), world.max_pixels)] if traj.boxes[0] else []
     out = [dict(role="system", content=env.SYSTEM if world.max_crops else env.SYSTEM_NO_TOOL),
-           dict(role="user", content=[*whole, text(problem)])]
+           dict(role="user", content=[*first, text(problem)])]
     crops = iter(traj.crops)
     for said, _, error in traj.turns:
-        view = text(env.ERRORS[error]) if error else part(next(crops), world.min_crop_pixels, world.max_crop_pixels)
+        seen = text(env.ERRORS[error]) if error else photo.view(next(crops), world.min_crop_pixels, world.max_crop_pixels)
         out += [dict(role="assistant", content=said),
-                dict(role="user", content=[text("<tool_response>\n"), view, text("\n</tool_response>")])]
+                dict(role="user", content=[text("<tool_response>\n"), seen, text("\n</tool_response>")])]
     return out
 
 
-def converse(q, model, problem, world, k, frame=None, seen=True):
-    """k conversations about the photograph, or the part `frame` of it, or (seen=False) about a question alone.
-
-    Returns env.Trajectory without tokens: turns, boxes, answer. What was recorded is not asked again. Raises
-    ConnectionError when the endpoint fails.
-    """
-    image = q.photo.image.crop(frame) if frame else q.photo.image
-    start = [model.name, q.job.cfg.seed, q.n, env.SYSTEM if world.max_crops else env.SYSTEM_NO_TOOL, problem, frame, seen, asdict(world)]
+def converse(q, model, problem, world, k, box):
+    """k conversations that begin with the view of box: the whole photograph, or without the tool a part or nothing (None).
+    Returns env.Trajectory without tokens: turns, boxes, answer. Raises ConnectionError when the endpoint fails."""
+    photo, seed = q.photo, q.job.cfg.seed
+    start = [model.name, seed, q.n, env.SYSTEM, env.SYSTEM_NO_TOOL, problem, box, asdict(world)]
 
     def rollout(key):  # in env.py a conversation begins with an image: a blank one where there is none to see
-        row = dict(images=[image if seen else Image.new("RGB", (64, 64), "grey")], problem=problem)
-        try:
-            with model.busy:
-                trajs = env.rollout(model.policy, [row], world, k, (q.job.cfg.seed, 0), [int(key[:8], 16)])
-        except UserError:  # the question does not fit into max_tokens, so nobody can answer it
-            return [[]] * k
+        image = photo.image.crop(box) if box else Image.new("RGB", (64, 64), "grey")
+        with model.busy:
+            trajs = env.rollout(model.policy, [dict(images=[image], problem=problem)], world, k, (seed, 0), [int(key[:8], 16)])
         return [[text for text, _, _ in t.turns] for t in trajs]
 
     def reply(traj, key):
-        text = env.chat(model.url, model.name, messages(q.photo.parts, traj, problem, world, frame, seen), world.temperature)
+        text = env.chat(model.url, model.name, messages(photo, traj, problem, world), world.temperature)
         return text.strip().encode(errors="replace").decode()
 
-    said = model.policy and q.photo.recall([*start, k], rollout)
-    trajs = [env.Trajectory({}, image, boxes=[(0, 0, image.width, image.height)]) for _ in range(k)]
+    said = photo.recall([*start, k], rollout) if model.policy else None
+    trajs = [env.Trajectory({}, photo.image, boxes=[box]) for _ in range(k)]
     for i, t in enumerate(trajs):
         while t.status == "open" and not (said and len(t.turns) == len(said[i])):
             if q.job.stopped:
                 raise ConnectionError("stopped")
-            text = said[i][len(t.turns)] if said else q.photo.recall([*start, i, [x for x, _, _ in t.turns]], partial(reply, t))
+            text = said[i][len(t.turns)] if said else photo.recall([*start, i, [x for x, _, _ in t.turns]], partial(reply, t))
             t.turns.append((text, env.parse_action(text), None))
-            box, _ = env.act(t, world)
-            t.boxes += [box] if box else []
+            crop, _ = env.act(t, world)
+            t.boxes += [crop] if crop else []
     return trajs
 
 
 def area(box):
     return (box[2] - box[0]) * (box[3] - box[1])
-
-
-def covered(box, frame):
-    """Share of box that lies in frame."""
-    w, h = min(box[2], frame[2]) - max(box[0], frame[0]), min(box[3], frame[3]) - max(box[1], frame[1])
-    return max(w, 0) * max(h, 0) / area(box)
 
 
 def select(cfg, name):
@@ -389,11 +375,10 @@ def select(cfg, name):
                 return None, "too small"
             if getattr(im, "is_animated", False) and im.format != "MPO":  # a phone's JPEG may hold a second picture
                 return None, "animated"
-        image = env.open_image(path)
+        return Photo(env.open_image(path), path, name, cfg.out), im.mode
     except (Exception, UserError) as e:  # a damaged file can make a decoder raise anything
         tqdm.write(f"left out: {e if isinstance(e, UserError) else f'{path}: {e}'}")
         return None, "too large to decode" if isinstance(e, Image.DecompressionBombError) else "unreadable"
-    return Photo(image, path, name, cfg.out), im.mode
 
 
 # The steps of a question: each returns the reason why it drops it, or None.
@@ -403,17 +388,16 @@ def propose(q):
     rng = np.random.default_rng([q.job.cfg.seed, int(q.photo.digest[:8], 16)])
     kind, choices = KINDS[(rng.integers(len(KINDS)) + q.n) % len(KINDS)]
     room = replace(q.job.world, max_crops=ZOOMS[1] + 1, max_tokens=q.job.world.max_tokens + 4096)  # the prompt is long
-    [traj] = converse(q, q.job.annotator, PROPOSE.format(kind=kind, choices=choices), room, 1)
-    q.text, q.chain, steps = traj.answer, [list(b) for b in traj.crops], list(zip(traj.boxes, traj.crops))
+    [traj] = converse(q, q.job.annotator, PROPOSE.format(kind=kind, choices=choices), room, 1, q.photo.box)
+    q.text, q.chain = traj.answer, traj.crops
     if q.text is None:
         return "no question"
-    if not ZOOMS[0] <= len(steps) <= ZOOMS[1]:
+    if not ZOOMS[0] <= len(q.chain) <= ZOOMS[1]:
         return f"not {ZOOMS[0]} to {ZOOMS[1]} zooms"
-    if any(covered(inner, outer) < 1 for outer, inner in steps):
-        return "a zoom leaves the crop before it"
-    if any(area(inner) * FINER ** 2 > area(outer) for outer, inner in steps):
-        return "a zoom is hardly finer"
-    if area(q.chain[-1]) > q.job.cfg.area * area(traj.boxes[0]):
+    for (a, b, c, d), (x0, y0, x1, y1) in zip(traj.boxes, q.chain):
+        if not (a <= x0 and b <= y0 and x1 <= c and y1 <= d) or (x1 - x0) * (y1 - y0) * FINER ** 2 > (c - a) * (d - b):
+            return "a zoom leaves the crop before it, or is hardly finer"
+    if area(q.chain[-1]) > q.job.cfg.area * area(q.photo.box):
         return "the last view is too large"
 
 
@@ -422,41 +406,39 @@ def ask(q):
     cfg, photo = q.job.cfg, q.photo
     try:
         made = json.loads(q.text[q.text.find("{"):q.text.rfind("}") + 1])  # often in a code fence
-        problem, answer, choices = made["question"].strip(), made["answer"], made.get("choices") or None
-        answer = str(answer) if type(answer) in (int, float) else answer.strip()
+        answer = str(made["answer"]) if type(made["answer"]) in (int, float) else made["answer"]
+        problem, choices = made["question"].strip(), made.get("choices") or None
         texts = [problem, answer, *(choices or [])]
-        if not all(isinstance(x, str) and x.isprintable() and env.normalise(x) for x in texts):
-            return "malformed"
+        fine = all(isinstance(x, str) and x.isprintable() and env.normalise(x) for x in texts)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        return "malformed"
-    if len(problem) > 400 or any(len(x) > 60 or len(x.split()) > 6 for x in texts[1:]):
-        return "too long"
+        fine = False
+    if not fine or len(problem) > 400 or any(len(x) > 60 or len(x.split()) > 6 for x in texts[1:]):
+        return "malformed or too long"
     if choices:
-        order = np.random.default_rng([cfg.seed, int(photo.digest[:8], 16), q.n]).permutation(len(choices))
-        choices = [choices[i] for i in order]
+        choices = list(np.random.default_rng([cfg.seed, int(photo.digest[:8], 16), q.n]).permutation(choices))
         named = [env.match(c, dict(solution=chr(65 + i), choices=choices)) for i, c in enumerate(choices)]
         if not 3 <= len(choices) <= 8 or not all(named) or not env.match(answer, dict(solution=answer, choices=choices)):
             return "options unclear"
         problem += "".join(f"\n{chr(65 + i)}. {c}" for i, c in enumerate(choices))
-    q.row = dict(images=[os.path.relpath(photo.path, cfg.out)], doc_id=f"{photo.name}-{q.n}", problem=problem, solution=answer,
+    q.row = dict(images=[os.path.relpath(photo.path, cfg.out)], doc_id=f"{photo.name}-{q.n}", problem=problem, solution=answer.strip(),
                  data_source=os.path.basename(os.path.abspath(cfg.images)), boxes=q.chain[-1:], choices=choices, chain=q.chain)
 
 
 def verify(q):
     """4. Hard and true: hardly ever answered from the text alone or the shrunken whole, nearly always from the evidence."""
     cfg, plain = q.job.cfg, replace(q.job.world, max_crops=0)
-    votes = lambda problem, **view: sum(env.is_right(t, q.row) for t in converse(q, q.job.annotator, problem, plain, cfg.votes, **view))
-    if votes(BLIND + q.row["problem"], seen=False) > cfg.blind:
+    votes = lambda problem, box: sum(env.is_right(t, q.row) for t in converse(q, q.job.annotator, problem, plain, cfg.votes, box))
+    if votes(BLIND + q.row["problem"], None) > cfg.blind:
         return "given away by its text"
-    if votes(q.row["problem"]) > cfg.blind:
+    if votes(q.row["problem"], q.photo.box) > cfg.blind:
         return "answered without zooming"
-    if votes(q.row["problem"], frame=tuple(q.chain[-1])) < cfg.agree:
+    if votes(q.row["problem"], q.chain[-1]) < cfg.agree:
         return "answer not confirmed"
 
 
 def grade(q):
     """5. The policy, with the tool, solves it sometimes, not always, and never with fewer than two crops."""
-    trajs = converse(q, q.job.policy, q.row["problem"], q.job.world, q.job.cfg.samples)
+    trajs = converse(q, q.job.policy, q.row["problem"], q.job.world, q.job.cfg.samples, q.photo.box)
     solved = [len(t.crops) for t in trajs if env.is_right(t, q.row)]
     if not solved:
         return "never solved"
@@ -469,20 +451,19 @@ def grade(q):
 
 def collect(q):
     """6. Cold-start trajectories of the annotator: per_question of the faultless ones, first those that recovered (looked
-    where the evidence is not, and then where it is)."""
-    good, cfg, world, policy = [], q.job.cfg, q.job.world, q.job.policy.policy
-    for t in converse(q, q.job.annotator, q.row["problem"], world, cfg.attempts):
+    where nothing of the evidence is, and then where it is)."""
+    kept, cfg, world, policy = {"recovered": [], "direct": []}, q.job.cfg, q.job.world, q.job.policy.policy
+    for t in converse(q, q.job.annotator, q.row["problem"], world, cfg.attempts, q.photo.box):
         turns = [text for text, _, _ in t.turns]
         fate = ("wrong" if not env.is_right(t, q.row) else "malformed or refused call" if any(error for _, _, error in t.turns) else
-                "redundant" if env.redundancy(t.crops, world.eps) > cfg.max_redundancy else
+                "redundant" if env.redundancy(t.crops, world.eps) > MAX_REDUNDANCY else
                 "evidence not covered" if not env.covers(t, q.row) else
                 "too long" if policy and env.render(policy.proc, q.row, turns, world, q.photo.image).status != "answered" else
-                "recovered" if any(covered(q.chain[-1], c) < 0.5 for c in t.crops) else "direct")
+                "recovered" if any(env.iou(c, q.chain[-1]) == 0 for c in t.crops) else "direct")
         q.fates.append(fate)
-        good += [(fate, turns)] if fate in ("recovered", "direct") else []
-    good.sort(key=lambda x: x[0] == "direct")
-    q.turns = [turns for _, turns in good[:cfg.per_question]]
-    return None if good else "no faultless trajectory"
+        kept.get(fate, []).append(turns)
+    q.turns = (kept["recovered"] + kept["direct"])[:cfg.per_question]
+    return None if q.turns else "no faultless trajectory"
 
 
 def split(cfg, found):
@@ -517,11 +498,9 @@ def build(job, name):
             if reason:
                 break
         if step is collect:  # it drops no question: one without a trajectory is for train or test
-            number, word = re.fullmatch(r"[\d.,]+", q.row["solution"]), env.normalise(q.row["solution"])
-            kind = "choice" if q.row["choices"] else "number" if number else "colour" if word in COLOUR_WORDS else "word"
-            share = area(q.chain[-1]) / (photo.image.width * photo.image.height)
-            counts.update([("zooms", str(len(q.chain))), ("evidence area", f"up to {np.ceil(share * 1000) / 10:.1f} %"), ("answer", kind),
-                           ("fewest crops to solve", str(q.row["difficulty"])), ("solve rate", f"{q.row['solve_rate']:.2f}"),
+            word, percent = env.normalise(q.row["solution"]), 100 * area(q.chain[-1]) / area(photo.box)
+            kind = "choice" if q.row["choices"] else "number" if word[0].isdigit() else "colour" if word in COLOUR_WORDS else "word"
+            counts.update([("zooms", str(len(q.chain))), ("evidence area", f"{percent:.1f} %"), ("answer", kind),
                            *(("trajectories", fate) for fate in q.fates)])
             found.append(dict(digest=photo.digest, row=q.row, turns=q.turns))
     return counts, found
@@ -529,28 +508,27 @@ def build(job, name):
 
 def write_card(cfg, world, counts):
     """data_card.json and data_card.md: the funnel, the distributions, and all settings."""
-    funnel, shown = [], {}
-    for step in STEPS:
-        dropped = {reason: n for (s, reason), n in sorted(counts.items()) if s == step and reason != "kept"}
-        left = counts[step, "kept"]
-        funnel.append(dict(step=step, entered=left + sum(dropped.values()), left=left, dropped=dropped))
+    table, funnel = {}, []
     for (name, label), n in sorted(counts.items()):
-        if name not in STEPS:
-            shown.setdefault(name, {})[label] = n
+        table.setdefault(name, {})[label] = n
+    for step in STEPS:
+        dropped = table.pop(step, {})
+        left = dropped.pop("kept", 0)
+        funnel.append(dict(step=step, entered=left + sum(dropped.values()), left=left, dropped=dropped))
     good = [counts["trajectories", fate] for fate in ("recovered", "direct")]
     share = good[0] / sum(good) if any(good) else None
-    card = dict(funnel=funnel, distributions=shown, recovered_share=share, settings=asdict(cfg), world=asdict(world))
+    card = dict(funnel=funnel, distributions=table, recovered_share=share, settings=asdict(cfg), world=asdict(world))
     env.write_text(os.path.join(cfg.out, "data_card.json"), json.dumps(card, indent=1))
     listed = lambda d: ", ".join(f"{label}: {n}" for label, n in d.items())
-    lines = [f"# Questions from {cfg.images}\n", f"Seed {cfg.seed}; annotator {cfg.annotator} {cfg.annotator_name}; policy {cfg.policy} "
-             f"{cfg.policy_name}.\n", *(["**Nothing survived.**\n"] if not counts["split", "kept"] else []),
-             f"Select counts images, the others questions: {cfg.per_image} per image are proposed. One that collect drops has no "
-             "cold-start trajectory; split gives it to train or test.\n",
-             "| step | entered | left | dropped |\n|---|---|---|---|",
-             *(f"| {s['step']} | {s['entered']} | {s['left']} | {listed(s['dropped'])} |" for s in funnel), "",
-             *(f"- {name}: {listed(d)}" for name, d in shown.items()),
-             f"- share of faultless trajectories that recovered: {'-' if share is None else f'{share:.2f}'}"]
-    env.write_text(os.path.join(cfg.out, "data_card.md"), "\n".join(lines) + "\n")
+    env.write_text(os.path.join(cfg.out, "data_card.md"), "\n".join([
+        f"# Questions from {cfg.images}\n", "" if counts["split", "kept"] else "**Nothing survived.**\n",
+        f"Seed {cfg.seed}; annotator {cfg.annotator} {cfg.annotator_name}; policy {cfg.policy} {cfg.policy_name}.\n",
+        f"Select counts images, the others questions: {cfg.per_image} per image are proposed. One that collect drops has no "
+        "cold-start trajectory; split gives it to train or test.\n",
+        "| step | entered | left | dropped |\n|---|---|---|---|",
+        *(f"| {s['step']} | {s['entered']} | {s['left']} | {listed(s['dropped'])} |" for s in funnel), "",
+        *(f"- {name}: {listed(d)}" for name, d in table.items()),
+        f"- share of faultless trajectories that recovered: {'-' if share is None else f'{share:.2f}'}\n"]))
 
 
 def preview(questions, cfg):
@@ -559,32 +537,28 @@ def preview(questions, cfg):
     sheet = Image.new("RGB", (3 * side + 40, (side + 10) * len(questions) + 10), "white")
     draw = ImageDraw.Draw(sheet)
     for i, q in enumerate(questions):
-        image, y = env.open_image(os.path.join(cfg.out, q["row"]["images"][0])), 10 + i * (side + 10)
+        row, y = q["row"], 10 + i * (side + 10)
+        image = env.open_image(os.path.join(cfg.out, row["images"][0]))
         sheet.paste(ImageOps.contain(image, (side, side)), (10, y))
-        for box in q["row"]["chain"]:
+        for box in row["chain"]:
             x0, y0, x1, y1 = (v * side / max(image.size) for v in box)
             draw.rectangle((10 + x0, y + y0, 10 + x1, y + y1), outline="red", width=2)
-        sheet.paste(ImageOps.contain(image.crop(q["row"]["boxes"][0]), (side, side)), (side + 20, y))
-        texts = [q["row"]["doc_id"], *q["row"]["problem"].split("\n"), f"Answer: {q['row']['solution']}"]
-        wrapped = [x for text in texts for x in textwrap.wrap(text.encode("ascii", "replace").decode(), 50)]
-        draw.multiline_text((2 * side + 30, y), "\n".join(wrapped), fill="black", font=font)
+        sheet.paste(ImageOps.contain(image.crop(row["boxes"][0]), (side, side)), (side + 20, y))
+        texts = [row["doc_id"], *row["problem"].split("\n"), f"Answer: {row['solution']}"]
+        draw.text((2 * side + 30, y), "\n".join(textwrap.fill(text, 50) for text in texts), fill="black", font=font)
     sheet.save(os.path.join(cfg.out, "preview.png"))
 
 
 def construct(cfg, device):
     """Rows and cold-start trajectories from the photographs of cfg.images. Started again, it repeats no recorded request."""
     at = partial(os.path.join, cfg.out)
-    if os.path.exists(at("train.jsonl")) and not os.path.exists(at("answers")):
-        raise UserError(f"{cfg.out} holds rows that were not made from photographs; give another --out")
-    paths = [os.path.join(folder, f) for folder, _, files in os.walk(cfg.images) for f in files]
-    names = [os.path.relpath(p, cfg.images) for p in paths if not os.path.abspath(p).startswith(os.path.abspath(cfg.out) + os.sep)]
-    names = [n for n in names if not any(x.startswith(".") for x in n.split(os.sep))]
+    names = [str(p.relative_to(cfg.images)) for p in Path(cfg.images).rglob("[!.]*")
+             if p.is_file() and Path(cfg.out).absolute() not in p.absolute().parents]
     if not names:
         raise UserError(f"--images={cfg.images}: no files there; give a folder of photographs")
     names.sort(key=lambda n: hashlib.sha256(f"{cfg.seed}".encode() + os.fsencode(n)).digest())  # random order
-    job = SimpleNamespace(cfg=cfg, stopped=False, annotator=load_model("annotator", cfg.annotator, cfg.annotator_name, device))
-    same = (cfg.policy, cfg.policy_name) == (cfg.annotator, cfg.annotator_name)
-    job.policy = job.annotator if same else load_model("policy", cfg.policy, cfg.policy_name, device)
+    load = cache(partial(load_model, device=device))  # one model may be both
+    job = SimpleNamespace(cfg=cfg, stopped=False, annotator=load(cfg.annotator, cfg.annotator_name), policy=load(cfg.policy, cfg.policy_name))
     job.world = env.configure(env.World, {}, [], model=cfg.policy, **(dict(max_pixels=cfg.max_pixels) if cfg.max_pixels else {}))
     os.makedirs(at("answers"), exist_ok=True)
     counts, found = Counter(), []  # rows stay in memory, photographs do not
@@ -593,24 +567,22 @@ def construct(cfg, device):
             for part, questions in tqdm(pool.map(partial(build, job), names), total=len(names), desc="photographs", disable=None):
                 counts.update(part)
                 found += questions
-        except BaseException:
+        finally:  # after an error the photographs under way stop before their next request
             job.stopped = True
             pool.shutdown(cancel_futures=True)
-            raise
     for side, rows in split(cfg, found).items():
         env.write_text(at(f"{side}.jsonl"), "".join(json.dumps(r) + "\n" for r in rows))
         counts["rows", side] = len(rows)
         counts["split", "kept"] += len({r["doc_id"] for r in rows})
-    if left_out := len(found) - counts["split", "kept"]:
-        counts["split", "no trajectory, beside one that has"] = left_out
+    counts["split", "no trajectory, beside one that has"] = len(found) - counts["split", "kept"]
     if found and cfg.preview:
         preview(found[:cfg.preview], cfg)
-    write_card(cfg, job.world, counts)
+    write_card(cfg, job.world, +counts)  # without zeros
     if not counts["select", "kept"]:
         raise UserError(f"--images={cfg.images}: none of {len(names)} files is a photograph that can be used; see {at('data_card.md')}")
     env.write_text(at("config.json"), json.dumps(asdict(cfg), indent=1))
     print(f"{cfg.out}: " + ", ".join(f"{counts['rows', side]} {side} rows" for side in ("sft", "train", "test"))
-          + f"{'' if found else '; nothing survived'}; see {at('data_card.md')}")
+          + f"; see {at('data_card.md')}")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -801,16 +773,17 @@ def check_images(rows, rank, world):
 def main(cfg):
     """Make the scenes of cfg.out unless they are there, or rows from the photographs of cfg.images."""
     rank, world, device = env.setup()
+    ours = ["answers"] if cfg.images else ["config.json", "unfinished.json"]  # by these we know rows that we may replace
+    there = os.listdir(cfg.out) if os.path.isdir(cfg.out) else []
+    if rank == 0 and "train.jsonl" in there and not set(ours) & set(there):
+        raise UserError(f"{cfg.out} holds rows that this command did not make; give another --out (rppo.py: --data)")
     if cfg.images:
         return construct(cfg, device)
     if cfg.level not in LEVELS:
         raise UserError(f"--level={cfg.level}: the levels are {', '.join(map(str, LEVELS))}")
-    here = lambda name: os.path.exists(os.path.join(cfg.out, name))
-    if rank == 0 and here("train.jsonl") and not here("config.json") and not here("unfinished.json"):
-        raise UserError(f"{cfg.out} holds rows that data.py did not make (or not completely); give another --out (rppo.py: --data)")
     if rank == 0 and not env.same_settings(cfg.out, cfg):
         os.makedirs(cfg.out, exist_ok=True)
-        unfinished = os.path.join(cfg.out, "unfinished.json")  # by this we know our own rows after an interruption
+        unfinished = os.path.join(cfg.out, "unfinished.json")
         env.write_text(unfinished, json.dumps(asdict(cfg), indent=1))
         counts = {split: write_rows(cfg, split, n, seed) for split, n, seed in
                   (("sft", cfg.n_sft, cfg.seed), ("train", cfg.n_train, cfg.seed), ("test", cfg.n_test, 2 ** 32))}
