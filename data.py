@@ -34,6 +34,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -600,8 +601,12 @@ DIALECTS = {
 # Pixels are those of the original (DeepEyes cuts there) or of the image as the model saw it: sides in steps of 28, at most so
 # many pixels (the limits of DeepEyes and of Chain-of-Focus, which cuts there). Up to the limits only the rounding differs.
 SEEN_PIXELS = (16384 * 28 ** 2, 3840 ** 2)
-ACTIONS = re.compile(r"<(tool_call|grounding)>(.*?)</\1>|<(answer)>(.*?)</answer>|\\(boxed)\{(.*)\}", re.DOTALL)
+ACTIONS = re.compile(r"<(tool_call|grounding|answer)>(.*?)</\1>|\\boxed\{(.*)\}", re.DOTALL)
 ASIDES = re.compile(r"\s*(Think first, call|Think in the mind first|Guidelines:).*", re.DOTALL)  # their own instructions
+
+
+class Unusable(Exception):
+    """Why a foreign conversation is left out."""
 
 
 def messages_of(row):
@@ -609,35 +614,16 @@ def messages_of(row):
     source, out, paths = next(row[k] for k in CONVERSATIONS if k in row), [], list(row.get("images") or [])
     for m in json.loads(source) if isinstance(source, str) else source:
         role, text = m.get("from", m.get("role")), m.get("value", m.get("content"))
+        if role == "system":  # it describes another tool; ours stands in its place
+            continue
         if isinstance(text, list):  # Qwen's parts
             paths += [part["image"] for part in text if "image" in part]
             text = "".join("<image>" if part["type"] == "image" else part["text"] for part in text)
         if role in ("function_call", "tool_call"):
             text = f"<tool_call>\n{text}\n</tool_call>"
         mine = role in ("gpt", "assistant", "function_call", "tool_call")
-        if role != "system":  # theirs describes another tool; ours stands in its place
-            out.append((mine, out.pop()[1] + "\n" + text if out and out[-1][0] == mine else text))
+        out.append((mine, out.pop()[1] + "\n" + text if out and out[-1][0] == mine else text))
     return out, paths
-
-
-def candidates(call, boxes):
-    """Calls in our own form (text) that a foreign call may stand for, likeliest first. boxes: the original and the crops
-    so far."""
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
-    arguments = call.get("arguments", call)
-    unit, number, margins = DIALECTS[next((k for k in ("source", "img_idx") if k in arguments), call.get("name"))]
-    k, box = number(arguments), [float(v) for v in arguments["bbox_2d"]]
-    w, h = boxes[k][2] - boxes[k][0], boxes[k][3] - boxes[k][1]
-    frames = [(unit, unit)]
-    if unit is None or unit == 1 and max(box) > 2:  # Pixel-Reasoner takes shares and pixels
-        frames = [(w, h)] + [smart_resize(h, w, 28, 4 * 28 ** 2, most)[::-1] for most in SEEN_PIXELS]
-    for frame in frames:
-        if min(box) < 0 or max(v / frame[i % 2] for i, v in enumerate(box)) > 1.02:
-            continue
-        for own, whole in margins:
-            grow = [own * (box[i + 2] - box[i]) / frame[i] + whole for i in (0, 1)]
-            shares = [v / frame[i % 2] + (grow[i % 2] if i > 1 else -grow[i % 2]) for i, v in enumerate(box)]
-            yield look([round(1000 * min(max(v, 0), 1)) for v in shares], k)
 
 
 def difference(image, box, seen):
@@ -649,43 +635,51 @@ def difference(image, box, seen):
 
 
 def replay(body, boxes, image, seen):
-    """The call in our form and its box on the original, for the JSON of a foreign call that showed the image `seen` (None:
-    not known). Raises ValueError(reason)."""
-    best = (np.inf, None, None)
-    try:
-        for ours in candidates(json.loads(body), boxes):
-            box, error = env.resolve_box(env.parse_action(ours), boxes, env.REAL_WORLD["min_crop_side"])
-            off = np.inf if error else 0.0 if seen is None else difference(image, box, seen)
-            best = min(best, (off, ours, box), key=lambda x: x[0])
-    except (ValueError, TypeError, LookupError, AttributeError):
-        raise ValueError("a call could not be read")
-    if best[0] > 1:
-        raise ValueError("a box is not on its image" if best[1] is None else "a call does not show what its crop file shows")
-    return best[1:]
+    """A foreign call (JSON) as the text of our call, and its box on the original. boxes: the original and the crops so far;
+    seen: the crop file (None: not known), which decides where the call can mean several boxes; else the likeliest is taken."""
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+    call = json.loads(body)
+    arguments = call.get("arguments", call)
+    unit, number, margins = DIALECTS[next((k for k in ("source", "img_idx") if k in arguments), call.get("name"))]
+    k, box = number(arguments), np.array(arguments["bbox_2d"], float)
+    w, h = boxes[k][2] - boxes[k][0], boxes[k][3] - boxes[k][1]
+    frames = [(unit, unit)]
+    if unit is None or unit == 1 and box.max() > 2:  # Pixel-Reasoner takes shares and pixels
+        frames = [(w, h)] + [smart_resize(h, w, 28, 4 * 28 ** 2, most)[::-1] for most in SEEN_PIXELS]
+    off, best = np.inf, None
+    for frame, (own, whole) in product(frames, margins):
+        shares = box.reshape(2, 2) / frame  # corners
+        if shares.min() < 0 or shares.max() > 1.02:
+            continue
+        grow = own * (shares[1] - shares[0]) + whole
+        ours = look((1000 * (shares + [-grow, grow]).clip(0, 1)).round().ravel(), k)
+        cut, error = env.resolve_box(env.parse_action(ours), boxes, env.REAL_WORLD["min_crop_side"])
+        far = np.inf if error else 0 if seen is None else difference(image, cut, seen)
+        if far < off:
+            off, best = far, (ours, cut)
+    if off > 1:
+        raise Unusable("a call does not show what its crop file shows" if best else "a box is not on its image")
+    return best
 
 
 def translate(row, find):
-    """A foreign conversation as our row with `turns`; find(path) gives an absolute path. Raises ValueError(reason) for one
-    whose calls cannot be replayed on the original image."""
-    try:
-        messages, paths = messages_of(row)
-    except (ValueError, TypeError, LookupError, AttributeError):
-        raise ValueError("its messages could not be read")
+    """A foreign conversation as our row with `turns`; find(path) gives an absolute path. Raises Unusable(reason)."""
+    messages, paths = messages_of(row)
     tags = [text.count("<image>") for _, text in messages]
     if not messages or messages[0][0] or tags[0] > 1 or not paths or len(paths) not in (1, sum(tags)):
-        raise ValueError("its images are not one original in the first message and then the crops")
+        raise Unusable("its images are not one original in the first message and then the crops")
     image, turns, answer = env.open_image(find(paths[0])), [], None
     boxes = [(0, 0, *image.size)]
     for i in range(1, len(messages), 2):
         text = messages[i][1]
         actions = list(ACTIONS.finditer(text))
-        if len(actions) != 1 or answer is not None:
-            raise ValueError("a turn is not one call or one answer")
+        if len(actions) != 1 or answer:
+            raise Unusable("a turn is not one call or one answer")
         thought = re.sub("</?think>", "", text[:actions[0].start()]).strip()
-        body = next(x for x in actions[0].groups()[1::2] if x is not None).strip()
-        if actions[0][1]:
+        tag, body = actions[0][1], (actions[0][2] or actions[0][3] or "").strip()
+        if tag in ("tool_call", "grounding"):
             if i + 1 == len(messages) or tags[i + 1] != 1:
-                raise ValueError("a call was not followed by one crop")
+                raise Unusable("a call was not followed by one crop")
             seen = env.open_image(find(paths[len(boxes)])) if len(paths) > 1 else None
             ours, box = replay(body, boxes, image, seen)
             boxes.append(box)
@@ -693,7 +687,7 @@ def translate(row, find):
             ours, answer = f"<answer>{body}</answer>", body
         turns.append(f"<think>{thought}</think>\n{ours}")
     if not answer:
-        raise ValueError("it does not end with an answer")
+        raise Unusable("it does not end with an answer")
     question = ASIDES.sub("", messages[0][1].replace("<image>", "")).strip().removeprefix("Question:").strip()
     return {**{k: row[k] for k in ("doc_id", "data_source") if k in row}, "images": [paths[0]], "problem": question,
             "solution": row.get("solution", answer), "turns": turns}
@@ -704,10 +698,12 @@ def translated(path, rows, find):
     def one(row):
         try:
             return (translate(row, find) if isinstance(row, dict) and "problem" not in row else row), None
-        except ValueError as e:
+        except Unusable as e:
             return None, str(e)
         except UserError:
             return None, "an image is missing, broken or outside of --image_root"
+        except (ValueError, TypeError, LookupError, AttributeError):
+            return None, "its messages or a call could not be read"
     with ThreadPoolExecutor() as pool:  # most of the time is spent decoding images
         out, why = zip(*tqdm(pool.map(one, rows), desc="conversations", total=len(rows), disable=None, leave=False))
     report = f"{path}: {why.count(None)} of {len(rows)} conversations are used" + "".join(
@@ -716,16 +712,13 @@ def translated(path, rows, find):
         raise UserError(report)
     if os.environ.get("RANK", "0") == "0":
         print(report, flush=True)
-    return [row for row, reason in zip(out, why) if reason is None]
+    return [row for row, reason in zip(out, why) if not reason]
 
 
 def load_rows(path, image_root=""):
-    """FORK: the data set. Read rows from a JSON list or JSONL file; image paths, relative to the file or to image_root,
-    become absolute. path may lie "in" a file (--data=cold.json): then that is read.
-
-    Conversations (`conversations`, `messages`, `message_list`) are translated; those that cannot be replayed are left out
-    and counted. Raises UserError naming file and row when a field is missing, an image does not exist or lies outside of
-    image_root.
+    """FORK: the data set. Rows of a JSON list or JSONL file, with absolute image paths. path may lie "in" a file
+    (--data=cold.json): then that is read. Conversations are translated; what cannot be replayed is left out and counted.
+    Raises UserError naming file and row when a field is missing, or an image does not exist or lies outside of image_root.
     """
     path = os.path.dirname(path) if os.path.isfile(os.path.dirname(path)) else path
     if path.endswith(".parquet"):
