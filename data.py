@@ -11,18 +11,15 @@ optional fields:
      "boxes": [[117, 84, 120, 87]], "choices": null, "difficulty": 3}
 
 Image paths are relative to the file or to --image_root; boxes (the evidence) are pixels of the original. A cold-start row
-also has "turns": the assistant's turns as text. Their observations are not stored: they are replayed through the tool.
-Conversations of other projects become such rows while they are loaded (see `load_rows`).
+also has "turns", the assistant's texts; what it saw is replayed through the tool.
 
-The scenes: coloured boxes on a grid. One box of the asked colour bears the evidence, its look-alikes do not, and which
-one it is can hardly be read in the shrunken whole image. So: list the look-alikes, zoom into one, and if it is empty go to
-the next. At levels 2 and 3 the crop shows only where a label is, and a second zoom into the crop reads it.
-The cold start's trajectories are imperfect on purpose (see `oracle`), so that RL has something to improve.
+The scenes: coloured boxes on a grid. One box of the asked colour bears the evidence, which can hardly be read in the
+shrunken whole image: so list its look-alikes, zoom into one, and if it is empty go to the next. At levels 2 and 3 the crop
+shows only where a label is, and a second zoom reads it. The cold start is imperfect on purpose, for RL to improve.
 
 Photographs: an annotator zooms in on a detail and asks about it; a question is kept if the detail answers it and the
 shrunken whole does not, and if the policy solves it sometimes. Rows have three more fields: `chain` (boxes from coarse
-to fine, the last is the evidence), `difficulty` (fewest crops of a right trajectory) and `solve_rate`. Every answer is
-recorded under <out>/answers; data_card.md tells how many images and questions each step dropped, and why.
+to fine, the last is the evidence), `difficulty` (fewest crops of a right trajectory) and `solve_rate`.
 """
 import hashlib
 import json
@@ -154,15 +151,15 @@ def make_scene(rng, level):
                 labels[cell], side = (x, y, x + w, y + w), w
             width = m // 2 * (2 * int(answer) - 1) if kind == "count" else m * (3 if kind == "text" else 1)
             at = [int(p + rng.integers(1, max(2, side - extent - 1))) for p, extent in ((x, width), (y, m))]
-            marks.append((cell == target, kind, answer, *at, name))
             if cell == target:
+                marks.append((kind, answer, *at, m, COLOURS[answer] if kind == "colour" else (0, 0, 0)))
                 where = len(marks) - 1
+            else:  # a look-alike's: black dot, one dot, or a dash
+                marks.append((kind, {"count": "1", "text": "--"}.get(kind, "dot"), *at, m, (0, 0, 0)))
         questions.append(dict(colour=name, kind=kind, cells=mine, target=target, answer=answer, labels=labels, mark=where))
     image = Image.fromarray(np.clip(np.asarray(image).astype(int) + noise, 0, 255).astype(np.uint8))
-    draw, boxes = ImageDraw.Draw(image), []
-    for real, kind, answer, x, y, _ in marks:  # a look-alike's mark: black dot, one dot, or a dash
-        value = answer if real else {"count": "1", "text": "--", "shape": "dot", "colour": "dot"}[kind]
-        boxes.append(draw_mark(draw, kind, value, x, y, m, COLOURS[answer] if real and kind == "colour" else (0, 0, 0)))
+    draw = ImageDraw.Draw(image)
+    boxes = [draw_mark(draw, *mark) for mark in marks]
     for q in questions:
         q.update(evidence=boxes[q["mark"]], scene=sorted(scene.items()))
     return image, [q for q in questions if len(q["cells"]) > 1]
@@ -220,25 +217,21 @@ def write_rows(cfg, split, n, seed):
     """Draw n scenes of a split, save images and rows. Returns the number of rows."""
     folder = os.path.join(cfg.out, split)
     os.makedirs(folder, exist_ok=True)
-    rows = []
-    max_crops = env.World.max_crops
+    asked, cold = [], split == "sft"
     for i in tqdm(range(n), desc=f"scenes/{split}", disable=None):
         rng = np.random.default_rng([seed, {"sft": 0, "train": 1, "test": 2}[split], cfg.level, i])
         image, questions = make_scene(rng, cfg.level)
         image.save(os.path.join(folder, f"{i}.png"), compress_level=1)
-        for j, q in enumerate(questions if split == "sft" else questions[:1]):
+        for j, q in enumerate(questions if cold else questions[:1]):
             row = dict(images=[f"{split}/{i}.png"], doc_id=f"{split}-{i}-{j}", problem=QUESTIONS[q["kind"]].format(q["colour"]),
                        solution=q["answer"], data_source=f"scenes-{cfg.level}", boxes=[q["evidence"]], difficulty=len(q["cells"]))
-            if split != "sft":
-                rows.append(row)
-                continue
-            rows += [{**row, "question": q} for _ in range(cfg.per_question)]
-    if split == "sft":  # in random order; nearly all of the first `clean` share is free of flaws, the rest has them
+            asked += [(row, q)] * (cfg.per_question if cold else 1)
+    rows = [row for row, _ in asked]
+    if cold:  # in random order; nearly all of the first `clean` share is free of flaws, the rest has them
         rng = np.random.default_rng([seed, 3])
-        rows = [rows[k] for k in rng.permutation(len(rows))]
-        for at, row in enumerate(rows):
-            flaws = at >= cfg.clean * len(rows) or rng.random() < 0.1
-            row["turns"] = oracle(row.pop("question"), rng, cfg.level, max_crops, *(cfg.p_guess, cfg.p_again) if flaws else ())
+        for at, k in enumerate(rng.permutation(len(asked))):
+            flaws = (cfg.p_guess, cfg.p_again) if at >= cfg.clean * len(rows) or rng.random() < 0.1 else ()
+            rows[at] = {**asked[k][0], "turns": oracle(asked[k][1], rng, cfg.level, env.World.max_crops, *flaws)}
     env.write_text(os.path.join(cfg.out, f"{split}.jsonl"), "".join(json.dumps(r) + "\n" for r in rows))
     return len(rows)
 
@@ -516,20 +509,18 @@ def write_card(cfg, world, counts):
         dropped = table.pop(step, {})
         left = dropped.pop("kept", 0)
         funnel.append(dict(step=step, entered=left + sum(dropped.values()), left=left, dropped=dropped))
-    good = [counts["trajectories", fate] for fate in ("recovered", "direct")]
-    share = good[0] / sum(good) if any(good) else None
+    good = counts["trajectories", "recovered"] + counts["trajectories", "direct"]
+    share = counts["trajectories", "recovered"] / good if good else None
     card = dict(funnel=funnel, distributions=table, recovered_share=share, settings=asdict(cfg), world=asdict(world))
     env.write_text(os.path.join(cfg.out, "data_card.json"), json.dumps(card, indent=1))
     listed = lambda d: ", ".join(f"{label}: {n}" for label, n in d.items())
-    env.write_text(os.path.join(cfg.out, "data_card.md"), "\n".join([
-        f"# Questions from {cfg.images}\n", "" if counts["split", "kept"] else "**Nothing survived.**\n",
-        f"Seed {cfg.seed}; annotator {cfg.annotator} {cfg.annotator_name}; policy {cfg.policy} {cfg.policy_name}.\n",
-        f"Select counts images, the others questions: {cfg.per_image} per image are proposed. One that collect drops has no "
-        "cold-start trajectory; split gives it to train or test.\n",
-        "| step | entered | left | dropped |\n|---|---|---|---|",
-        *(f"| {s['step']} | {s['entered']} | {s['left']} | {listed(s['dropped'])} |" for s in funnel), "",
-        *(f"- {name}: {listed(d)}" for name, d in table.items()),
-        f"- share of faultless trajectories that recovered: {'-' if share is None else f'{share:.2f}'}\n"]))
+    page = [f"# Questions from {cfg.images}\n", "" if counts["split", "kept"] else "**Nothing survived.**\n",
+            f"Seed {cfg.seed}; annotator {cfg.annotator} {cfg.annotator_name}; policy {cfg.policy} {cfg.policy_name}. Select counts "
+            f"images, the others questions, {cfg.per_image} per image. One that collect drops can still be for train or test.\n",
+            "| step | entered | left | dropped |\n|---|---|---|---|",
+            *(f"| {s['step']} | {s['entered']} | {s['left']} | {listed(s['dropped'])} |" for s in funnel), "",
+            *(f"- {name}: {listed(d)}" for name, d in table.items()), f"- recovered share of the faultless trajectories: {share}\n"]
+    env.write_text(os.path.join(cfg.out, "data_card.md"), "\n".join(page))
 
 
 def preview(questions, cfg):
