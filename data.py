@@ -54,6 +54,8 @@ QUESTIONS = {"colour": "One of the {} boxes bears a coloured dot, the others a b
              "shape": "One of the {} boxes bears a black shape, the others a black dot. Which shape is it?",
              "count": "One of the {} boxes bears several black dots, the others one. How many are they?",
              "text": "One of the {} boxes bears a code, the others a dash. What is the code?"}
+FLAWS = 0.2, 0.4  # of the cold start: after an empty crop guess at once, or look at the same place again (probabilities)
+CLEAN = 0.7       # share of the cold start, at its beginning, in which only a tenth have these flaws
 
 
 @dataclass
@@ -65,9 +67,6 @@ class Config:
     n_train: int = 1800
     n_test: int = 768
     per_question: int = 3             # cold-start trajectories per question
-    p_guess: float = 0.20             # the imperfect part of the cold start: after an empty crop, guess at once ...
-    p_again: float = 0.40             # ... or look at the same place again, shifted a little
-    clean: float = 0.7                # share of the cold start, at its beginning, in which only a tenth have these flaws
     # Photographs instead of scenes (of the above, only seed, out and per_question count).
     images: str = ""                  # their folder
     annotator: str = ""               # a local model, or the address of an OpenAI-compatible endpoint (key: OPENAI_API_KEY)
@@ -227,10 +226,10 @@ def write_rows(cfg, split, n, seed):
                        solution=q["answer"], data_source=f"scenes-{cfg.level}", boxes=[q["evidence"]], difficulty=len(q["cells"]))
             asked += [(row, q)] * (cfg.per_question if cold else 1)
     rows = [row for row, _ in asked]
-    if cold:  # in random order; nearly all of the first `clean` share is free of flaws, the rest has them
+    if cold:  # in random order; nearly all of the first CLEAN share is free of flaws, the rest has them
         rng = np.random.default_rng([seed, 3])
         for at, k in enumerate(rng.permutation(len(asked))):
-            flaws = (cfg.p_guess, cfg.p_again) if at >= cfg.clean * len(rows) or rng.random() < 0.1 else ()
+            flaws = FLAWS if at >= CLEAN * len(rows) or rng.random() < 0.1 else ()
             rows[at] = {**asked[k][0], "turns": oracle(asked[k][1], rng, cfg.level, env.World.max_crops, *flaws)}
     env.write_text(os.path.join(cfg.out, f"{split}.jsonl"), "".join(json.dumps(r) + "\n" for r in rows))
     return len(rows)
@@ -262,13 +261,12 @@ class Photo:
     def __init__(self, image, path, name, out):
         self.image, self.path, self.name, self.views = image, path, name, {}
         self.box = (0, 0, *image.size)
-        with open(path, "rb") as f:
-            self.digest = hashlib.sha256(f.read()).hexdigest()
-        self.log = os.path.join(out, "answers", hashlib.sha256(os.fsencode(name)).hexdigest()[:16] + ".jsonl")
-        text = open(self.log).read() if os.path.exists(self.log) else ""
+        self.digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        self.log = Path(out, "answers", hashlib.sha256(os.fsencode(name)).hexdigest()[:16] + ".jsonl")
+        text = self.log.read_text() if self.log.exists() else ""
         whole = text[:text.rfind("\n") + 1]
         if whole != text:  # a killed run may leave half a line
-            env.write_text(self.log, whole)
+            env.write_text(str(self.log), whole)
         self.answers = dict(map(json.loads, whole.splitlines()))
 
     def recall(self, request, reply):
@@ -379,9 +377,9 @@ def select(cfg, name):
 
 def propose(q):
     """2. The annotator zooms in on a detail, step by step (and ends with a question about it)."""
-    rng = np.random.default_rng([q.job.cfg.seed, int(q.photo.digest[:8], 16)])
-    kind, choices = KINDS[(rng.integers(len(KINDS)) + q.n) % len(KINDS)]
-    room = replace(q.job.world, max_crops=ZOOMS[1] + 1, max_tokens=q.job.world.max_tokens + 4096)  # the prompt is long
+    cfg, world = q.job.cfg, q.job.world
+    kind, choices = KINDS[(int(q.photo.digest, 16) + cfg.seed + q.n) % len(KINDS)]
+    room = replace(world, max_crops=ZOOMS[1] + 1, max_tokens=world.max_tokens + 4096)  # the prompt is long
     [traj] = converse(q, q.job.annotator, PROPOSE.format(kind=kind, choices=choices), room, 1, q.photo.box)
     q.text, q.chain = traj.answer, traj.crops
     if q.text is None:
@@ -391,7 +389,7 @@ def propose(q):
     for (a, b, c, d), (x0, y0, x1, y1) in zip(traj.boxes, q.chain):
         if not (a <= x0 and b <= y0 and x1 <= c and y1 <= d) or (x1 - x0) * (y1 - y0) * FINER ** 2 > (c - a) * (d - b):
             return "a zoom leaves the crop before it, or is hardly finer"
-    if area(q.chain[-1]) > q.job.cfg.area * area(q.photo.box):
+    if area(q.chain[-1]) > cfg.area * area(q.photo.box):
         return "the last view is too large"
 
 
@@ -432,11 +430,12 @@ def verify(q):
 
 def grade(q):
     """5. The policy, with the tool, solves it sometimes, not always, and never with fewer than two crops."""
-    trajs = converse(q, q.job.policy, q.row["problem"], q.job.world, q.job.cfg.samples, q.photo.box)
+    cfg = q.job.cfg
+    trajs = converse(q, q.job.policy, q.row["problem"], q.job.world, cfg.samples, q.photo.box)
     solved = [len(t.crops) for t in trajs if env.is_right(t, q.row)]
     if not solved:
         return "never solved"
-    if len(solved) > q.job.cfg.max_rate * len(trajs):
+    if len(solved) > cfg.max_rate * len(trajs):
         return "solved too often"
     if min(solved) < 2:
         return "solved with one crop or none"
@@ -477,9 +476,7 @@ def split(cfg, found):
 def build(job, name):
     """All that one photograph leads to: counts {(step or distribution, reason or label): n}, and its questions."""
     photo, note = select(job.cfg, name)
-    counts, found = Counter({("select", "kept" if photo else note): 1}), []
-    if photo and note != "RGB":
-        counts["converted images", note] += 1
+    counts, found = Counter([("select", "kept"), ("image mode", note)] if photo else [("select", note)]), []
     for n in range(job.cfg.per_image if photo else 0):
         q = Question(job, photo, n)
         for step in (propose, ask, verify, grade, collect):
@@ -562,7 +559,8 @@ def construct(cfg, device):
         finally:  # after an error the photographs under way stop before their next request
             job.stopped = True
             pool.shutdown(cancel_futures=True)
-    for side, rows in split(cfg, found).items():
+    sides = split(cfg, found)
+    for side, rows in sides.items():
         env.write_text(at(f"{side}.jsonl"), "".join(json.dumps(r) + "\n" for r in rows))
         counts["rows", side] = len(rows)
         counts["split", "kept"] += len({r["doc_id"] for r in rows})
@@ -570,11 +568,10 @@ def construct(cfg, device):
     if found and cfg.preview:
         preview(found[:cfg.preview], cfg)
     write_card(cfg, job.world, +counts)  # without zeros
+    env.write_text(at("config.json"), json.dumps(asdict(cfg), indent=1))
     if not counts["select", "kept"]:
         raise UserError(f"--images={cfg.images}: none of {len(names)} files is a photograph that can be used; see {at('data_card.md')}")
-    env.write_text(at("config.json"), json.dumps(asdict(cfg), indent=1))
-    print(f"{cfg.out}: " + ", ".join(f"{counts['rows', side]} {side} rows" for side in ("sft", "train", "test"))
-          + f"; see {at('data_card.md')}")
+    print(f"{cfg.out}: " + ", ".join(f"{len(rows)} {side} rows" for side, rows in sides.items()) + f"; see {at('data_card.md')}")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -713,8 +710,8 @@ def load_rows(path, image_root=""):
     """
     path = os.path.dirname(path) if os.path.isfile(os.path.dirname(path)) else path
     if path.endswith(".parquet"):
-        raise UserError(f"{path}: Parquet is not read; write its images to files and its rows to JSONL, by the data set's own "
-                        "script (Mini-o3: preprocess_coldstart.py) or pandas.read_parquet and to_json(orient='records', lines=True)")
+        raise UserError(f"{path}: Parquet is not read; write its images to files and its rows to JSONL (Mini-o3: its "
+                        "preprocess_coldstart.py; else pandas.read_parquet and to_json(orient='records', lines=True))")
     try:
         with open(path, encoding="utf-8-sig") as f:
             text = f.read()
@@ -737,10 +734,8 @@ def load_rows(path, image_root=""):
     for i, row in enumerate(rows):
         for key in ("images", "problem", "solution"):
             if not isinstance(row, dict) or row.get(key) in (None, "", []):
-                raise UserError(f"{path}: row {i} has no `{key}`; every row needs images, problem and solution")
-        if not isinstance(row["images"], list) or not all(isinstance(p, str) for p in row["images"]):
-            raise UserError(f"{path}: row {i}: `images` is not a list of paths")
-        row["images"] = [find(p, i) for p in row["images"]]
+                raise UserError(f"{path}: row {i} has no `{key}`; every row needs images (a list of paths), problem and solution")
+        row["images"] = [find(str(p), i) for p in row["images"]]
         row["problem"] = str(row["problem"]).replace("<image>", "").strip()  # the image always comes first
         if row.get("choices") and not env.match(np.ravel(row["solution"])[0], row):
             raise UserError(f"{path}: row {i}: its solution {row['solution']!r} is none of its choices {row['choices']}")
@@ -757,21 +752,17 @@ def check_images(rows, rank, world):
 def main(cfg):
     """Make the scenes of cfg.out unless they are there, or rows from the photographs of cfg.images."""
     rank, world, device = env.setup()
-    ours = ["answers"] if cfg.images else ["config.json", "unfinished.json"]  # by these we know rows that we may replace
-    there = os.listdir(cfg.out) if os.path.isdir(cfg.out) else []
-    if rank == 0 and "train.jsonl" in there and not set(ours) & set(there):
+    here = lambda name: os.path.exists(os.path.join(cfg.out, name))
+    if rank == 0 and here("train.jsonl") and not here("answers" if cfg.images else "config.json"):
         raise UserError(f"{cfg.out} holds rows that this command did not make; give another --out (rppo.py: --data)")
     if cfg.images:
         return construct(cfg, device)
     if cfg.level not in LEVELS:
         raise UserError(f"--level={cfg.level}: the levels are {', '.join(map(str, LEVELS))}")
     if rank == 0 and not env.same_settings(cfg.out, cfg):
-        os.makedirs(cfg.out, exist_ok=True)
-        unfinished = os.path.join(cfg.out, "unfinished.json")
-        env.write_text(unfinished, json.dumps(asdict(cfg), indent=1))
-        counts = {split: write_rows(cfg, split, n, seed) for split, n, seed in
-                  (("sft", cfg.n_sft, cfg.seed), ("train", cfg.n_train, cfg.seed), ("test", cfg.n_test, 2 ** 32))}
-        os.replace(unfinished, os.path.join(cfg.out, "config.json"))  # last: its presence means complete
+        splits = dict(sft=(cfg.n_sft, cfg.seed), test=(cfg.n_test, 2 ** 32), train=(cfg.n_train, cfg.seed))
+        counts = {split: write_rows(cfg, split, n, seed) for split, (n, seed) in splits.items()}  # train.jsonl last: see above
+        env.write_text(os.path.join(cfg.out, "config.json"), json.dumps(asdict(cfg), indent=1))   # its presence means complete
         print(f"{cfg.out}: " + ", ".join(f"{n} {split} rows" for split, n in counts.items()))
     if world > 1:
         env.dist.barrier()

@@ -570,7 +570,7 @@ def test_images_that_are_no_good(serve, tmp_path, monkeypatch, capsys):
     data.main(cfg)
     steps = check_sums(card(cfg.out), 11, 1)
     assert steps["select"]["dropped"] == {"animated": 1, "too large to decode": 1, "too small": 1, "unreadable": 3}
-    assert steps["select"]["left"] == 5 and card(cfg.out)["distributions"]["converted images"] == {"CMYK": 1, "I;16": 1}
+    assert steps["select"]["left"] == 5 and card(cfg.out)["distributions"]["image mode"] == {"CMYK": 1, "I;16": 1, "RGB": 3}
     printed = capsys.readouterr()
     assert all(x in printed.err + printed.out for x in ("text.jpg", "empty.png", "cut.png", "bomb.png")) and "hidden" not in str(printed)
     sides = [side for side in ("sft", "train", "test") for r in rows_of(cfg.out, side) if r["images"][0].endswith(("00.png", "copy.png"))]
