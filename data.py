@@ -333,8 +333,11 @@ def converse(q, model, problem, world, k, box):
 
     def rollout(key):  # in env.py a conversation begins with an image: a blank one where there is none to see
         image = photo.image.crop(box) if box else Image.new("RGB", (64, 64), "grey")
-        with model.busy:
-            trajs = env.rollout(model.policy, [dict(images=[image], problem=problem)], world, k, (seed, 0), [int(key[:8], 16)])
+        try:
+            with model.busy:
+                trajs = env.rollout(model.policy, [dict(images=[image], problem=problem)], world, k, (seed, 0), [int(key[:8], 16)])
+        except UserError:  # the question does not fit into max_tokens, so nobody can answer it
+            return [[]] * k
         return [[text for text, _, _ in t.turns] for t in trajs]
 
     def reply(traj, key):
@@ -542,7 +545,7 @@ def construct(cfg, device):
     """Rows and cold-start trajectories from the photographs of cfg.images. Started again, it repeats no recorded request."""
     at = partial(os.path.join, cfg.out)
     names = [str(p.relative_to(cfg.images)) for p in Path(cfg.images).rglob("[!.]*")
-             if p.is_file() and Path(cfg.out).absolute() not in p.absolute().parents]
+             if p.is_file() and Path(cfg.out).resolve() not in p.resolve().parents]
     if not names:
         raise UserError(f"--images={cfg.images}: no files there; give a folder of photographs")
     names.sort(key=lambda n: hashlib.sha256(f"{cfg.seed}".encode() + os.fsencode(n)).digest())  # random order
@@ -733,7 +736,7 @@ def load_rows(path, image_root=""):
         rows = translated(path, rows, find)
     for i, row in enumerate(rows):
         for key in ("images", "problem", "solution"):
-            if not isinstance(row, dict) or row.get(key) in (None, "", []):
+            if not isinstance(row, dict) or row.get(key) in (None, "", []) or not isinstance(row["images"], list):
                 raise UserError(f"{path}: row {i} has no `{key}`; every row needs images (a list of paths), problem and solution")
         row["images"] = [find(str(p), i) for p in row["images"]]
         row["problem"] = str(row["problem"]).replace("<image>", "").strip()  # the image always comes first

@@ -519,7 +519,7 @@ def test_local_model(tiny, tmp_path, monkeypatch):
 
 def test_local_conversation(few, policy, tmp_path, monkeypatch):
     """A local conversation is env.rollout's, turn by turn and box by box, on the whole and on a part of the photograph, and comes
-    back from the record."""
+    back from the record; a question that is too long is answered by nobody."""
     learner = copy.deepcopy(policy)
     amplify(learner.vlm, 3.0)
     monkeypatch.setattr(env, "parse_action", acting)
@@ -540,6 +540,8 @@ def test_local_conversation(few, policy, tmp_path, monkeypatch):
         assert any(t.crops for t in made) == (world.max_crops > 0)
         again = data.converse(data.Question(job, data.select(cfg, name)[0], 0), model, "Which colour?", world, 4, box)
         assert not kept and [t.turns for t in again] == [t.turns for t in true]
+    made = data.converse(data.Question(job, photo, 0), model, "Which? " * 600, world, 2, photo.box)
+    assert [t.turns for t in made] == [[], []] and not any(env.is_right(t, dict(solution="x")) for t in made)
 
 
 

@@ -1008,6 +1008,7 @@ def test_load_rows(tmp_path, scenes):
     assert load(json.dumps([{**good, "images": [str(tmp_path / "a.png")]}]))[0]["images"] == [str(tmp_path / "a.png")]
     for text, words in (("{", "not JSON"), ("[1, 2", "not JSON"), ("", "no rows"), ("[]", "no rows"),
                         (json.dumps([good, {**good, "images": ["b.png"]}]), "row 1: image .*b.png does not exist"),
+                        (json.dumps([good, {**good, "images": "a.png"}]), "row 1 has no `images`.*a list of paths"),
                         *((json.dumps([good, {k: v for k, v in good.items() if k != key}]), f"row 1 has no `{key}`")
                           for key in ("images", "problem", "solution"))):
         with pytest.raises(env.UserError, match=words) as e:
