@@ -11,18 +11,15 @@ optional fields:
      "boxes": [[117, 84, 120, 87]], "choices": null, "difficulty": 3}
 
 Image paths are relative to the file or to --image_root; boxes (the evidence) are pixels of the original. A cold-start row
-also has "turns": the assistant's turns as text. Their observations are not stored: they are replayed through the tool.
-Conversations of other projects become such rows while they are loaded (see `load_rows`).
+also has "turns", the assistant's texts; what it saw is replayed through the tool.
 
-The scenes: coloured boxes on a grid. One box of the asked colour bears the evidence, its look-alikes do not, and which
-one it is can hardly be read in the shrunken whole image. So: list the look-alikes, zoom into one, and if it is empty go to
-the next. At levels 2 and 3 the crop shows only where a label is, and a second zoom into the crop reads it.
-The cold start's trajectories are imperfect on purpose (see `oracle`), so that RL has something to improve.
+The scenes: coloured boxes on a grid. One box of the asked colour bears the evidence, which can hardly be read in the
+shrunken whole image: so list its look-alikes, zoom into one, and if it is empty go to the next. At levels 2 and 3 the crop
+shows only where a label is, and a second zoom reads it. The cold start is imperfect on purpose, for RL to improve.
 
 Photographs: an annotator zooms in on a detail and asks about it; a question is kept if the detail answers it and the
 shrunken whole does not, and if the policy solves it sometimes. Rows have three more fields: `chain` (boxes from coarse
-to fine, the last is the evidence), `difficulty` (fewest crops of a right trajectory) and `solve_rate`. Every answer is
-recorded under <out>/answers; data_card.md tells how many images and questions each step dropped, and why.
+to fine, the last is the evidence), `difficulty` (fewest crops of a right trajectory) and `solve_rate`.
 """
 import hashlib
 import json
@@ -33,7 +30,9 @@ import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from functools import cache, partial
+from itertools import product
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -55,6 +54,8 @@ QUESTIONS = {"colour": "One of the {} boxes bears a coloured dot, the others a b
              "shape": "One of the {} boxes bears a black shape, the others a black dot. Which shape is it?",
              "count": "One of the {} boxes bears several black dots, the others one. How many are they?",
              "text": "One of the {} boxes bears a code, the others a dash. What is the code?"}
+FLAWS = 0.2, 0.4  # of the cold start: after an empty crop guess at once, or look at the same place again (probabilities)
+CLEAN = 0.7       # share of the cold start, at its beginning, in which only a tenth have these flaws
 
 
 @dataclass
@@ -66,9 +67,6 @@ class Config:
     n_train: int = 1800
     n_test: int = 768
     per_question: int = 3             # cold-start trajectories per question
-    p_guess: float = 0.20             # the imperfect part of the cold start: after an empty crop, guess at once ...
-    p_again: float = 0.40             # ... or look at the same place again, shifted a little
-    clean: float = 0.7                # share of the cold start, at its beginning, in which only a tenth have these flaws
     # Photographs instead of scenes (of the above, only seed, out and per_question count).
     images: str = ""                  # their folder
     annotator: str = ""               # a local model, or the address of an OpenAI-compatible endpoint (key: OPENAI_API_KEY)
@@ -85,7 +83,6 @@ class Config:
     samples: int = 8                  # trajectories of the policy per question
     max_rate: float = 0.75            # largest share of them that may be right
     attempts: int = 4                 # trajectories of the annotator per question
-    max_redundancy: float = 0.1       # of a kept one (env.redundancy)
     share_sft: float = 0.4            # of the images, the rest is for train
     share_test: float = 0.1
     parallel: int = 8                 # images, and so requests, at a time
@@ -153,15 +150,15 @@ def make_scene(rng, level):
                 labels[cell], side = (x, y, x + w, y + w), w
             width = m // 2 * (2 * int(answer) - 1) if kind == "count" else m * (3 if kind == "text" else 1)
             at = [int(p + rng.integers(1, max(2, side - extent - 1))) for p, extent in ((x, width), (y, m))]
-            marks.append((cell == target, kind, answer, *at, name))
             if cell == target:
+                marks.append((kind, answer, *at, m, COLOURS[answer] if kind == "colour" else (0, 0, 0)))
                 where = len(marks) - 1
+            else:  # a look-alike's: black dot, one dot, or a dash
+                marks.append((kind, {"count": "1", "text": "--"}.get(kind, "dot"), *at, m, (0, 0, 0)))
         questions.append(dict(colour=name, kind=kind, cells=mine, target=target, answer=answer, labels=labels, mark=where))
     image = Image.fromarray(np.clip(np.asarray(image).astype(int) + noise, 0, 255).astype(np.uint8))
-    draw, boxes = ImageDraw.Draw(image), []
-    for real, kind, answer, x, y, _ in marks:  # a look-alike's mark: black dot, one dot, or a dash
-        value = answer if real else {"count": "1", "text": "--", "shape": "dot", "colour": "dot"}[kind]
-        boxes.append(draw_mark(draw, kind, value, x, y, m, COLOURS[answer] if real and kind == "colour" else (0, 0, 0)))
+    draw = ImageDraw.Draw(image)
+    boxes = [draw_mark(draw, *mark) for mark in marks]
     for q in questions:
         q.update(evidence=boxes[q["mark"]], scene=sorted(scene.items()))
     return image, [q for q in questions if len(q["cells"]) > 1]
@@ -219,29 +216,22 @@ def write_rows(cfg, split, n, seed):
     """Draw n scenes of a split, save images and rows. Returns the number of rows."""
     folder = os.path.join(cfg.out, split)
     os.makedirs(folder, exist_ok=True)
-    rows = []
-    max_crops = env.World.max_crops
+    asked, cold = [], split == "sft"
     for i in tqdm(range(n), desc=f"scenes/{split}", disable=None):
         rng = np.random.default_rng([seed, {"sft": 0, "train": 1, "test": 2}[split], cfg.level, i])
         image, questions = make_scene(rng, cfg.level)
         image.save(os.path.join(folder, f"{i}.png"), compress_level=1)
-        for j, q in enumerate(questions if split == "sft" else questions[:1]):
+        for j, q in enumerate(questions if cold else questions[:1]):
             row = dict(images=[f"{split}/{i}.png"], doc_id=f"{split}-{i}-{j}", problem=QUESTIONS[q["kind"]].format(q["colour"]),
                        solution=q["answer"], data_source=f"scenes-{cfg.level}", boxes=[q["evidence"]], difficulty=len(q["cells"]))
-            if split != "sft":
-                rows.append(row)
-                continue
-            rows += [{**row, "question": q} for _ in range(cfg.per_question)]
-    if split == "sft":  # in random order; nearly all of the first `clean` share is free of flaws, the rest has them
+            asked += [(row, q)] * (cfg.per_question if cold else 1)
+    rows = [row for row, _ in asked]
+    if cold:  # in random order; nearly all of the first CLEAN share is free of flaws, the rest has them
         rng = np.random.default_rng([seed, 3])
-        rows = [rows[k] for k in rng.permutation(len(rows))]
-        for at, row in enumerate(rows):
-            flaws = at >= cfg.clean * len(rows) or rng.random() < 0.1
-            row["turns"] = oracle(row.pop("question"), rng, cfg.level, max_crops, *(cfg.p_guess, cfg.p_again) if flaws else ())
-    path = os.path.join(cfg.out, f"{split}.jsonl")
-    with open(path + ".tmp", "w") as f:
-        f.writelines(json.dumps(r) + "\n" for r in rows)
-    os.replace(path + ".tmp", path)
+        for at, k in enumerate(rng.permutation(len(asked))):
+            flaws = FLAWS if at >= CLEAN * len(rows) or rng.random() < 0.1 else ()
+            rows[at] = {**asked[k][0], "turns": oracle(asked[k][1], rng, cfg.level, env.World.max_crops, *flaws)}
+    env.write_text(os.path.join(cfg.out, f"{split}.jsonl"), "".join(json.dumps(r) + "\n" for r in rows))
     return len(rows)
 
 
@@ -260,23 +250,24 @@ KINDS = (("things to be counted, or a printed number", "null"), ("the colour of 
          ("what a thing is, does, or what state it is in", '["the answer", "plausible but wrong", "...", "..."]'))
 BLIND = "The picture is withheld. Give the answer that seems most likely from the question alone.\n"
 ZOOMS, FINER = (2, 4), 1.5  # zooms of a proposal, and how much finer each must be (ratio of lengths)
+MAX_REDUNDANCY = 0.1        # of a cold-start trajectory (env.redundancy)
 COLOUR_WORDS = "black white grey gray silver red orange yellow gold green turquoise cyan blue purple violet pink brown beige".split()
 STEPS = ("select", "propose", "ask", "verify", "grade", "collect", "split")
 
 
 class Photo:
-    """A photograph, and every answer that was given about it: lines {key, answer} of a file that is only appended to."""
+    """A photograph, and every answer that was given about it: lines [key, answer] of a file that is only appended to."""
 
     def __init__(self, image, path, name, out):
-        self.image, self.path, self.name, self.parts = image, path, name, {}
-        with open(path, "rb") as f:
-            self.digest = hashlib.sha256(f.read()).hexdigest()
-        self.log = os.path.join(out, "answers", hashlib.sha256(os.fsencode(name)).hexdigest()[:16] + ".jsonl")
-        text = open(self.log).read() if os.path.exists(self.log) else ""
+        self.image, self.path, self.name, self.views = image, path, name, {}
+        self.box = (0, 0, *image.size)
+        self.digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        self.log = Path(out, "answers", hashlib.sha256(os.fsencode(name)).hexdigest()[:16] + ".jsonl")
+        text = self.log.read_text() if self.log.exists() else ""
         whole = text[:text.rfind("\n") + 1]
         if whole != text:  # a killed run may leave half a line
-            env.write_text(self.log, whole)
-        self.answers = {x["key"]: x["answer"] for x in map(json.loads, whole.splitlines())}
+            env.write_text(str(self.log), whole)
+        self.answers = dict(map(json.loads, whole.splitlines()))
 
     def recall(self, request, reply):
         """The recorded answer to a request (anything JSON), or else reply(its key), which is recorded."""
@@ -284,100 +275,90 @@ class Photo:
         if key not in self.answers:
             answer = reply(key)
             with open(self.log, "a") as f:
-                f.write(json.dumps(dict(key=key, answer=answer)) + "\n")
+                f.write(json.dumps([key, answer]) + "\n")
             self.answers[key] = answer
         return self.answers[key]
+
+    def view(self, box, least, most):
+        """The part of a chat message that shows box within a pixel budget, as a Qwen3-VL sees it."""
+        if (box, most) not in self.views:
+            view = env.Processor.view(SimpleNamespace(patch=16, merge=2), self.image, box, least, most)
+            self.views[box, most] = env.data_url(Image.fromarray(view.numpy()))
+        return self.views[box, most]
 
 
 @dataclass
 class Question:
-    """One proposal on its way through the steps."""
-    job: SimpleNamespace                       # cfg, world (of the policy's training), annotator, policy
+    """The n-th proposal of a photograph on its way through the steps; they fill in what has a default."""
+    job: SimpleNamespace  # cfg, world (of the policy's training), annotator, policy
     photo: Photo
-    n: int                                     # its number among the proposals of the photograph
-    text: str | None = None                    # as the annotator wrote it: JSON
-    chain: list | None = None                  # boxes of the proposal, coarse to fine; the last one is the evidence
+    n: int
+    text: str = ""        # as the annotator wrote it: JSON
+    chain: list = ()      # boxes of the proposal, coarse to fine; the last one is the evidence
     row: dict | None = None
     turns: list = field(default_factory=list)  # of each kept trajectory
     fates: list = field(default_factory=list)  # of every sampled trajectory
 
 
-def load_model(flag, address, name, device):
+def load_model(address, name, device):
     """What answers: a local policy, or the model `name` at an OpenAI-compatible endpoint (its policy is None)."""
     url = address.startswith(("http://", "https://"))
     if not address or url and not name:
-        raise UserError(f"--images needs --{flag}" + ("_name, the model's name at that address" if url else
-                        "=FOLDER, a hub id, or the address of an OpenAI-compatible endpoint"))
+        raise UserError("--images needs --annotator=FOLDER (or a hub id, or the address of an OpenAI-compatible endpoint with "
+                        "--annotator_name=NAME), and --policy (--policy_name) likewise")
     path = env.newest(address)
     return SimpleNamespace(name=name if url else path, url=address, policy=None if url else env.load_policy(path, device),
                            busy=threading.Lock())  # a local policy holds one rollout at a time
 
 
-def messages(parts, traj, problem, world, frame, seen):
-    """A conversation so far for a chat endpoint: the system prompt, views and observations of env.py. parts: what was
-    encoded before, by (frame, box, budget); traj.image is what frame cuts out of the photograph."""
+def messages(photo, traj, problem, world):
+    """A conversation so far for a chat endpoint: the system prompt, views and observations of env.py."""
     text = lambda x: {"type": "text", "text": x}
-
-    def part(box, low, high):
-        if (frame, box, high) not in parts:
-            view = env.Processor.view(SimpleNamespace(patch=16, merge=2), traj.image, box, low, high)  # as a Qwen3-VL sees it
-            parts[frame, box, high] = env.data_url(Image.fromarray(view.numpy()))
-        return parts[frame, box, high]
-
-    whole = [part(traj.boxes[0], min(world.min_crop_pixels, world.max_pixels), world.max_pixels)] if seen else []
+    first = [photo.view(traj.boxes[0], min(world.min_crop_pixels, world.max_pixels), world.max_pixels)] if traj.boxes[0] else []
     out = [dict(role="system", content=env.SYSTEM if world.max_crops else env.SYSTEM_NO_TOOL),
-           dict(role="user", content=[*whole, text(problem)])]
+           dict(role="user", content=[*first, text(problem)])]
     crops = iter(traj.crops)
     for said, _, error in traj.turns:
-        view = text(env.ERRORS[error]) if error else part(next(crops), world.min_crop_pixels, world.max_crop_pixels)
+        seen = text(env.ERRORS[error]) if error else photo.view(next(crops), world.min_crop_pixels, world.max_crop_pixels)
         out += [dict(role="assistant", content=said),
-                dict(role="user", content=[text("<tool_response>\n"), view, text("\n</tool_response>")])]
+                dict(role="user", content=[text("<tool_response>\n"), seen, text("\n</tool_response>")])]
     return out
 
 
-def converse(q, model, problem, world, k, frame=None, seen=True):
-    """k conversations about the photograph, or the part `frame` of it, or (seen=False) about a question alone.
+def converse(q, model, problem, world, k, box):
+    """k conversations that begin with the view of box: the whole photograph, or without the tool a part or nothing (None).
+    Returns env.Trajectory without tokens: turns, boxes, answer. Raises ConnectionError when the endpoint fails."""
+    photo, seed = q.photo, q.job.cfg.seed
+    start = [model.name, seed, q.n, env.SYSTEM, env.SYSTEM_NO_TOOL, problem, box, asdict(world)]
 
-    Returns env.Trajectory without tokens: turns, boxes, answer. What was recorded is not asked again. Raises
-    ConnectionError when the endpoint fails.
-    """
-    image = q.photo.image.crop(frame) if frame else q.photo.image
-    start = [model.name, q.job.cfg.seed, q.n, env.SYSTEM if world.max_crops else env.SYSTEM_NO_TOOL, problem, frame, seen, asdict(world)]
-
-    def sample(key):  # in env.py a conversation begins with an image: a blank one where there is none to see
-        row = dict(images=[image if seen else Image.new("RGB", (64, 64), "grey")], problem=problem)
+    def rollout(key):  # in env.py a conversation begins with an image: a blank one where there is none to see
+        image = photo.image.crop(box) if box else Image.new("RGB", (64, 64), "grey")
         try:
             with model.busy:
-                trajs = env.rollout(model.policy, [row], world, k, (q.job.cfg.seed, 0), [int(key[:8], 16)])
+                trajs = env.rollout(model.policy, [dict(images=[image], problem=problem)], world, k, (seed, 0), [int(key[:8], 16)])
         except UserError:  # the question does not fit into max_tokens, so nobody can answer it
             return [[]] * k
         return [[text for text, _, _ in t.turns] for t in trajs]
 
     def reply(traj, key):
-        text = env.chat(model.url, model.name, messages(q.photo.parts, traj, problem, world, frame, seen), world.temperature)
+        text = env.chat(model.url, model.name, messages(photo, traj, problem, world), world.temperature)
         return text.strip().encode(errors="replace").decode()
 
-    said = model.policy and q.photo.recall([*start, k], sample)
-    trajs = [env.Trajectory({}, image, boxes=[(0, 0, image.width, image.height)]) for _ in range(k)]
+    said = photo.recall([*start, k], rollout) if model.policy else None
+    trajs = [env.Trajectory({}, photo.image, boxes=[box]) for _ in range(k)]
     for i, t in enumerate(trajs):
         while t.status == "open" and not (said and len(t.turns) == len(said[i])):
             if q.job.stopped:
                 raise ConnectionError("stopped")
-            text = said[i][len(t.turns)] if said else q.photo.recall([*start, i, [x for x, _, _ in t.turns]], partial(reply, t))
+            text = said[i][len(t.turns)] if said else photo.recall([*start, i, [x for x, _, _ in t.turns]], partial(reply, t))
             t.turns.append((text, env.parse_action(text), None))
-            box, _ = env.act(t, world)
-            t.boxes += [box] if box else []
+            crop, _ = env.act(t, world)
+            t.boxes += [crop] if crop else []
     return trajs
 
 
 def area(box):
     return (box[2] - box[0]) * (box[3] - box[1])
-
-
-def covered(box, frame):
-    """Share of box that lies in frame."""
-    w, h = min(box[2], frame[2]) - max(box[0], frame[0]), min(box[3], frame[3]) - max(box[1], frame[1])
-    return max(w, 0) * max(h, 0) / area(box)
 
 
 def select(cfg, name):
@@ -389,11 +370,10 @@ def select(cfg, name):
                 return None, "too small"
             if getattr(im, "is_animated", False) and im.format != "MPO":  # a phone's JPEG may hold a second picture
                 return None, "animated"
-        image = env.open_image(path)
+        return Photo(env.open_image(path), path, name, cfg.out), im.mode
     except (Exception, UserError) as e:  # a damaged file can make a decoder raise anything
         tqdm.write(f"left out: {e if isinstance(e, UserError) else f'{path}: {e}'}")
         return None, "too large to decode" if isinstance(e, Image.DecompressionBombError) else "unreadable"
-    return Photo(image, path, name, cfg.out), im.mode
 
 
 # The steps of a question: each returns the reason why it drops it, or None.
@@ -401,20 +381,18 @@ def select(cfg, name):
 def propose(q):
     """2. The annotator zooms in on a detail, step by step (and ends with a question about it)."""
     cfg, world = q.job.cfg, q.job.world
-    rng = np.random.default_rng([cfg.seed, int(q.photo.digest[:8], 16)])
-    kind, choices = KINDS[(rng.integers(len(KINDS)) + q.n) % len(KINDS)]
+    kind, choices = KINDS[(int(q.photo.digest, 16) + cfg.seed + q.n) % len(KINDS)]
     room = replace(world, max_crops=ZOOMS[1] + 1, max_tokens=world.max_tokens + 4096)  # the prompt is long
-    [traj] = converse(q, q.job.annotator, PROPOSE.format(kind=kind, choices=choices), room, 1)
-    q.text, q.chain, steps = traj.answer, [list(b) for b in traj.crops], list(zip(traj.boxes, traj.crops))
+    [traj] = converse(q, q.job.annotator, PROPOSE.format(kind=kind, choices=choices), room, 1, q.photo.box)
+    q.text, q.chain = traj.answer, traj.crops
     if q.text is None:
         return "no question"
-    if not ZOOMS[0] <= len(steps) <= ZOOMS[1]:
+    if not ZOOMS[0] <= len(q.chain) <= ZOOMS[1]:
         return f"not {ZOOMS[0]} to {ZOOMS[1]} zooms"
-    if any(covered(inner, outer) < 1 for outer, inner in steps):
-        return "a zoom leaves the crop before it"
-    if any(area(inner) * FINER ** 2 > area(outer) for outer, inner in steps):
-        return "a zoom is hardly finer"
-    if area(q.chain[-1]) > cfg.area * area(traj.boxes[0]):
+    for (a, b, c, d), (x0, y0, x1, y1) in zip(traj.boxes, q.chain):
+        if not (a <= x0 and b <= y0 and x1 <= c and y1 <= d) or (x1 - x0) * (y1 - y0) * FINER ** 2 > (c - a) * (d - b):
+            return "a zoom leaves the crop before it, or is hardly finer"
+    if area(q.chain[-1]) > cfg.area * area(q.photo.box):
         return "the last view is too large"
 
 
@@ -423,42 +401,40 @@ def ask(q):
     cfg, photo = q.job.cfg, q.photo
     try:
         made = json.loads(q.text[q.text.find("{"):q.text.rfind("}") + 1])  # often in a code fence
-        problem, answer, choices = made["question"].strip(), made["answer"], made.get("choices") or None
-        answer = str(answer) if type(answer) in (int, float) else answer.strip()
+        answer = str(made["answer"]) if type(made["answer"]) in (int, float) else made["answer"]
+        problem, choices = made["question"].strip(), made.get("choices") or None
         texts = [problem, answer, *(choices or [])]
-        if not all(isinstance(x, str) and x.isprintable() and env.normalise(x) for x in texts):
-            return "malformed"
+        fine = all(isinstance(x, str) and x.isprintable() and env.normalise(x) for x in texts)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        return "malformed"
-    if len(problem) > 400 or any(len(x) > 60 or len(x.split()) > 6 for x in texts[1:]):
-        return "too long"
+        fine = False
+    if not fine or len(problem) > 400 or any(len(x) > 60 or len(x.split()) > 6 for x in texts[1:]):
+        return "malformed or too long"
     if choices:
-        order = np.random.default_rng([cfg.seed, int(photo.digest[:8], 16), q.n]).permutation(len(choices))
-        choices = [choices[i] for i in order]
+        choices = list(np.random.default_rng([cfg.seed, int(photo.digest[:8], 16), q.n]).permutation(choices))
         named = [env.match(c, dict(solution=chr(65 + i), choices=choices)) for i, c in enumerate(choices)]
         if not 3 <= len(choices) <= 8 or not all(named) or not env.match(answer, dict(solution=answer, choices=choices)):
             return "options unclear"
         problem += "".join(f"\n{chr(65 + i)}. {c}" for i, c in enumerate(choices))
-    q.row = dict(images=[os.path.relpath(photo.path, cfg.out)], doc_id=f"{photo.name}-{q.n}", problem=problem, solution=answer,
+    q.row = dict(images=[os.path.relpath(photo.path, cfg.out)], doc_id=f"{photo.name}-{q.n}", problem=problem, solution=answer.strip(),
                  data_source=os.path.basename(os.path.abspath(cfg.images)), boxes=q.chain[-1:], choices=choices, chain=q.chain)
 
 
 def verify(q):
     """4. Hard and true: hardly ever answered from the text alone or the shrunken whole, nearly always from the evidence."""
     cfg, plain = q.job.cfg, replace(q.job.world, max_crops=0)
-    votes = lambda problem, **view: sum(env.is_right(t, q.row) for t in converse(q, q.job.annotator, problem, plain, cfg.votes, **view))
-    if votes(BLIND + q.row["problem"], seen=False) > cfg.blind:
+    votes = lambda problem, box: sum(env.is_right(t, q.row) for t in converse(q, q.job.annotator, problem, plain, cfg.votes, box))
+    if votes(BLIND + q.row["problem"], None) > cfg.blind:
         return "given away by its text"
-    if votes(q.row["problem"]) > cfg.blind:
+    if votes(q.row["problem"], q.photo.box) > cfg.blind:
         return "answered without zooming"
-    if votes(q.row["problem"], frame=tuple(q.chain[-1])) < cfg.agree:
+    if votes(q.row["problem"], q.chain[-1]) < cfg.agree:
         return "answer not confirmed"
 
 
 def grade(q):
     """5. The policy, with the tool, solves it sometimes, not always, and never with fewer than two crops."""
     cfg = q.job.cfg
-    trajs = converse(q, q.job.policy, q.row["problem"], q.job.world, cfg.samples)
+    trajs = converse(q, q.job.policy, q.row["problem"], q.job.world, cfg.samples, q.photo.box)
     solved = [len(t.crops) for t in trajs if env.is_right(t, q.row)]
     if not solved:
         return "never solved"
@@ -471,20 +447,19 @@ def grade(q):
 
 def collect(q):
     """6. Cold-start trajectories of the annotator: per_question of the faultless ones, first those that recovered (looked
-    where the evidence is not, and then where it is)."""
-    good, cfg, world, policy = [], q.job.cfg, q.job.world, q.job.policy.policy
-    for t in converse(q, q.job.annotator, q.row["problem"], world, cfg.attempts):
+    where nothing of the evidence is, and then where it is)."""
+    kept, cfg, world, policy = {"recovered": [], "direct": []}, q.job.cfg, q.job.world, q.job.policy.policy
+    for t in converse(q, q.job.annotator, q.row["problem"], world, cfg.attempts, q.photo.box):
         turns = [text for text, _, _ in t.turns]
         fate = ("wrong" if not env.is_right(t, q.row) else "malformed or refused call" if any(error for _, _, error in t.turns) else
-                "redundant" if env.redundancy(t.crops, world.eps) > cfg.max_redundancy else
+                "redundant" if env.redundancy(t.crops, world.eps) > MAX_REDUNDANCY else
                 "evidence not covered" if not env.covers(t, q.row) else
                 "too long" if policy and env.render(policy.proc, q.row, turns, world, q.photo.image).status != "answered" else
-                "recovered" if any(covered(q.chain[-1], c) < 0.5 for c in t.crops) else "direct")
+                "recovered" if any(env.iou(c, q.chain[-1]) == 0 for c in t.crops) else "direct")
         q.fates.append(fate)
-        good += [(fate, turns)] if fate in ("recovered", "direct") else []
-    good.sort(key=lambda x: x[0] == "direct")
-    q.turns = [turns for _, turns in good[:cfg.per_question]]
-    return None if good else "no faultless trajectory"
+        kept.get(fate, []).append(turns)
+    q.turns = (kept["recovered"] + kept["direct"])[:cfg.per_question]
+    return None if q.turns else "no faultless trajectory"
 
 
 def split(cfg, found):
@@ -504,9 +479,7 @@ def split(cfg, found):
 def build(job, name):
     """All that one photograph leads to: counts {(step or distribution, reason or label): n}, and its questions."""
     photo, note = select(job.cfg, name)
-    counts, found = Counter({("select", "kept" if photo else note): 1}), []
-    if photo and note != "RGB":
-        counts["converted images", note] += 1
+    counts, found = Counter([("select", "kept"), ("image mode", note)] if photo else [("select", note)]), []
     for n in range(job.cfg.per_image if photo else 0):
         q = Question(job, photo, n)
         for step in (propose, ask, verify, grade, collect):
@@ -519,11 +492,9 @@ def build(job, name):
             if reason:
                 break
         if step is collect:  # it drops no question: one without a trajectory is for train or test
-            number, word = re.fullmatch(r"[\d.,]+", q.row["solution"]), env.normalise(q.row["solution"])
-            kind = "choice" if q.row["choices"] else "number" if number else "colour" if word in COLOUR_WORDS else "word"
-            share = area(q.chain[-1]) / (photo.image.width * photo.image.height)
-            counts.update([("zooms", str(len(q.chain))), ("evidence area", f"up to {np.ceil(share * 1000) / 10:.1f} %"), ("answer", kind),
-                           ("fewest crops to solve", str(q.row["difficulty"])), ("solve rate", f"{q.row['solve_rate']:.2f}"),
+            word, percent = env.normalise(q.row["solution"]), 100 * area(q.chain[-1]) / area(photo.box)
+            kind = "choice" if q.row["choices"] else "number" if word[0].isdigit() else "colour" if word in COLOUR_WORDS else "word"
+            counts.update([("zooms", str(len(q.chain))), ("evidence area", f"{percent:.1f} %"), ("answer", kind),
                            *(("trajectories", fate) for fate in q.fates)])
             found.append(dict(digest=photo.digest, row=q.row, turns=q.turns))
     return counts, found
@@ -531,28 +502,25 @@ def build(job, name):
 
 def write_card(cfg, world, counts):
     """data_card.json and data_card.md: the funnel, the distributions, and all settings."""
-    funnel, shown = [], {}
-    for step in STEPS:
-        dropped = {reason: n for (s, reason), n in sorted(counts.items()) if s == step and reason != "kept"}
-        left = counts[step, "kept"]
-        funnel.append(dict(step=step, entered=left + sum(dropped.values()), left=left, dropped=dropped))
+    table, funnel = {}, []
     for (name, label), n in sorted(counts.items()):
-        if name not in STEPS:
-            shown.setdefault(name, {})[label] = n
-    good = [counts["trajectories", fate] for fate in ("recovered", "direct")]
-    share = good[0] / sum(good) if any(good) else None
-    card = dict(funnel=funnel, distributions=shown, recovered_share=share, settings=asdict(cfg), world=asdict(world))
+        table.setdefault(name, {})[label] = n
+    for step in STEPS:
+        dropped = table.pop(step, {})
+        left = dropped.pop("kept", 0)
+        funnel.append(dict(step=step, entered=left + sum(dropped.values()), left=left, dropped=dropped))
+    good = counts["trajectories", "recovered"] + counts["trajectories", "direct"]
+    share = counts["trajectories", "recovered"] / good if good else None
+    card = dict(funnel=funnel, distributions=table, recovered_share=share, settings=asdict(cfg), world=asdict(world))
     env.write_text(os.path.join(cfg.out, "data_card.json"), json.dumps(card, indent=1))
     listed = lambda d: ", ".join(f"{label}: {n}" for label, n in d.items())
-    lines = [f"# Questions from {cfg.images}\n", f"Seed {cfg.seed}; annotator {cfg.annotator} {cfg.annotator_name}; policy {cfg.policy} "
-             f"{cfg.policy_name}.\n", *(["**Nothing survived.**\n"] if not counts["split", "kept"] else []),
-             f"Select counts images, the others questions: {cfg.per_image} per image are proposed. One that collect drops has no "
-             "cold-start trajectory; split gives it to train or test.\n",
-             "| step | entered | left | dropped |\n|---|---|---|---|",
-             *(f"| {s['step']} | {s['entered']} | {s['left']} | {listed(s['dropped'])} |" for s in funnel), "",
-             *(f"- {name}: {listed(d)}" for name, d in shown.items()),
-             f"- share of faultless trajectories that recovered: {'-' if share is None else f'{share:.2f}'}"]
-    env.write_text(os.path.join(cfg.out, "data_card.md"), "\n".join(lines) + "\n")
+    page = [f"# Questions from {cfg.images}\n", "" if counts["split", "kept"] else "**Nothing survived.**\n",
+            f"Seed {cfg.seed}; annotator {cfg.annotator} {cfg.annotator_name}; policy {cfg.policy} {cfg.policy_name}. Select counts "
+            f"images, the others questions, {cfg.per_image} per image. One that collect drops can still be for train or test.\n",
+            "| step | entered | left | dropped |\n|---|---|---|---|",
+            *(f"| {s['step']} | {s['entered']} | {s['left']} | {listed(s['dropped'])} |" for s in funnel), "",
+            *(f"- {name}: {listed(d)}" for name, d in table.items()), f"- recovered share of the faultless trajectories: {share}\n"]
+    env.write_text(os.path.join(cfg.out, "data_card.md"), "\n".join(page))
 
 
 def preview(questions, cfg):
@@ -561,32 +529,28 @@ def preview(questions, cfg):
     sheet = Image.new("RGB", (3 * side + 40, (side + 10) * len(questions) + 10), "white")
     draw = ImageDraw.Draw(sheet)
     for i, q in enumerate(questions):
-        image, y = env.open_image(os.path.join(cfg.out, q["row"]["images"][0])), 10 + i * (side + 10)
+        row, y = q["row"], 10 + i * (side + 10)
+        image = env.open_image(os.path.join(cfg.out, row["images"][0]))
         sheet.paste(ImageOps.contain(image, (side, side)), (10, y))
-        for box in q["row"]["chain"]:
+        for box in row["chain"]:
             x0, y0, x1, y1 = (v * side / max(image.size) for v in box)
             draw.rectangle((10 + x0, y + y0, 10 + x1, y + y1), outline="red", width=2)
-        sheet.paste(ImageOps.contain(image.crop(q["row"]["boxes"][0]), (side, side)), (side + 20, y))
-        texts = [q["row"]["doc_id"], *q["row"]["problem"].split("\n"), f"Answer: {q['row']['solution']}"]
-        wrapped = [x for text in texts for x in textwrap.wrap(text.encode("ascii", "replace").decode(), 50)]
-        draw.multiline_text((2 * side + 30, y), "\n".join(wrapped), fill="black", font=font)
+        sheet.paste(ImageOps.contain(image.crop(row["boxes"][0]), (side, side)), (side + 20, y))
+        texts = [row["doc_id"], *row["problem"].split("\n"), f"Answer: {row['solution']}"]
+        draw.text((2 * side + 30, y), "\n".join(textwrap.fill(text, 50) for text in texts), fill="black", font=font)
     sheet.save(os.path.join(cfg.out, "preview.png"))
 
 
 def construct(cfg, device):
     """Rows and cold-start trajectories from the photographs of cfg.images. Started again, it repeats no recorded request."""
     at = partial(os.path.join, cfg.out)
-    if os.path.exists(at("train.jsonl")) and not os.path.exists(at("answers")):
-        raise UserError(f"{cfg.out} holds rows that were not made from photographs; give another --out")
-    paths = [os.path.join(folder, f) for folder, _, files in os.walk(cfg.images) for f in files]
-    names = [os.path.relpath(p, cfg.images) for p in paths if not os.path.abspath(p).startswith(os.path.abspath(cfg.out) + os.sep)]
-    names = [n for n in names if not any(x.startswith(".") for x in n.split(os.sep))]
+    names = [str(p.relative_to(cfg.images)) for p in Path(cfg.images).rglob("[!.]*")
+             if p.is_file() and Path(cfg.out).resolve() not in p.resolve().parents]
     if not names:
         raise UserError(f"--images={cfg.images}: no files there; give a folder of photographs")
     names.sort(key=lambda n: hashlib.sha256(f"{cfg.seed}".encode() + os.fsencode(n)).digest())  # random order
-    job = SimpleNamespace(cfg=cfg, stopped=False, annotator=load_model("annotator", cfg.annotator, cfg.annotator_name, device))
-    same = (cfg.policy, cfg.policy_name) == (cfg.annotator, cfg.annotator_name)
-    job.policy = job.annotator if same else load_model("policy", cfg.policy, cfg.policy_name, device)
+    load = cache(partial(load_model, device=device))  # one model may be both
+    job = SimpleNamespace(cfg=cfg, stopped=False, annotator=load(cfg.annotator, cfg.annotator_name), policy=load(cfg.policy, cfg.policy_name))
     job.world = env.configure(env.World, {}, [], model=cfg.policy, **(dict(max_pixels=cfg.max_pixels) if cfg.max_pixels else {}))
     os.makedirs(at("answers"), exist_ok=True)
     counts, found = Counter(), []  # rows stay in memory, photographs do not
@@ -595,24 +559,22 @@ def construct(cfg, device):
             for part, questions in tqdm(pool.map(partial(build, job), names), total=len(names), desc="photographs", disable=None):
                 counts.update(part)
                 found += questions
-        except BaseException:
+        finally:  # after an error the photographs under way stop before their next request
             job.stopped = True
             pool.shutdown(cancel_futures=True)
-            raise
-    for side, rows in split(cfg, found).items():
+    sides = split(cfg, found)
+    for side, rows in sides.items():
         env.write_text(at(f"{side}.jsonl"), "".join(json.dumps(r) + "\n" for r in rows))
         counts["rows", side] = len(rows)
         counts["split", "kept"] += len({r["doc_id"] for r in rows})
-    if left_out := len(found) - counts["split", "kept"]:
-        counts["split", "no trajectory, beside one that has"] = left_out
+    counts["split", "no trajectory, beside one that has"] = len(found) - counts["split", "kept"]
     if found and cfg.preview:
         preview(found[:cfg.preview], cfg)
-    write_card(cfg, job.world, counts)
+    write_card(cfg, job.world, +counts)  # without zeros
+    env.write_text(at("config.json"), json.dumps(asdict(cfg), indent=1))
     if not counts["select", "kept"]:
         raise UserError(f"--images={cfg.images}: none of {len(names)} files is a photograph that can be used; see {at('data_card.md')}")
-    env.write_text(at("config.json"), json.dumps(asdict(cfg), indent=1))
-    print(f"{cfg.out}: " + ", ".join(f"{counts['rows', side]} {side} rows" for side in ("sft", "train", "test"))
-          + f"{'' if found else '; nothing survived'}; see {at('data_card.md')}")
+    print(f"{cfg.out}: " + ", ".join(f"{len(rows)} {side} rows" for side, rows in sides.items()) + f"; see {at('data_card.md')}")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -630,8 +592,12 @@ DIALECTS = {
 # Pixels are those of the original (DeepEyes cuts there) or of the image as the model saw it: sides in steps of 28, at most so
 # many pixels (the limits of DeepEyes and of Chain-of-Focus, which cuts there). Up to the limits only the rounding differs.
 SEEN_PIXELS = (16384 * 28 ** 2, 3840 ** 2)
-ACTIONS = re.compile(r"<(tool_call|grounding)>(.*?)</\1>|<(answer)>(.*?)</answer>|\\(boxed)\{(.*)\}", re.DOTALL)
+ACTIONS = re.compile(r"<(tool_call|grounding|answer)>(.*?)</\1>|\\boxed\{(.*)\}", re.DOTALL)
 ASIDES = re.compile(r"\s*(Think first, call|Think in the mind first|Guidelines:).*", re.DOTALL)  # their own instructions
+
+
+class Unusable(Exception):
+    """Why a foreign conversation is left out."""
 
 
 def messages_of(row):
@@ -639,35 +605,16 @@ def messages_of(row):
     source, out, paths = next(row[k] for k in CONVERSATIONS if k in row), [], list(row.get("images") or [])
     for m in json.loads(source) if isinstance(source, str) else source:
         role, text = m.get("from", m.get("role")), m.get("value", m.get("content"))
+        if role == "system":  # it describes another tool; ours stands in its place
+            continue
         if isinstance(text, list):  # Qwen's parts
             paths += [part["image"] for part in text if "image" in part]
             text = "".join("<image>" if part["type"] == "image" else part["text"] for part in text)
         if role in ("function_call", "tool_call"):
             text = f"<tool_call>\n{text}\n</tool_call>"
         mine = role in ("gpt", "assistant", "function_call", "tool_call")
-        if role != "system":  # theirs describes another tool; ours stands in its place
-            out.append((mine, out.pop()[1] + "\n" + text if out and out[-1][0] == mine else text))
+        out.append((mine, out.pop()[1] + "\n" + text if out and out[-1][0] == mine else text))
     return out, paths
-
-
-def candidates(call, boxes):
-    """Calls in our own form (text) that a foreign call may stand for, likeliest first. boxes: the original and the crops
-    so far."""
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
-    arguments = call.get("arguments", call)
-    unit, number, margins = DIALECTS[next((k for k in ("source", "img_idx") if k in arguments), call.get("name"))]
-    k, box = number(arguments), [float(v) for v in arguments["bbox_2d"]]
-    w, h = boxes[k][2] - boxes[k][0], boxes[k][3] - boxes[k][1]
-    frames = [(unit, unit)]
-    if unit is None or unit == 1 and max(box) > 2:  # Pixel-Reasoner takes shares and pixels
-        frames = [(w, h)] + [smart_resize(h, w, 28, 4 * 28 ** 2, most)[::-1] for most in SEEN_PIXELS]
-    for frame in frames:
-        if min(box) < 0 or max(v / frame[i % 2] for i, v in enumerate(box)) > 1.02:
-            continue
-        for own, whole in margins:
-            grow = [own * (box[i + 2] - box[i]) / frame[i] + whole for i in (0, 1)]
-            shares = [v / frame[i % 2] + (grow[i % 2] if i > 1 else -grow[i % 2]) for i, v in enumerate(box)]
-            yield look([round(1000 * min(max(v, 0), 1)) for v in shares], k)
 
 
 def difference(image, box, seen):
@@ -679,43 +626,51 @@ def difference(image, box, seen):
 
 
 def replay(body, boxes, image, seen):
-    """The call in our form and its box on the original, for the JSON of a foreign call that showed the image `seen` (None:
-    not known). Raises ValueError(reason)."""
-    best = (np.inf, None, None)
-    try:
-        for ours in candidates(json.loads(body), boxes):
-            box, error = env.resolve_box(env.parse_action(ours), boxes, env.REAL_WORLD["min_crop_side"])
-            off = np.inf if error else 0.0 if seen is None else difference(image, box, seen)
-            best = min(best, (off, ours, box), key=lambda x: x[0])
-    except (ValueError, TypeError, LookupError, AttributeError):
-        raise ValueError("a call could not be read")
-    if best[0] > 1:
-        raise ValueError("a box is not on its image" if best[1] is None else "a call does not show what its crop file shows")
-    return best[1:]
+    """A foreign call (JSON) as the text of our call, and its box on the original. boxes: the original and the crops so far;
+    seen: the crop file (None: not known), which decides where the call can mean several boxes; else the likeliest is taken."""
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+    call = json.loads(body)
+    arguments = call.get("arguments", call)
+    unit, number, margins = DIALECTS[next((k for k in ("source", "img_idx") if k in arguments), call.get("name"))]
+    k, box = number(arguments), np.array(arguments["bbox_2d"], float)
+    w, h = boxes[k][2] - boxes[k][0], boxes[k][3] - boxes[k][1]
+    frames = [(unit, unit)]
+    if unit is None or unit == 1 and box.max() > 2:  # Pixel-Reasoner takes shares and pixels
+        frames = [(w, h)] + [smart_resize(h, w, 28, 4 * 28 ** 2, most)[::-1] for most in SEEN_PIXELS]
+    off, best = np.inf, None
+    for frame, (own, whole) in product(frames, margins):
+        shares = box.reshape(2, 2) / frame  # corners
+        if shares.min() < 0 or shares.max() > 1.02:
+            continue
+        grow = own * (shares[1] - shares[0]) + whole
+        ours = look((1000 * (shares + [-grow, grow]).clip(0, 1)).round().ravel(), k)
+        cut, error = env.resolve_box(env.parse_action(ours), boxes, env.REAL_WORLD["min_crop_side"])
+        far = np.inf if error else 0 if seen is None else difference(image, cut, seen)
+        if far < off:
+            off, best = far, (ours, cut)
+    if off > 1:
+        raise Unusable("a call does not show what its crop file shows" if best else "a box is not on its image")
+    return best
 
 
 def translate(row, find):
-    """A foreign conversation as our row with `turns`; find(path) gives an absolute path. Raises ValueError(reason) for one
-    whose calls cannot be replayed on the original image."""
-    try:
-        messages, paths = messages_of(row)
-    except (ValueError, TypeError, LookupError, AttributeError):
-        raise ValueError("its messages could not be read")
+    """A foreign conversation as our row with `turns`; find(path) gives an absolute path. Raises Unusable(reason)."""
+    messages, paths = messages_of(row)
     tags = [text.count("<image>") for _, text in messages]
     if not messages or messages[0][0] or tags[0] > 1 or not paths or len(paths) not in (1, sum(tags)):
-        raise ValueError("its images are not one original in the first message and then the crops")
+        raise Unusable("its images are not one original in the first message and then the crops")
     image, turns, answer = env.open_image(find(paths[0])), [], None
     boxes = [(0, 0, *image.size)]
     for i in range(1, len(messages), 2):
         text = messages[i][1]
         actions = list(ACTIONS.finditer(text))
-        if len(actions) != 1 or answer is not None:
-            raise ValueError("a turn is not one call or one answer")
+        if len(actions) != 1 or answer:
+            raise Unusable("a turn is not one call or one answer")
         thought = re.sub("</?think>", "", text[:actions[0].start()]).strip()
-        body = next(x for x in actions[0].groups()[1::2] if x is not None).strip()
-        if actions[0][1]:
+        tag, body = actions[0][1], (actions[0][2] or actions[0][3] or "").strip()
+        if tag in ("tool_call", "grounding"):
             if i + 1 == len(messages) or tags[i + 1] != 1:
-                raise ValueError("a call was not followed by one crop")
+                raise Unusable("a call was not followed by one crop")
             seen = env.open_image(find(paths[len(boxes)])) if len(paths) > 1 else None
             ours, box = replay(body, boxes, image, seen)
             boxes.append(box)
@@ -723,7 +678,7 @@ def translate(row, find):
             ours, answer = f"<answer>{body}</answer>", body
         turns.append(f"<think>{thought}</think>\n{ours}")
     if not answer:
-        raise ValueError("it does not end with an answer")
+        raise Unusable("it does not end with an answer")
     question = ASIDES.sub("", messages[0][1].replace("<image>", "")).strip().removeprefix("Question:").strip()
     return {**{k: row[k] for k in ("doc_id", "data_source") if k in row}, "images": [paths[0]], "problem": question,
             "solution": row.get("solution", answer), "turns": turns}
@@ -734,10 +689,12 @@ def translated(path, rows, find):
     def one(row):
         try:
             return (translate(row, find) if isinstance(row, dict) and "problem" not in row else row), None
-        except ValueError as e:
+        except Unusable as e:
             return None, str(e)
         except UserError:
             return None, "an image is missing, broken or outside of --image_root"
+        except (ValueError, TypeError, LookupError, AttributeError):
+            return None, "its messages or a call could not be read"
     with ThreadPoolExecutor() as pool:  # most of the time is spent decoding images
         out, why = zip(*tqdm(pool.map(one, rows), desc="conversations", total=len(rows), disable=None, leave=False))
     report = f"{path}: {why.count(None)} of {len(rows)} conversations are used" + "".join(
@@ -746,21 +703,18 @@ def translated(path, rows, find):
         raise UserError(report)
     if os.environ.get("RANK", "0") == "0":
         print(report, flush=True)
-    return [row for row, reason in zip(out, why) if reason is None]
+    return [row for row, reason in zip(out, why) if not reason]
 
 
 def load_rows(path, image_root=""):
-    """FORK: the data set. Read rows from a JSON list or JSONL file; image paths, relative to the file or to image_root,
-    become absolute. path may lie "in" a file (--data=cold.json): then that is read.
-
-    Conversations (`conversations`, `messages`, `message_list`) are translated; those that cannot be replayed are left out
-    and counted. Raises UserError naming file and row when a field is missing, an image does not exist or lies outside of
-    image_root.
+    """FORK: the data set. Rows of a JSON list or JSONL file, with absolute image paths. path may lie "in" a file
+    (--data=cold.json): then that is read. Conversations are translated; what cannot be replayed is left out and counted.
+    Raises UserError naming file and row when a field is missing, or an image does not exist or lies outside of image_root.
     """
     path = os.path.dirname(path) if os.path.isfile(os.path.dirname(path)) else path
     if path.endswith(".parquet"):
-        raise UserError(f"{path}: Parquet is not read; write its images to files and its rows to JSONL, by the data set's own "
-                        "script (Mini-o3: preprocess_coldstart.py) or pandas.read_parquet and to_json(orient='records', lines=True)")
+        raise UserError(f"{path}: Parquet is not read; write its images to files and its rows to JSONL (Mini-o3: its "
+                        "preprocess_coldstart.py; else pandas.read_parquet and to_json(orient='records', lines=True))")
     try:
         with open(path, encoding="utf-8-sig") as f:
             text = f.read()
@@ -782,11 +736,9 @@ def load_rows(path, image_root=""):
         rows = translated(path, rows, find)
     for i, row in enumerate(rows):
         for key in ("images", "problem", "solution"):
-            if not isinstance(row, dict) or row.get(key) in (None, "", []):
-                raise UserError(f"{path}: row {i} has no `{key}`; every row needs images, problem and solution")
-        if not isinstance(row["images"], list) or not all(isinstance(p, str) for p in row["images"]):
-            raise UserError(f"{path}: row {i}: `images` is not a list of paths")
-        row["images"] = [find(p, i) for p in row["images"]]
+            if not isinstance(row, dict) or row.get(key) in (None, "", []) or not isinstance(row["images"], list):
+                raise UserError(f"{path}: row {i} has no `{key}`; every row needs images (a list of paths), problem and solution")
+        row["images"] = [find(str(p), i) for p in row["images"]]
         row["problem"] = str(row["problem"]).replace("<image>", "").strip()  # the image always comes first
         if row.get("choices") and not env.match(np.ravel(row["solution"])[0], row):
             raise UserError(f"{path}: row {i}: its solution {row['solution']!r} is none of its choices {row['choices']}")
@@ -803,20 +755,17 @@ def check_images(rows, rank, world):
 def main(cfg):
     """Make the scenes of cfg.out unless they are there, or rows from the photographs of cfg.images."""
     rank, world, device = env.setup()
+    here = lambda name: os.path.exists(os.path.join(cfg.out, name))
+    if rank == 0 and here("train.jsonl") and not here("answers" if cfg.images else "config.json"):
+        raise UserError(f"{cfg.out} holds rows that this command did not make; give another --out (rppo.py: --data)")
     if cfg.images:
         return construct(cfg, device)
     if cfg.level not in LEVELS:
         raise UserError(f"--level={cfg.level}: the levels are {', '.join(map(str, LEVELS))}")
-    here = lambda name: os.path.exists(os.path.join(cfg.out, name))
-    if rank == 0 and here("train.jsonl") and not here("config.json") and not here("unfinished.json"):
-        raise UserError(f"{cfg.out} holds rows that data.py did not make (or not completely); give another --out (rppo.py: --data)")
     if rank == 0 and not env.same_settings(cfg.out, cfg):
-        os.makedirs(cfg.out, exist_ok=True)
-        unfinished = os.path.join(cfg.out, "unfinished.json")  # by this we know our own rows after an interruption
-        env.write_text(unfinished, json.dumps(asdict(cfg), indent=1))
-        counts = {split: write_rows(cfg, split, n, seed) for split, n, seed in
-                  (("sft", cfg.n_sft, cfg.seed), ("train", cfg.n_train, cfg.seed), ("test", cfg.n_test, 2 ** 32))}
-        os.replace(unfinished, os.path.join(cfg.out, "config.json"))  # last: its presence means complete
+        splits = dict(sft=(cfg.n_sft, cfg.seed), test=(cfg.n_test, 2 ** 32), train=(cfg.n_train, cfg.seed))
+        counts = {split: write_rows(cfg, split, n, seed) for split, (n, seed) in splits.items()}  # train.jsonl last: see above
+        env.write_text(os.path.join(cfg.out, "config.json"), json.dumps(asdict(cfg), indent=1))   # its presence means complete
         print(f"{cfg.out}: " + ", ".join(f"{n} {split} rows" for split, n in counts.items()))
     if world > 1:
         env.dist.barrier()

@@ -989,7 +989,7 @@ def test_flaws_of_the_cold_start(policy, rows):
     assert all(t.status == "answered" and not any(e for *_, e in t.turns) for t in trajs)
     overlap = [any(iou(a, b) >= 0.5 for i, a in enumerate(t.crops) for b in t.crops[:i]) for t in trajs]
     right = [match(t.answer, t.row) for t in trajs]
-    early, late = slice(0, 168), slice(168, 240)                     # `clean` is 0.7 of 240 rows
+    early, late = slice(0, 168), slice(168, 240)                     # CLEAN is 0.7 of 240 rows
     assert np.mean(overlap[early]) < 0.1 < 0.2 < np.mean(overlap[late]) < 0.8
     assert np.mean(right[early]) > 0.85 > 0.8 > np.mean(right[late]) > 0.3
 
@@ -1008,6 +1008,7 @@ def test_load_rows(tmp_path, scenes):
     assert load(json.dumps([{**good, "images": [str(tmp_path / "a.png")]}]))[0]["images"] == [str(tmp_path / "a.png")]
     for text, words in (("{", "not JSON"), ("[1, 2", "not JSON"), ("", "no rows"), ("[]", "no rows"),
                         (json.dumps([good, {**good, "images": ["b.png"]}]), "row 1: image .*b.png does not exist"),
+                        (json.dumps([good, {**good, "images": "a.png"}]), "row 1 has no `images`.*a list of paths"),
                         *((json.dumps([good, {k: v for k, v in good.items() if k != key}]), f"row 1 has no `{key}`")
                           for key in ("images", "problem", "solution"))):
         with pytest.raises(env.UserError, match=words) as e:

@@ -232,9 +232,9 @@ def test_what_cannot_be_replayed_is_left_out(tmp_path, capsys):
     assert len(load_conversations(tmp_path, rows)) == 1
     report = capsys.readouterr().out
     assert "1 of 13 conversations are used" in report and report.count("\n") == 1
-    for n, first, reason in ((2, 1, "does not show what its crop file shows"), (1, 3, "not on its image"), (3, 4, "could not be read"),
+    for n, first, reason in ((2, 1, "does not show what its crop file shows"), (1, 3, "not on its image"), (4, 4, "could not be read"),
                              (2, 6, "not one call or one answer"), (1, 9, "not one original"), (1, 10, "missing"),
-                             (1, 11, "messages could not be read"), (1, 12, "not followed by one crop")):
+                             (1, 12, "not followed by one crop")):
         assert f"{n} left out, the first is row {first}: " in report and reason in report, report
     assert "0 of 12" in refusal(load_conversations, tmp_path, rows[1:])
 
