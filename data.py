@@ -331,7 +331,7 @@ def converse(q, model, problem, world, k, box):
     photo, seed = q.photo, q.job.cfg.seed
     start = [model.name, seed, q.n, env.SYSTEM, env.SYSTEM_NO_TOOL, problem, box, asdict(world)]
 
-    def rollout(key):  # in env.py a conversation begins with an image: a blank one where there is none to see
+    def sample(key):  # in env.py a conversation begins with an image: a blank one where there is none to see
         image = photo.image.crop(box) if box else Image.new("RGB", (64, 64), "grey")
         try:
             with model.busy:
@@ -344,7 +344,7 @@ def converse(q, model, problem, world, k, box):
         text = env.chat(model.url, model.name, messages(photo, traj, problem, world), world.temperature)
         return text.strip().encode(errors="replace").decode()
 
-    said = photo.recall([*start, k], rollout) if model.policy else None
+    said = photo.recall([*start, k], sample) if model.policy else None
     trajs = [env.Trajectory({}, photo.image, boxes=[box]) for _ in range(k)]
     for i, t in enumerate(trajs):
         while t.status == "open" and not (said and len(t.turns) == len(said[i])):
@@ -762,10 +762,11 @@ def main(cfg):
         return construct(cfg, device)
     if cfg.level not in LEVELS:
         raise UserError(f"--level={cfg.level}: the levels are {', '.join(map(str, LEVELS))}")
-    if rank == 0 and not env.same_settings(cfg.out, cfg):
+    if rank == 0 and not (env.same_settings(cfg.out, cfg) and here("train.jsonl")):
+        os.makedirs(cfg.out, exist_ok=True)
+        env.write_text(os.path.join(cfg.out, "config.json"), json.dumps(asdict(cfg), indent=1))   # first: by it we know our own rows
         splits = dict(sft=(cfg.n_sft, cfg.seed), test=(cfg.n_test, 2 ** 32), train=(cfg.n_train, cfg.seed))
-        counts = {split: write_rows(cfg, split, n, seed) for split, (n, seed) in splits.items()}  # train.jsonl last: see above
-        env.write_text(os.path.join(cfg.out, "config.json"), json.dumps(asdict(cfg), indent=1))   # its presence means complete
+        counts = {split: write_rows(cfg, split, n, seed) for split, (n, seed) in splits.items()}  # train.jsonl last: it means complete
         print(f"{cfg.out}: " + ", ".join(f"{n} {split} rows" for split, n in counts.items()))
     if world > 1:
         env.dist.barrier()
