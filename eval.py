@@ -7,10 +7,10 @@
     torchrun eval.py --model=... --bench=vstar:vstar_bench --tool=off                     # without the tool
     python eval.py --model=... --image=photo.jpg --question="What does the sign say?"
 
-Prints one table and writes <out>/eval.json. Of the scenes: the metrics at temperature 1 (k samples a row) and
-greedy, n, seed, and accuracy and crops by the number of candidates (`difficulty` of a row). Of each benchmark: the metrics
-overall and by category; and where both were run in one <out>, what the tool repaired and what it broke. Every question is
-recorded in <out>/records.<rank>.jsonl when it is done; the same command goes on from there. Also draws <out>/trajectory.png.
+Prints one table, writes <out>/eval.json and draws <out>/trajectory.png. Of the scenes: the metrics at temperature 1 (k samples
+a row) and greedy, and by the number of candidates (`difficulty` of a row). Of each benchmark: the metrics overall and by
+category; and where both were run in one <out>, what the tool repaired and what it broke. Every question of a benchmark is
+recorded in <out>/records.<rank>.jsonl when it is done; the same command goes on from there.
 """
 import base64
 import csv
@@ -25,8 +25,10 @@ import sys
 import textwrap
 import time
 import zlib
+from collections import defaultdict
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import groupby, takewhile
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -38,6 +40,7 @@ import env
 COLUMNS = {"accuracy": "acc", "crops_right": "crop+", "crops_wrong": "crop-", "redundancy_wrong": "redun-", "overlap_wrong": "over-",
            "repeat_rate": "repeat", "invalid_call_rate": "inval", "unanswered_rate": "unansw", "guess_rate": "guess",
            "evidence_coverage": "cover"}  # metric -> heading; + over right answers, - over wrong ones
+HEADER = " ".join(f"{c:>6}" for c in COLUMNS.values())
 
 
 @dataclass
@@ -97,7 +100,7 @@ def evaluate(policy, rows, cfg, rank=0, world=1, k=1, greedy=False, done=None, r
     """Answer rows, shared out over the ranks, k times each. Returns (samples (rows, k, measures), a long trajectory of this
     rank or None). done: {number of a row: its samples} of what was answered before; record(number, k trajectories, k measures)
     is called for every other row of this rank. What is sampled depends on a row's number alone. All ranks must reach this."""
-    done = done or {}
+    done = dict(done or {})
     mine = [i for i in range(len(rows)) if i not in done][rank::world]
     per, records, longest = max(1, cfg.in_flight // k), [], None  # a trajectory holds its full-resolution image
     for at in tqdm([mine[i:i + per] for i in range(0, len(mine), per)], desc="eval", disable=True if rank else None, leave=False):
@@ -109,12 +112,9 @@ def evaluate(policy, rows, cfg, rank=0, world=1, k=1, greedy=False, done=None, r
             records.append([i, *sum(measures, [])])
             if record:
                 record(i, same, measures)
-    samples = np.empty((len(rows), k, len(MEASURES)))
-    for i, x in done.items():
-        samples[i] = np.array(x, float)
     for i, *x in env.gather(records, world):
-        samples[int(i)] = np.reshape(x, (k, -1))
-    return samples, longest
+        done[int(i)] = np.reshape(x, (k, -1)).astype(float)
+    return np.array([done[i] for i in range(len(rows))]), longest
 
 
 def score(policy, rows, cfg, rank=0, world=1):
@@ -163,10 +163,9 @@ def unpack(text, folder, where):
         except (OSError, ValueError) as e:
             raise env.UserError(f"{where}: its image cannot be read ({type(e).__name__})")
         os.makedirs(folder, exist_ok=True)
-        unfinished = f"{file}.{os.environ.get('RANK', 0)}.tmp"  # other ranks may be at the same image
-        with open(unfinished, "wb") as f:
-            f.write(raw)
-        os.replace(unfinished, file)
+        unfinished = Path(f"{file}.{os.environ.get('RANK', 0)}.tmp")  # other ranks may be at the same image
+        unfinished.write_bytes(raw)
+        unfinished.replace(file)
     return file
 
 
@@ -185,8 +184,7 @@ def read_tsv(path, letters, *columns):
             if len(image) > 64:
                 image = files[x["index"]] = unpack(image, path + ".images", f"{path}: row {i}")
             options = list(takewhile(bool, (x[c] for c in letters)))
-            more = dict(zip(columns, more))
-            rows.append(multiple_choice(image, question, options, answer.strip(), f"{path}: row {i}", **more))
+            rows.append(multiple_choice(image, question, options, answer.strip(), f"{path}: row {i}", **dict(zip(columns, more))))
     return [{**r, "images": [files.get(r["images"][0], r["images"][0])]} for r in rows]
 
 
@@ -253,27 +251,27 @@ def read_benches(cfg):
 # ---------------------------------------------------------------------------------------------------------------
 # Published benchmarks: records of questions, and the report.
 
-def record_keys(policy, name, rows, crops, cfg):
-    """The name of the record of each row: the question and all that its answers depend on, the weights included, so that what
-    was recorded under other settings is never taken for this. crops: the max_crops of the record."""
+def record_keys(policy, name, rows, cfg):
+    """The name of the records of each row: the question and all that its answers depend on but max_crops, the weights included,
+    so that what was recorded under other settings is never taken for this."""
     settings = {f.name: getattr(cfg, f.name) for f in fields(env.World) if f.name not in ("max_crops", "in_flight")}
     code = zlib.crc32(json.dumps([MEASURES, cfg.seed, cfg.k, settings]).encode())
     for p in policy.parameters():
         code = zlib.crc32(p.detach().flatten()[:1024].float().cpu().numpy().tobytes(), code)
     asked = [{**r, "images": os.path.basename(r["images"][0]), "doc_id": None} for r in rows]
-    return [f"{name} {crops} {i} {zlib.crc32(json.dumps(r).encode(), code):08x}" for i, r in enumerate(asked)]
+    return [f"{name} {i} {zlib.crc32(json.dumps(r).encode(), code):08x}" for i, r in enumerate(asked)]
 
 
 def read_records(out):
-    """{key: k records of measure} of the questions that runs in this folder have answered."""
-    done = {}
+    """{key: {max_crops: samples (k, measures)}} of the questions that runs in this folder have answered."""
+    done = defaultdict(dict)
     for file in glob.glob(os.path.join(glob.escape(out), "records.*.jsonl")):
         for text in open(file):
             try:
                 record = json.loads(text)
             except ValueError:
                 continue               # half a line of a killed run, or the line break behind it
-            done[record["key"]] = record["samples"]
+            done[record["key"]][record["max_crops"]] = np.array(record["samples"], float)
     return done
 
 
@@ -290,19 +288,18 @@ def score_benches(policy, benches, cfg, rank=0, world=1):
         def record(i, trajs, measures):
             if all(t.verdict != "failed" for t in trajs):  # or else the next run asks again
                 samples = [[None if x != x else float(x) for x in m] for m in measures]
-                f.write(json.dumps({"key": keys[i], "doc_id": rows[i].get("doc_id"), "samples": samples,
-                                    "answers": [t.answer for t in trajs]}) + "\n")
+                f.write(json.dumps({"key": keys[i], "max_crops": cfg.max_crops, "doc_id": rows[i].get("doc_id"),
+                                    "samples": samples, "answers": [t.answer for t in trajs]}) + "\n")
         for name, rows in benches.items():
-            keys = record_keys(policy, name, rows, cfg.max_crops, cfg)
-            before = {i: done[x] for i, x in enumerate(keys) if x in done}
+            keys = record_keys(policy, name, rows, cfg)
+            before = {i: done[x][cfg.max_crops] for i, x in enumerate(keys) if cfg.max_crops in done[x]}
             if rank == 0:
                 print(f"{name}: {len(rows)} questions, {len(before)} of them recorded before", flush=True)
             samples, traj = evaluate(policy, rows, cfg, rank, world, cfg.k, cfg.k == 1, before, record)
             modes, longest = {cfg.max_crops: samples}, longest or traj
-            other = 0 if cfg.max_crops else max((int(x.split()[1]) for x in done if x.split()[0] == name), default=0)
-            recorded = [done.get(x) for x in record_keys(policy, name, rows, other, cfg)]
-            if None not in recorded:
-                modes.setdefault(other, np.array(recorded, float))
+            complete = set.intersection(*(set(done[x]) for x in keys))       # what earlier runs answered all of
+            if others := [n for n in complete if bool(n) != bool(cfg.max_crops)]:
+                modes[max(others)] = np.array([done[x][max(others)] for x in keys])
             result[name] = report(rows, modes)
     return {"benches": result, "seed": cfg.seed, "k": cfg.k, "temperature": cfg.temperature if cfg.k > 1 else 0.0,
             **{k: getattr(cfg, k) for k in ("max_pixels", "min_crop_pixels", "max_crop_pixels")}}, longest
@@ -311,21 +308,21 @@ def score_benches(policy, benches, cfg, rank=0, world=1):
 def summarise(rows, samples):
     """Metrics of samples (rows, k, measures), overall and by category. Accuracy is the mean over the rotations of the options,
     where a benchmark has them; a category "a/b" counts in "a" too."""
-    rotation, groups = np.array([str(r.get("cycle_category")) for r in rows]), {}
-
-    def summary(at):
-        accuracy = np.mean([samples[at][rotation[at] == x, :, 0].mean() for x in np.unique(rotation[at])])
-        return {**metrics(samples[at]), "accuracy": float(accuracy), "n": len(at)}
+    rotation, groups, out = np.array([str(r.get("cycle_category")) for r in rows]), {}, {}
     for i, r in enumerate(rows):
-        for c in {r["category"], r["category"].partition("/")[0]}:
+        for c in {"", r["category"], r["category"].partition("/")[0]}:    # "": all rows
             groups.setdefault(c, []).append(i)
-    return {**summary(list(range(len(rows)))), "categories": {c: summary(groups[c]) for c in sorted(groups)}}
+    for c in sorted(groups):
+        part, turned = samples[groups[c]], rotation[groups[c]]
+        accuracy = np.mean([part[turned == x, :, 0].mean() for x in np.unique(turned)])
+        out[c] = {**metrics(part), "accuracy": float(accuracy), "n": len(part)}
+    return {**out.pop(""), "categories": out}
 
 
 def report(rows, modes):
     """Metrics of a benchmark with the tool and without it, from modes {max_crops: samples (rows, k, measures)}; where both
     are there, the difference of the accuracies, split into what the tool repaired and what it broke."""
-    out = {"tool_on" if crops else "tool_off": summarise(rows, samples) for crops, samples in modes.items()}
+    out = {"tool_on" if crops else "tool_off": summarise(rows, samples) for crops, samples in sorted(modes.items(), reverse=True)}
     if len(modes) == 2:
         off, on = (modes[crops][..., 0].mean(1) for crops in sorted(modes))  # (rows,) accuracy over the k samples
         gain = on - off
@@ -336,18 +333,16 @@ def report(rows, modes):
 
 def show_benches(result):
     """The table of eval.json."""
-    print(f"{'':34}{'n':>6} {header()}")
+    print(f"{'':34}{'n':>6} {HEADER}")
     for name, parts in result["benches"].items():
-        for mode in ("tool_on", "tool_off"):
-            if mode in parts:
-                print(f"{name + ' ' + mode:34}{parts[mode]['n']:6} {line(parts[mode])}")
-                for c, m in parts[mode]["categories"].items():
-                    print(f"  {c[:32]:32}{m['n']:6} {line(m)}")
-                if failed := parts[mode].get("judge_failed_rate"):
-                    print(f"  the judge failed on {failed:.1%} of what it was asked: scored as wrong, tried again by the next run")
-        if t := parts.get("tool"):
-            print(f"  the tool: {t['difference']:+.3f} = {t['repaired']:.3f} repaired ({t['n_repaired']} questions) "
-                  f"- {t['broken']:.3f} broken ({t['n_broken']})")
+        for mode, m in [(x, parts[x]) for x in ("tool_on", "tool_off") if x in parts]:
+            for label, x in ((f"{name} {mode}", m), *((f"  {c}", x) for c, x in m["categories"].items())):
+                print(f"{label[:34]:34}{x['n']:6} {line(x)}")
+            if failed := m.get("judge_failed_rate"):
+                print(f"  the judge failed on {failed:.1%} of what it was asked: scored as wrong, tried again by the next run")
+        if tool := parts.get("tool"):
+            print(f"  the tool: {tool['difference']:+.3f} = {tool['repaired']:.3f} repaired ({tool['n_repaired']} questions) "
+                  f"- {tool['broken']:.3f} broken ({tool['n_broken']})")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -356,10 +351,6 @@ def show_benches(result):
 def line(m):
     """Metrics in fixed columns, for log lines and tables."""
     return " ".join("     -" if m[c] is None else f"{m[c]:6.3f}" for c in COLUMNS)
-
-
-def header():
-    return " ".join(f"{c:>6}" for c in COLUMNS.values())
 
 
 def show(traj, proc):
@@ -436,14 +427,12 @@ def main(cfg):
     cfg = replace(cfg, max_crops=cfg.max_crops if cfg.tool == "on" else 0)
     if cfg.image:
         return ask(env.load_policy(cfg.model, device), cfg) if rank == 0 else None
-    if cfg.bench:
-        rows = read_benches(cfg)
-    else:
-        rows = data.load_rows(os.path.join(cfg.data, "test.jsonl"), cfg.image_root)[:cfg.limit or None]
-    data.check_images(sum(rows.values(), []) if cfg.bench else rows, rank, world)
+    benches = read_benches(cfg) if cfg.bench else {}
+    rows = sum(benches.values(), []) or data.load_rows(os.path.join(cfg.data, "test.jsonl"), cfg.image_root)[:cfg.limit or None]
+    data.check_images(rows, rank, world)
     policy, t = env.load_policy(cfg.model, device), time.time()
     with env.memory("evaluation", cfg.max_tokens):
-        result, longest = (score_benches if cfg.bench else score)(policy, rows, cfg, rank, world)
+        result, longest = score_benches(policy, benches, cfg, rank, world) if benches else score(policy, rows, cfg, rank, world)
     result["seconds"] = round(time.time() - t, 1)
     if rank == 0:
         os.makedirs(cfg.out, exist_ok=True)
@@ -451,10 +440,10 @@ def main(cfg):
         if longest:
             draw(longest, os.path.join(cfg.out, "trajectory.png"))
         print(f"eval {cfg.model}: seed {cfg.seed}, k {cfg.k}, {result['seconds']} s -> {cfg.out}/eval.json")
-    if rank == 0 and cfg.bench:
+    if rank == 0 and benches:
         show_benches(result)
     elif rank == 0:
-        print(f"{'n ' + str(result['n']):8} {header()}\nsampled  {line(result)}\ngreedy   {line(result['greedy'])}")
+        print(f"{'n ' + str(result['n']):8} {HEADER}\nsampled  {line(result)}\ngreedy   {line(result['greedy'])}")
         for d, r in result["accuracy_by_candidates"].items():
             print(f"  {d} candidates: accuracy {r['accuracy']:.3f}, crops {r['crops']:.2f} (n={r['n']})")
     return result

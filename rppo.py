@@ -285,7 +285,7 @@ def main(cfg):
     if rank == 0:
         mark_best(cfg.out)                             # after damage, the best one may be gone
         print(f"rppo: {cfg.prompts} prompts x {cfg.samples} samples on {world} ranks, {cfg.steps} steps from {start}\n"
-              f"{'':10} reward  {evaluation.header()}  entrpy   norm tok/tr roll_s  upd_s    eta")
+              f"{'':10} reward  {evaluation.HEADER}  entrpy   norm tok/tr roll_s  upd_s    eta")
     t = time.time()
     train(policy, optimizer, rows, held_out, resumed, preset, cfg, rank, world)
     seconds["rppo"] = time.time() - t
@@ -306,7 +306,7 @@ def compare(cfg, start, seconds, started, rank):
     if rank == 0:
         summary["seconds"] = {**{k: round(v, 1) for k, v in seconds.items()}, "total": round(time.time() - started, 1)}
         env.write_text(os.path.join(parent, "summary.json"), json.dumps(summary, indent=1))
-        print(f"\n{'':10}{'greedy':>7} {evaluation.header()}")
+        print(f"\n{'':10}{'greedy':>7} {evaluation.HEADER}")
         for name in ("sft", "rppo"):
             print(f"{name:10}{summary[name]['accuracy_greedy']:7.3f} {evaluation.line(summary[name])}")
         print("seconds " + " ".join(f"{k}={v}" for k, v in summary["seconds"].items()) + f" -> {parent}/summary.json")

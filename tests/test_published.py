@@ -568,7 +568,7 @@ def test_a_killed_run_goes_on(whole, base, published, tmp_path, monkeypatch, pie
         bench(base, out, published, k=2, in_flight=10)
     assert asked == [5, 5, 2][:pieces]
     with open(f"{out}/records.0.jsonl", "a") as f:
-        f.write('{"key": "hrbench4k 2 11 00000000", "samples": [[1.0, 0.0]')
+        f.write('{"key": "hrbench4k 11 00000000", "samples": [[1.0, 0.0]')
     before, asked, pieces = sum(asked), [], -1
     monkeypatch.setattr(env, "rollout", counting)
     assert bench(base, out, published, k=2)[0] == whole[0] and sum(asked) == 32 - before
@@ -601,7 +601,7 @@ def test_tool_on_and_off(base, published, tmp_path):
     records = [json.loads(x) for x in open(f"{out}/records.0.jsonl") if x.strip()]
     for name, x in both["benches"].items():
         assert x["tool_off"] == off["benches"][name]["tool_off"]
-        accuracy = {(int(r["key"].split()[1]), int(r["key"].split()[2])): np.mean([m[0] for m in r["samples"]])
+        accuracy = {(r["max_crops"], int(r["key"].split()[1])): np.mean([m[0] for m in r["samples"]])
                     for r in records if r["key"].startswith(name + " ")}
         gains = [accuracy[2, i] - accuracy[0, i] for i in range(x["tool_on"]["n"])]
         t = x["tool"]
