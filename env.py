@@ -3,14 +3,14 @@
 A trajectory is a conversation about one high-resolution image. The policy thinks, then either calls a crop tool
 or answers; the crop comes back as a new image, cut from the original pixels; and so on. Everything that gives a
 token or a number its meaning is defined here and nowhere else: prompt, tool, parser, crop, mask, rollout,
-log-probabilities, answer matching, reward, metrics. Training and evaluation call the same functions.
+log-probabilities, answer matching, reward. Training and evaluation call the same functions.
 
     World                       the numbers that define the task and the reward (every stage's Config extends it)
     parse_action, resolve_box   the policy's text -> an action -> a box on the original, or an error it can read
     reset, respond, observe     one conversation, token by token; SFT rendering and RL rollout both use these three
     Policy, load_policy         a Qwen VLM behind two calls: log-probabilities of a batch, and one incremental step
     rollout                     P prompts x G samples: shared prefill, one KV cache across turns
-    match, judge, reward, metrics   is the answer right, what is it worth, what happened on the way
+    match, judge, reward        is the answer right, and what is it worth
 
 Shapes: P prompts, G samples per prompt, B = P*G trajectories, T tokens of the longest, N image tokens,
 V rows of the language-model head. (In formulas T is DRIM's number of crops.) Boxes are (x0, y0, x1, y1) in pixels of the original image.
@@ -112,7 +112,7 @@ class Action:
     error: str | None = None         # why it is malformed; for logs, the policy reads ERRORS
 
 
-def _without_thoughts(text):
+def without_thoughts(text):
     """Drop <think>...</think>; an unclosed <think> swallows the rest, a lone </think> everything before it."""
     first_open, first_close = text.find("<think>"), text.find("</think>")
     if first_close != -1 and (first_open == -1 or first_close < first_open):
@@ -135,7 +135,7 @@ def parse_action(text):
     >>> parse_action("<answer> red </answer>").answer, parse_action("red").kind
     ('red', 'none')
     """
-    text = _without_thoughts(text)
+    text = without_thoughts(text)
     calls, answers = text.count("<tool_call>"), text.count("<answer>")
     if calls + answers == 0:
         return Action("none", error="no action")
@@ -821,7 +821,7 @@ def _verdict(question, solutions, answer, cfg):
         reply = chat(cfg.judge_url, cfg.judge_name, [{"role": "user", "content": text}], tries=3, timeout=60)
     except ConnectionError:
         return "failed"
-    said = re.match(r"\W*(yes|no)\b", _without_thoughts(reply).lower())
+    said = re.match(r"\W*(yes|no)\b", without_thoughts(reply).lower())
     return {"yes": "right", "no": "wrong"}[said[1]] if said else "failed"
 
 
@@ -860,36 +860,6 @@ def covers(traj, row):
     inside = lambda b, e: max(0, min(b[2], e[2]) - max(b[0], e[0])) * max(0, min(b[3], e[3]) - max(b[1], e[1]))
     return any(area(c) <= area(traj.boxes[0]) / 4 and all(inside(c, e) >= 0.9 * area(e) for e in row["boxes"])
                for c in traj.crops)
-
-
-MEASURES = ("accuracy", "crops_right", "crops_wrong", "redundancy_wrong", "overlap_wrong", "unanswered_rate", "guess_rate",
-            "evidence_coverage", "repeats", "crops", "invalid", "calls", "judge_failed_rate")
-
-
-def measure(traj, cfg):
-    """One trajectory's share of every metric, in the order of MEASURES; NaN where it has none."""
-    crops, nan = traj.crops, math.nan
-    right = is_right(traj, traj.row)
-    nearest = [max((iou(b, e) for e in crops[:i]), default=0.0) for i, b in enumerate(crops)]
-    invalid = sum(error is not None and "<tool_call>" in _without_thoughts(text) for text, _, error in traj.turns)
-    answered, seen = traj.status == "answered", covers(traj, traj.row) if traj.row.get("boxes") else nan
-    return [right, len(crops) if right else nan, nan if right else len(crops),
-            nan if right or len(crops) < 2 else redundancy(crops, cfg.eps), nan if right else any(x >= 0.5 for x in nearest),
-            not answered, nan if seen != seen else answered and not seen, seen,
-            sum(x >= 0.7 for x in nearest), len(crops), invalid, invalid + len(crops),
-            nan if traj.verdict is None else traj.verdict == "failed"]
-
-
-def metrics(records):
-    """Averages over records (n, len(MEASURES)), as in every log line and eval.json (README: glossary); None where there
-    is nothing to average."""
-    table = np.asarray(records, float).reshape(-1, len(MEASURES))
-    mean = lambda x: float(x[~np.isnan(x)].mean()) if (~np.isnan(x)).any() else None
-    out = {k: mean(table[:, i]) for i, k in enumerate(MEASURES[:8])}
-    repeats, crops, invalid, calls = table[:, 8:12].sum(0)
-    if not np.isnan(table[:, 12]).all():  # of the answers that the judge was asked about
-        out["judge_failed_rate"] = mean(table[:, 12])
-    return {**out, "repeat_rate": repeats / crops if crops else None, "invalid_call_rate": invalid / calls if calls else None}
 
 
 # ---------------------------------------------------------------------------------------------------------------

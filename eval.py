@@ -7,10 +7,10 @@
     torchrun eval.py --model=... --bench=vstar:vstar_bench --tool=off                     # without the tool
     python eval.py --model=... --image=photo.jpg --question="What does the sign say?"
 
-Prints one table and writes <out>/eval.json. Of the scenes: the metrics of env.metrics at temperature 1 (k samples a row) and
-greedy, n, seed, and accuracy and crops by the number of candidates (`difficulty` of a row). Of each benchmark: the metrics
-overall and by category; and where both were run in one <out>, what the tool repaired and what it broke. Every question is
-recorded in <out>/records.<rank>.jsonl when it is done; the same command goes on from there. Also draws <out>/trajectory.png.
+Prints one table, writes <out>/eval.json and draws <out>/trajectory.png. Of the scenes: the metrics at temperature 1 (k samples
+a row) and greedy, and by the number of candidates (`difficulty` of a row). Of each benchmark: the metrics overall and by
+category; and where both were run in one <out>, what the tool repaired and what it broke. Every question of a benchmark is
+recorded in <out>/records.<rank>.jsonl when it is done; the same command goes on from there.
 """
 import base64
 import csv
@@ -18,17 +18,20 @@ import glob
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import sys
 import textwrap
 import time
 import zlib
+from collections import defaultdict
 from dataclasses import asdict, dataclass, fields, replace
-from itertools import takewhile
+from itertools import groupby, takewhile
+from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 import data
@@ -37,6 +40,7 @@ import env
 COLUMNS = {"accuracy": "acc", "crops_right": "crop+", "crops_wrong": "crop-", "redundancy_wrong": "redun-", "overlap_wrong": "over-",
            "repeat_rate": "repeat", "invalid_call_rate": "inval", "unanswered_rate": "unansw", "guess_rate": "guess",
            "evidence_coverage": "cover"}  # metric -> heading; + over right answers, - over wrong ones
+HEADER = " ".join(f"{c:>6}" for c in COLUMNS.values())
 
 
 @dataclass
@@ -57,47 +61,83 @@ class Config(env.World):
 REAL = dict()
 
 
-def pieces(policy, rows, at, cfg, k, greedy, quiet):
-    """Yields (numbers of rows, k trajectories of each), a piece of the rows `at` at a time: a trajectory holds its
-    full-resolution image. What is sampled depends on a row's number, not on its piece or rank."""
-    per = max(1, cfg.in_flight // k)
-    with policy.gathered():            # ranks may have different numbers of pieces
-        for i in tqdm(range(0, len(at), per), desc="eval", disable=True if quiet else None, leave=False):
-            mine = at[i:i + per]
-            trajs = env.rollout(policy, [rows[j] for j in mine], cfg, k, seed=(cfg.seed, 2 ** 31), prompt_ids=mine, greedy=greedy)
+# ---------------------------------------------------------------------------------------------------------------
+# What is counted of a trajectory, and the scores of rows.
+
+AVERAGED = ("accuracy", "crops_right", "crops_wrong", "redundancy_wrong", "overlap_wrong", "unanswered_rate", "guess_rate",
+            "evidence_coverage", "judge_failed_rate")
+COUNTED = ("repeats", "crops", "invalid", "calls")
+MEASURES = AVERAGED + COUNTED
+
+
+def measure(traj, cfg):
+    """One trajectory's share of every metric, in the order of MEASURES; NaN where it has none."""
+    crops, nan, row = traj.crops, math.nan, traj.row
+    right, answered = env.is_right(traj, row), traj.status == "answered"
+    nearest = [max((env.iou(b, e) for e in crops[:i]), default=0.0) for i, b in enumerate(crops)]
+    invalid = sum(error is not None and "<tool_call>" in env.without_thoughts(text) for text, _, error in traj.turns)
+    seen = env.covers(traj, row) if row.get("boxes") else nan
+    return [right, len(crops) if right else nan, nan if right else len(crops),
+            nan if right or len(crops) < 2 else env.redundancy(crops, cfg.eps), nan if right else any(x >= 0.5 for x in nearest),
+            not answered, nan if seen != seen else answered and not seen, seen,
+            nan if traj.verdict is None else traj.verdict == "failed",
+            sum(x >= 0.7 for x in nearest), len(crops), invalid, invalid + len(crops)]
+
+
+def metrics(records):
+    """Averages over records (..., len(MEASURES)), as in every log line and eval.json (README: glossary); None where there
+    is nothing to average. judge_failed_rate is there when the judge was asked."""
+    table = np.asarray(records, float).reshape(-1, len(MEASURES))
+    known = [x[~np.isnan(x)] for x in table.T]
+    out = {k: float(x.mean()) if len(x) else None for k, x in zip(AVERAGED, known)}
+    if out["judge_failed_rate"] is None:
+        del out["judge_failed_rate"]
+    repeats, crops, invalid, calls = table[:, len(AVERAGED):].sum(0)
+    return {**out, "repeat_rate": repeats / crops if crops else None, "invalid_call_rate": invalid / calls if calls else None}
+
+
+def evaluate(policy, rows, cfg, rank=0, world=1, k=1, greedy=False, done=None, record=None):
+    """Answer rows, shared out over the ranks, k times each. Returns (samples (rows, k, measures), a long trajectory of this
+    rank or None). done: {number of a row: its samples} of what was answered before; record(number, k trajectories, k measures)
+    is called for every other row of this rank. What is sampled depends on a row's number alone. All ranks must reach this."""
+    done = dict(done or {})
+    mine = [i for i in range(len(rows)) if i not in done][rank::world]
+    per, records, longest = max(1, cfg.in_flight // k), [], None  # a trajectory holds its full-resolution image
+    with policy.gathered():                      # ranks may have different numbers of pieces
+        for at in tqdm([mine[i:i + per] for i in range(0, len(mine), per)], desc="eval", disable=True if rank else None,
+                       leave=False):
+            trajs = env.rollout(policy, [rows[i] for i in at], cfg, k, seed=(cfg.seed, 2 ** 31), prompt_ids=at, greedy=greedy)
             env.judge(trajs, cfg)
-            yield mine, trajs
-
-
-def evaluate(policy, rows, cfg, rank=0, world=1, k=1, greedy=False):
-    """Score rows, shared out over the ranks. Returns (metrics, a long trajectory of this rank, {difficulty: [n, accuracy,
-    crops]}, redundancy of wrong trajectories by their number of crops). All ranks must reach this."""
-    records, longest = [], None
-    for _, trajs in pieces(policy, rows, list(range(rank, len(rows), world)), cfg, k, greedy, rank > 0):
-        for t in trajs:
-            level = t.row.get("difficulty")
-            records.append(env.measure(t, cfg) + [level if isinstance(level, (int, float)) else 0])
-            longest = t if longest is None or len(t.turns) > len(longest.turns) and len(records) < 64 else longest
-    records = np.array(env.gather(records, world), float).reshape(-1, len(env.MEASURES) + 1)
-    levels, crops = records[:, -1], records[:, env.MEASURES.index("crops")]
-    by_level = {str(int(d)): dict(n=int((levels == d).sum()), accuracy=float(records[levels == d, 0].mean()),
-                                  crops=float(crops[levels == d].mean())) for d in np.unique(levels)}
-    wrong = lambda c: records[(crops == c) & (records[:, 0] == 0), env.MEASURES.index("redundancy_wrong")]
-    by_crops = {str(int(c)): dict(n=len(wrong(c)), redundancy=float(wrong(c).mean()))
-                for c in np.unique(crops) if c > 1 and len(wrong(c))}
-    return env.metrics(records[:, :-1]), longest, by_level, by_crops
+            longest = max([longest or trajs[0], *trajs], key=lambda t: len(t.turns))
+            for i, *same in zip(at, *(trajs[j::k] for j in range(k))):
+                measures = [measure(t, cfg) for t in same]
+                records.append([i, *sum(measures, [])])
+                if record:
+                    record(i, same, measures)
+    for i, *x in env.gather(records, world):
+        done[int(i)] = np.reshape(x, (k, -1)).astype(float)
+    return np.array([done[i] for i in range(len(rows))]), longest
 
 
 def score(policy, rows, cfg, rank=0, world=1):
-    """The contents of eval.json: sampled metrics, greedy ones beside them."""
-    sampled, longest, by_level, by_crops = evaluate(policy, rows, cfg, rank, world, k=cfg.k)
-    greedy, *_ = evaluate(policy, rows, cfg, rank, world, greedy=True)
-    return {**sampled, "accuracy_greedy": greedy["accuracy"], "greedy": greedy, "n": len(rows), "k": cfg.k, "seed": cfg.seed,
-            "temperature": cfg.temperature, "accuracy_by_candidates": by_level, "redundancy_wrong_by_crops": by_crops}, longest
+    """The contents of eval.json, sampled metrics and greedy ones beside them, and a long trajectory of this rank."""
+    samples, longest = evaluate(policy, rows, cfg, rank, world, k=cfg.k)
+    greedy = metrics(evaluate(policy, rows, cfg, rank, world, greedy=True)[0])
+    right, crops, redundancy = (samples[..., MEASURES.index(x)].flatten() for x in ("accuracy", "crops", "redundancy_wrong"))
+    levels = [r.get("difficulty") for r in rows]
+    levels = np.repeat([int(x) if isinstance(x, (int, float)) else 0 for x in levels], cfg.k)
+    by_level = {str(d): dict(n=int((levels == d).sum()), accuracy=float(right[levels == d].mean()),
+                             crops=float(crops[levels == d].mean())) for d in np.unique(levels)}
+    wrong = ~np.isnan(redundancy)                # and of two crops or more
+    by_crops = {str(int(c)): dict(n=int((crops[wrong] == c).sum()), redundancy=float(redundancy[wrong & (crops == c)].mean()))
+                for c in np.unique(crops[wrong])}
+    return {**metrics(samples), "accuracy_greedy": greedy["accuracy"], "greedy": greedy, "n": len(rows), "k": cfg.k,
+            "seed": cfg.seed, "temperature": cfg.temperature, "accuracy_by_candidates": by_level,
+            "redundancy_wrong_by_crops": by_crops}, longest
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Published benchmarks: readers, which return rows with a `category`; then records of questions, and the report from them.
+# Published benchmarks: readers, which return rows with a `category`.
 
 def multiple_choice(image, question, options, letter, where, **more):
     """A row of a question with options, in the one wording that all benchmarks get. letter: of the right option."""
@@ -125,9 +165,9 @@ def unpack(text, folder, where):
         except (OSError, ValueError) as e:
             raise env.UserError(f"{where}: its image cannot be read ({type(e).__name__})")
         os.makedirs(folder, exist_ok=True)
-        with open(file + ".tmp", "wb") as f:
-            f.write(raw)
-        os.replace(file + ".tmp", file)
+        unfinished = Path(f"{file}.{os.environ.get('RANK', 0)}.tmp")  # other ranks may be at the same image
+        unfinished.write_bytes(raw)
+        unfinished.replace(file)
     return file
 
 
@@ -146,8 +186,7 @@ def read_tsv(path, letters, *columns):
             if len(image) > 64:
                 image = files[x["index"]] = unpack(image, path + ".images", f"{path}: row {i}")
             options = list(takewhile(bool, (x[c] for c in letters)))
-            more = dict(zip(columns, more))
-            rows.append(multiple_choice(image, question, options, answer.strip(), f"{path}: row {i}", **more))
+            rows.append(multiple_choice(image, question, options, answer.strip(), f"{path}: row {i}", **dict(zip(columns, more))))
     return [{**r, "images": [files.get(r["images"][0], r["images"][0])]} for r in rows]
 
 
@@ -195,134 +234,117 @@ BENCHES = {"vstar": vstar, "hrbench4k": hrbench, "hrbench8k": hrbench, "mmerealw
            "mmerealworld_lite": mmerealworld, "visualprobe": rows_of, "rows": rows_of}  # functions of (path, image_root)
 
 
-def read_benches(cfg, rank=0, world=1):
-    """{name: rows} of --bench. Rank 0 reads first: it unpacks the images. All ranks must reach this."""
+def read_benches(cfg):
+    """{name: rows} of --bench. UserError for an unknown name, a path or an image that does not exist, no questions."""
     parts, benches = [x.partition(":")[::2] for x in cfg.bench.split(",")], {}
     names = [name for name, _ in parts]
     if wrong := [n for n, path in parts if n not in BENCHES or names.count(n) > 1 or not os.path.exists(path)]:
         raise env.UserError(f"--bench={cfg.bench}: {wrong[0]} is not NAME:PATH of an existing file or folder, each name once; "
                             f"the names are {', '.join(BENCHES)}")
-    if rank:
-        wait(world)
     for name, path in parts:
         benches[name] = BENCHES[name](path, cfg.image_root)[:cfg.limit or None]
         if not benches[name]:
             raise env.UserError(f"--bench={cfg.bench}: {path} holds no questions of {name}")
         if lost := [r for r in benches[name] if not os.path.exists(r["images"][0])]:
             raise env.UserError(f"{lost[0]['doc_id']}: image {lost[0]['images'][0]} does not exist ({len(lost)} such rows)")
-    if not rank:
-        wait(world)
     return benches
 
 
-def wait(world):
-    if world > 1:
-        env.dist.barrier()
+# ---------------------------------------------------------------------------------------------------------------
+# Published benchmarks: records of questions, and the report.
 
-
-def record_key(policy, benches, cfg):
-    """A function (name, max_crops, number of a row) -> the name of a record: the question and all that its answers depend on,
-    the weights included, so that what was recorded under other settings is never taken for this."""
-    weights = 0
+def record_keys(policy, name, rows, cfg):
+    """The name of the records of each row: the question and all that its answers depend on but max_crops, the weights included,
+    so that what was recorded under other settings is never taken for this."""
+    settings = {f.name: getattr(cfg, f.name) for f in fields(env.World) if f.name not in ("max_crops", "in_flight")}
+    code = zlib.crc32(json.dumps([MEASURES, cfg.seed, cfg.k, settings]).encode())
     for p in policy.parameters():
-        weights = zlib.crc32(p.detach().flatten()[:1024].float().cpu().numpy().tobytes(), weights)
-    world = {f.name: getattr(cfg, f.name) for f in fields(env.World) if f.name not in ("max_crops", "in_flight")}
-
-    def key(name, crops, i):
-        row = {**benches[name][i], "images": os.path.basename(benches[name][i]["images"][0]), "doc_id": None}
-        return f"{name} {crops} {i} {zlib.crc32(json.dumps([weights, cfg.seed, cfg.k, world, row]).encode()):08x}"
-    return key
-
-
-def summarise(rows, samples):
-    """Metrics of a benchmark, overall and by category. samples: k records of env.measure for each row. Accuracy is the mean
-    over the rotations of the options, where a benchmark has them; a category "a/b" counts in "a" too."""
-    table, groups = np.array(samples, float), {}                                # (rows, k, measures)
-    rotation = np.array([str(r.get("cycle_category")) for r in rows])
-
-    def summary(at):
-        part, turned = table[at], rotation[at]
-        accuracy = np.mean([part[turned == x, :, 0].mean() for x in np.unique(turned)])
-        return {**env.metrics(part.reshape(-1, table.shape[-1])), "accuracy": float(accuracy), "n": len(at)}
-    for i, r in enumerate(rows):
-        for c in {r["category"], r["category"].partition("/")[0]}:
-            groups.setdefault(c, []).append(i)
-    return {**summary(list(range(len(rows)))), "categories": {c: summary(groups[c]) for c in sorted(groups)}}
+        code = zlib.crc32(p.detach().flatten()[:1024].float().cpu().numpy().tobytes(), code)
+    asked = [{**r, "images": os.path.basename(r["images"][0]), "doc_id": None} for r in rows]
+    return [f"{name} {i} {zlib.crc32(json.dumps(r).encode(), code):08x}" for i, r in enumerate(asked)]
 
 
 def read_records(out):
-    """{key: k records of env.measure} of the questions that runs in this folder have answered."""
-    done = {}
-    for file in sorted(glob.glob(os.path.join(glob.escape(out), "records.*.jsonl"))):
+    """{key: {max_crops: samples (k, measures)}} of the questions that runs in this folder have answered."""
+    done = defaultdict(dict)
+    for file in glob.glob(os.path.join(glob.escape(out), "records.*.jsonl")):
         for text in open(file):
             try:
                 record = json.loads(text)
             except ValueError:
                 continue               # half a line of a killed run, or the line break behind it
-            if not any(m[-1] for m in record["samples"]) or record["key"] not in done:
-                done[record["key"]] = record["samples"]
+            done[record["key"]][record["max_crops"]] = np.array(record["samples"], float)
     return done
 
 
 def score_benches(policy, benches, cfg, rank=0, world=1):
-    """Answer every question of benches ({name: rows}) that is not recorded yet, or on which the judge failed. Returns the
-    contents of eval.json and a long trajectory of this rank, or None. All ranks must reach this; they share cfg.out."""
-    key, done, longest = record_key(policy, benches, cfg), read_records(cfg.out), None
-    wait(world)                        # all have read before anyone writes
+    """Answer every question of benches ({name: rows}) that is not recorded yet. Returns the contents of eval.json and a long
+    trajectory of this rank, or None. All ranks must reach this; they share cfg.out."""
+    done, result, longest = read_records(cfg.out), {}, None
+    if world > 1:
+        env.dist.barrier()             # all have read before anyone writes
     os.makedirs(cfg.out, exist_ok=True)
-    with open(os.path.join(cfg.out, f"records.{rank}.jsonl"), "a") as f:
+    with open(os.path.join(cfg.out, f"records.{rank}.jsonl"), "a", buffering=1) as f:
         f.write("\n")
+
+        def record(i, trajs, measures):
+            if all(t.verdict != "failed" for t in trajs):  # or else the next run asks again
+                samples = [[None if x != x else float(x) for x in m] for m in measures]
+                f.write(json.dumps({"key": keys[i], "max_crops": cfg.max_crops, "doc_id": rows[i].get("doc_id"),
+                                    "samples": samples, "answers": [t.answer for t in trajs]}) + "\n")
         for name, rows in benches.items():
-            keys = [key(name, cfg.max_crops, i) for i in range(len(rows))]
-            todo = [i for i, x in enumerate(keys) if any(m[-1] for m in done.get(x, [[True]]))]
+            keys = record_keys(policy, name, rows, cfg)
+            before = {i: done[x][cfg.max_crops] for i, x in enumerate(keys) if cfg.max_crops in done[x]}
             if rank == 0:
-                print(f"{name}: {len(rows)} questions, {len(rows) - len(todo)} of them recorded before", flush=True)
-            for at, trajs in pieces(policy, rows, todo[rank::world], cfg, cfg.k, cfg.k == 1, rank > 0):
-                for j, i in enumerate(at):
-                    same = trajs[j * cfg.k:(j + 1) * cfg.k]
-                    samples = [[None if x != x else float(x) for x in env.measure(t, cfg)] for t in same]
-                    f.write(json.dumps({"key": keys[i], "doc_id": rows[i].get("doc_id"), "samples": samples,
-                                        "answers": [t.answer for t in same]}) + "\n")
-                    longest = max([longest or same[0], *same], key=lambda t: len(t.turns))
-                f.flush()
-    wait(world)
-    return report(benches, read_records(cfg.out), key, cfg), longest
-
-
-def report(benches, done, key, cfg):
-    """What eval.json holds: for each benchmark the metrics of the questions that were answered with the tool and without it;
-    where both were, the difference of the accuracies, split into what the tool repaired and what it broke."""
-    result = {}
-    for name, rows in benches.items():
-        crops = cfg.max_crops or max(int(k.split()[1]) for k in done if k.split()[0] == name)
-        modes = {"tool_on": crops, "tool_off": 0} if crops else {"tool_off": 0}
-        samples = {mode: [done.get(key(name, n, i)) for i in range(len(rows))] for mode, n in modes.items()}
-        complete = {mode: x for mode, x in samples.items() if None not in x}
-        result[name] = {mode: summarise(rows, x) for mode, x in complete.items()}
-        if len(complete) == 2:
-            on, off = (np.array(x, float)[..., 0].mean(1) for x in complete.values())  # (rows,) accuracy over the k samples
-            gain = on - off
-            result[name]["tool"] = dict(difference=float(gain.mean()), repaired=float(gain.clip(0).mean()),
-                                        broken=float((-gain).clip(0).mean()), n_repaired=int((gain > 0).sum()),
-                                        n_broken=int((gain < 0).sum()))
+                print(f"{name}: {len(rows)} questions, {len(before)} of them recorded before", flush=True)
+            samples, traj = evaluate(policy, rows, cfg, rank, world, cfg.k, cfg.k == 1, before, record)
+            modes, longest = {cfg.max_crops: samples}, longest or traj
+            complete = set.intersection(*(set(done[x]) for x in keys))       # what earlier runs answered all of
+            if others := [n for n in complete if bool(n) != bool(cfg.max_crops)]:
+                modes[max(others)] = np.array([done[x][max(others)] for x in keys])
+            result[name] = report(rows, modes)
     return {"benches": result, "seed": cfg.seed, "k": cfg.k, "temperature": cfg.temperature if cfg.k > 1 else 0.0,
-            **{k: getattr(cfg, k) for k in ("max_pixels", "min_crop_pixels", "max_crop_pixels")}}
+            **{k: getattr(cfg, k) for k in ("max_pixels", "min_crop_pixels", "max_crop_pixels")}}, longest
+
+
+def summarise(rows, samples):
+    """Metrics of samples (rows, k, measures), overall and by category. Accuracy is the mean over the rotations of the options,
+    where a benchmark has them; a category "a/b" counts in "a" too."""
+    rotation, groups, out = np.array([str(r.get("cycle_category")) for r in rows]), {}, {}
+    for i, r in enumerate(rows):
+        for c in {"", r["category"], r["category"].partition("/")[0]}:    # "": all rows
+            groups.setdefault(c, []).append(i)
+    for c in sorted(groups):
+        part, turned = samples[groups[c]], rotation[groups[c]]
+        accuracy = np.mean([part[turned == x, :, 0].mean() for x in np.unique(turned)])
+        out[c] = {**metrics(part), "accuracy": float(accuracy), "n": len(part)}
+    return {**out.pop(""), "categories": out}
+
+
+def report(rows, modes):
+    """Metrics of a benchmark with the tool and without it, from modes {max_crops: samples (rows, k, measures)}; where both
+    are there, the difference of the accuracies, split into what the tool repaired and what it broke."""
+    out = {"tool_on" if crops else "tool_off": summarise(rows, samples) for crops, samples in sorted(modes.items(), reverse=True)}
+    if len(modes) == 2:
+        off, on = (modes[crops][..., 0].mean(1) for crops in sorted(modes))  # (rows,) accuracy over the k samples
+        gain = on - off
+        out["tool"] = dict(difference=float(gain.mean()), repaired=float(gain.clip(0).mean()), broken=float((-gain).clip(0).mean()),
+                           n_repaired=int((gain > 0).sum()), n_broken=int((gain < 0).sum()))
+    return out
 
 
 def show_benches(result):
     """The table of eval.json."""
-    print(f"{'':34}{'n':>6} {header()}")
+    print(f"{'':34}{'n':>6} {HEADER}")
     for name, parts in result["benches"].items():
-        for mode in ("tool_on", "tool_off"):
-            if mode in parts:
-                print(f"{name + ' ' + mode:34}{parts[mode]['n']:6} {line(parts[mode])}")
-                for c, m in parts[mode]["categories"].items():
-                    print(f"  {c[:32]:32}{m['n']:6} {line(m)}")
-                if failed := parts[mode].get("judge_failed_rate"):
-                    print(f"  the judge failed on {failed:.1%} of what it was asked: scored as wrong, tried again by the next run")
-        if t := parts.get("tool"):
-            print(f"  the tool: {t['difference']:+.3f} = {t['repaired']:.3f} repaired ({t['n_repaired']} questions) "
-                  f"- {t['broken']:.3f} broken ({t['n_broken']})")
+        for mode, m in [(x, parts[x]) for x in ("tool_on", "tool_off") if x in parts]:
+            for label, x in ((f"{name} {mode}", m), *((f"  {c}", x) for c, x in m["categories"].items())):
+                print(f"{label[:34]:34}{x['n']:6} {line(x)}")
+            if failed := m.get("judge_failed_rate"):
+                print(f"  the judge failed on {failed:.1%} of what it was asked: scored as wrong, tried again by the next run")
+        if tool := parts.get("tool"):
+            print(f"  the tool: {tool['difference']:+.3f} = {tool['repaired']:.3f} repaired ({tool['n_repaired']} questions) "
+                  f"- {tool['broken']:.3f} broken ({tool['n_broken']})")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -333,70 +355,56 @@ def line(m):
     return " ".join("     -" if m[c] is None else f"{m[c]:6.3f}" for c in COLUMNS)
 
 
-def header():
-    return " ".join(f"{c:>6}" for c in COLUMNS.values())
-
-
 def show(traj, proc):
     """One trajectory as text, what the policy sampled told apart from what it was given."""
-    out, at = [], 0
-    while at < len(traj.ids):
-        end = next((i for i in range(at, len(traj.ids)) if traj.mask[i] != traj.mask[at]), len(traj.ids))
-        ids = traj.ids[at:end]
-        pads = [i for i, x in enumerate(ids) if x == proc.image]
-        text = proc.decode([x for x in ids if x != proc.image]) if not pads else \
-            proc.decode(ids[:pads[0]]) + f"[{len(pads)} image tokens]" + proc.decode(ids[pads[-1] + 1:])
-        name = "sampled" if traj.mask[at] else "given  "
-        if at == 0:
+    out = []
+    for sampled, part in groupby(zip(traj.mask, traj.ids), key=lambda x: x[0]):
+        ids = [i for _, i in part]
+        text, n = "", ids.count(proc.image)
+        if n:
+            text, ids = proc.decode(ids[:ids.index(proc.image)]) + f"[{n} image tokens]", ids[ids.index(proc.image) + n:]
+        text += proc.decode(ids)
+        if not out:
             text = "... " + text[text.rfind("<|im_start|>user"):]  # the system prompt is always the same
-        out += [f"  {name} | {x!r}" for x in text.strip("\n").split("\n")]
-        at = end
+        out += [f"  {'sampled' if sampled else 'given  '} | {x!r}" for x in text.strip("\n").split("\n")]
     return "\n".join(out)
 
 
 def draw(traj, path):
     """A picture of one trajectory: the scene with its numbered boxes, beside it each turn's text and the crop it led to."""
     inks = ("#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2")
-    font, side, thumb, left = ImageFont.load_default(15), 520, 130, 20
-    scale = side / max(traj.image.size)
-    scene = traj.image.resize((round(traj.image.width * scale), round(traj.image.height * scale)), Image.BICUBIC)
-    crops, blocks = 0, []
-    for text, action, error in traj.turns:
-        if action.kind == "crop" and error is None and crops < len(traj.crops):
-            crops += 1
-            blocks.append((text, crops))
-        else:
-            blocks.append((text, None))
-    lines = [[y for x in text.split("\n") for y in textwrap.wrap(x, 84)] for text, _ in blocks]
-    heights = [max(thumb + 16 if crop else 0, 20 * len(wrapped) + 20) for wrapped, (_, crop) in zip(lines, blocks)]
+    font, edge, side, thumb = ImageFont.load_default(15), 20, 520, 130
+    scene, scale = ImageOps.contain(traj.image, (side, side)), side / max(traj.image.size)
     question = textwrap.wrap(f"Question: {traj.row['problem']}", 62) + [f"Answer: {traj.answer}"]
     if "solution" in traj.row:
         question[-1] += f"   Solution: {traj.row['solution']}   ({'right' if env.is_right(traj, traj.row) else 'wrong'})"
-    height = max(left * 2 + scene.height + 24 * len(question) + 20, left * 2 + sum(heights))
-    sheet = Image.new("RGB", (side + 3 * left + thumb + 700, height), "white")
+    numbers, turns = iter(range(1, len(traj.crops) + 1)), []
+    for text, action, error in traj.turns:
+        crop = next(numbers, 0) if action.kind == "crop" and error is None else 0
+        lines = [y for x in text.split("\n") for y in textwrap.wrap(x, 84)]
+        turns.append((lines, crop, max(thumb + 16 if crop else 0, 20 * len(lines) + 20)))
+    height = 2 * edge + max(scene.height + 20 * len(question) + 14, sum(h for _, _, h in turns))
+    sheet = Image.new("RGB", (side + 3 * edge + thumb + 700, height), "white")
     d = ImageDraw.Draw(sheet)
-    sheet.paste(scene, (left, left))
-    def tag(x, y, k):
-        d.rectangle((x, y, x + 20, y + 20), fill=inks[k % 8])
-        d.text((x + 6, y + 1), str(k), fill="white", font=font)
 
+    def write(x, y, lines):
+        for i, t in enumerate(lines):
+            d.text((x, y + 20 * i), t.encode("ascii", "replace").decode(), fill="black", font=font)
+
+    def frame(x0, y0, x1, y1, k, aside=0):
+        d.rectangle((x0, y0, x1, y1), outline=inks[k % 8], width=3)
+        d.rectangle((x0 + aside, y0, x0 + aside + 20, y0 + 20), fill=inks[k % 8])
+        d.text((x0 + aside + 6, y0 + 1), str(k), fill="white", font=font)
+    sheet.paste(scene, (edge, edge))
+    write(edge, edge + scene.height + 14, question)
     for k, box in enumerate(traj.crops, 1):
-        x0, y0, x1, y1 = (left + v * scale for v in box)
-        d.rectangle((x0, y0, x1 - 1, y1 - 1), outline=inks[k % 8], width=3)
-        tag(x0 + 22 * (k - 1) % 88, y0, k)  # side by side where boxes share a corner
-    for i, q in enumerate(question):
-        d.text((left, left + scene.height + 14 + 24 * i), q, fill="black", font=font)
-    y = left
-    for wrapped, (_, crop), h in zip(lines, blocks, heights):
-        x = side + 2 * left
+        frame(*(edge + v * scale for v in box), k, 22 * (k - 1) % 88)  # numbers side by side where boxes share a corner
+    x, y = side + 2 * edge, edge
+    for lines, crop, h in turns:
         if crop:
-            im = traj.image.crop(traj.boxes[crop])
-            s = thumb / max(im.size)
-            sheet.paste(im.resize((max(1, round(im.width * s)), max(1, round(im.height * s))), Image.BICUBIC), (x, y))
-            d.rectangle((x - 2, y - 2, x + thumb + 1, y + thumb + 1), outline=inks[crop % 8], width=3)
-            tag(x, y, crop)
-        for i, t in enumerate(wrapped):
-            d.text((x + thumb + left, y + 20 * i), t.encode("ascii", "replace").decode(), fill="black", font=font)
+            sheet.paste(ImageOps.contain(traj.image.crop(traj.boxes[crop]), (thumb, thumb)), (x, y))
+            frame(x - 2, y - 2, x + thumb + 1, y + thumb + 1, crop)
+        write(x + thumb + edge, y, lines)
         y += h
     sheet.save(path + ".tmp", "PNG")
     os.replace(path + ".tmp", path)
@@ -421,14 +429,12 @@ def main(cfg):
     cfg = replace(cfg, max_crops=cfg.max_crops if cfg.tool == "on" else 0)
     if cfg.image:
         return ask(env.load_policy(cfg.model, device), cfg) if rank == 0 else None
-    if cfg.bench:
-        rows = read_benches(cfg, rank, world)
-    else:
-        rows = data.load_rows(os.path.join(cfg.data, "test.jsonl"), cfg.image_root)[:cfg.limit or None]
-    data.check_images(sum(rows.values(), []) if cfg.bench else rows, rank, world)
+    benches = read_benches(cfg) if cfg.bench else {}
+    rows = sum(benches.values(), []) or data.load_rows(os.path.join(cfg.data, "test.jsonl"), cfg.image_root)[:cfg.limit or None]
+    data.check_images(rows, rank, world)
     policy, t = env.load_policy(cfg.model, device), time.time()
     with env.memory("evaluation", cfg.max_tokens):
-        result, longest = (score_benches if cfg.bench else score)(policy, rows, cfg, rank, world)
+        result, longest = score_benches(policy, benches, cfg, rank, world) if benches else score(policy, rows, cfg, rank, world)
     result["seconds"] = round(time.time() - t, 1)
     if rank == 0:
         os.makedirs(cfg.out, exist_ok=True)
@@ -436,10 +442,10 @@ def main(cfg):
         if longest:
             draw(longest, os.path.join(cfg.out, "trajectory.png"))
         print(f"eval {cfg.model}: seed {cfg.seed}, k {cfg.k}, {result['seconds']} s -> {cfg.out}/eval.json")
-    if rank == 0 and cfg.bench:
+    if rank == 0 and benches:
         show_benches(result)
     elif rank == 0:
-        print(f"{'n ' + str(result['n']):8} {header()}\nsampled  {line(result)}\ngreedy   {line(result['greedy'])}")
+        print(f"{'n ' + str(result['n']):8} {HEADER}\nsampled  {line(result)}\ngreedy   {line(result['greedy'])}")
         for d, r in result["accuracy_by_candidates"].items():
             print(f"  {d} candidates: accuracy {r['accuracy']:.3f}, crops {r['crops']:.2f} (n={r['n']})")
     return result

@@ -180,12 +180,12 @@ def update(policy, optimizer, trajs, advantages, cfg, world):
 def summarise(trajs, parts, n_tokens, stats, asked, cfg, world):
     """What a step's log entry says of all ranks' trajectories, and whether a signal asked any rank to stop."""
     keys, sums = list(parts[0]), ("trained", "entropy", "clipped", "gap", "gap_max")
-    table = np.array(env.gather([env.measure(x, cfg) + [p[k] for k in keys] for x, p in zip(trajs, parts)], world), float)
+    table = np.array(env.gather([evaluation.measure(x, cfg) + [p[k] for k in keys] for x, p in zip(trajs, parts)], world), float)
     ranks = np.array(env.gather([[stats[k] for k in sums] + [len(asked)]], world), float)
     trained, entropy, clipped, gap, _, stop = ranks.sum(0).tolist()
     groups = table[:, -1].astype(np.float32).reshape(-1, cfg.samples)
-    return dict(reward=float(table[:, -1].mean()), **env.metrics(table[:, :len(env.MEASURES)]),
-                parts={k: float(v) for k, v in zip(keys, table[:, len(env.MEASURES):].mean(0))},
+    return dict(reward=float(table[:, -1].mean()), **evaluation.metrics(table[:, :len(evaluation.MEASURES)]),
+                parts={k: float(v) for k, v in zip(keys, table[:, len(evaluation.MEASURES):].mean(0))},
                 flat_groups=float((groups.max(1) == groups.min(1)).mean()), tokens=int(n_tokens),
                 entropy=entropy / max(trained, 1), clip_share=clipped / max(trained, 1), log_ratio=gap / max(trained, 1),
                 log_ratio_max=float(ranks[:, 4].max()), grad_norm=stats["grad_norm"], skipped=stats["skipped"]), stop
@@ -246,7 +246,7 @@ def train(policy, optimizer, rows, held_out, resumed, preset, cfg, rank, world):
             scored = {}
             if cfg.eval_rows and ((step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps):
                 with env.memory("held-out evaluation", cfg.max_tokens):
-                    scored = {"held_out": evaluation.evaluate(policy, held_out, cfg, rank, world)[0]}
+                    scored = {"held_out": evaluation.metrics(evaluation.evaluate(policy, held_out, cfg, rank, world)[0])}
             entry, stop = summarise(trajs, parts, n_tokens, stats, asked, cfg, world)
             entry = dict(step=step, **entry, lr=optimizer.param_groups[0]["lr"], norm_std=cfg.norm_std, rollout_s=rollout_s,
                          update_s=update_s, **scored)
@@ -285,7 +285,7 @@ def main(cfg):
     if rank == 0:
         mark_best(cfg.out)                             # after damage, the best one may be gone
         print(f"rppo: {cfg.prompts} prompts x {cfg.samples} samples on {world} ranks, {cfg.steps} steps from {start}\n"
-              f"{'':10} reward  {evaluation.header()}  entrpy   norm tok/tr roll_s  upd_s    eta")
+              f"{'':10} reward  {evaluation.HEADER}  entrpy   norm tok/tr roll_s  upd_s    eta")
     t = time.time()
     train(policy, optimizer, rows, held_out, resumed, preset, cfg, rank, world)
     seconds["rppo"] = time.time() - t
@@ -306,7 +306,7 @@ def compare(cfg, start, seconds, started, rank):
     if rank == 0:
         summary["seconds"] = {**{k: round(v, 1) for k, v in seconds.items()}, "total": round(time.time() - started, 1)}
         env.write_text(os.path.join(parent, "summary.json"), json.dumps(summary, indent=1))
-        print(f"\n{'':10}{'greedy':>7} {evaluation.header()}")
+        print(f"\n{'':10}{'greedy':>7} {evaluation.HEADER}")
         for name in ("sft", "rppo"):
             print(f"{name:10}{summary[name]['accuracy_greedy']:7.3f} {evaluation.line(summary[name])}")
         print("seconds " + " ".join(f"{k}={v}" for k, v in summary["seconds"].items()) + f" -> {parent}/summary.json")

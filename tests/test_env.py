@@ -15,6 +15,7 @@ from PIL import Image
 
 import data
 import env
+import eval as evaluation
 from conftest import amplify
 from env import Trajectory, World, iou, match, parse_action, redundancy, resolve_box
 
@@ -844,7 +845,7 @@ def test_metrics():
         traj_of("blue", [(0, 0, 40, 40), (0, 0, 20, 40)]),           # IoU exactly 0.5: redundancy 0.2 / 4; no repeat
         traj_of(None, []),                                           # gave up
         traj_of("red", [(0, 0, 5, 5)], row={"solution": "red"})]     # no evidence boxes: counts for neither rate
-    got = env.metrics([env.measure(t, World()) for t in trajs])
+    got = evaluation.metrics([evaluation.measure(t, World()) for t in trajs])
     assert got == pytest.approx({
         "accuracy": 3 / 8, "crops_right": (1 + 0 + 1) / 3, "crops_wrong": (2 + 3 + 1 + 2 + 0) / 5,
         "redundancy_wrong": (0.7 / 4 + (45 / 55 - 0.3) / 9 + 0.2 / 4) / 3,       # over the three with two crops or more
@@ -857,13 +858,13 @@ def test_metrics():
 def test_a_thought_is_no_call():
     """A call that is only thought of is no invalid call."""
     idle = traj_of("blue", [], errors=[(f"<think>{call([0, 0, 9, 9])}</think>", "none")])
-    assert env.metrics([env.measure(idle, World())])["invalid_call_rate"] is None
+    assert evaluation.metrics([evaluation.measure(idle, World())])["invalid_call_rate"] is None
 
 
 def test_metrics_at_their_thresholds():
     """A repeat begins at IoU 0.7, coverage at 90 % of every evidence box in one crop of a quarter; an average over nothing
     is None."""
-    rate = lambda *crops: env.metrics([env.measure(traj_of("red", crops), World())])["repeat_rate"]
+    rate = lambda *crops: evaluation.metrics([evaluation.measure(traj_of("red", crops), World())])["repeat_rate"]
     assert rate((0, 0, 10, 10), (0, 0, 7, 10)) == 0.5 and rate((0, 0, 100, 10), (0, 0, 69, 10)) == 0
     assert rate((0, 0, 10, 10), (50, 50, 60, 60), (0, 0, 10, 10)) == 1 / 3       # any earlier crop, not only the last
     row = lambda *boxes: {"solution": "red", "boxes": boxes}
@@ -872,7 +873,7 @@ def test_metrics_at_their_thresholds():
     assert covered([(0, 0, 50, 50)], [1, 1, 5, 5], [40, 40, 50, 50])
     assert not covered([(0, 0, 30, 30), (30, 30, 60, 60)], [1, 1, 5, 5], [40, 40, 50, 50])   # each in another crop
     assert not covered([(0, 0, 51, 50)], [1, 1, 5, 5]) and not covered([], [1, 1, 5, 5])
-    nothing = env.metrics([env.measure(traj_of("blue", []), World())])
+    nothing = evaluation.metrics([evaluation.measure(traj_of("blue", []), World())])
     assert {k for k, v in nothing.items() if v is None} == {"crops_right", "redundancy_wrong", "repeat_rate", "invalid_call_rate"}
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import env
+import eval as evaluation
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -54,7 +55,7 @@ def test_error_lines():
 def test_metrics_are_explained():
     """Every metric has an entry in the glossary."""
     glossary = README[README.index("## Glossary"):README.index("## Published")]
-    assert not [m for m in env.metrics([]) if m not in glossary]
+    assert not [m for m in evaluation.metrics([]) if m not in glossary]
 
 
 def test_flags_do_not_collide_with_torchrun():

@@ -360,7 +360,7 @@ def test_one_definition_of_everything():
     trees = {name: ast.parse(open(os.path.join(ROOT, f"{name}.py")).read()) for name in ("env", *STAGES)}
     kinds = (ast.FunctionDef, ast.ClassDef)
     mine = {n.name for n in trees["env"].body if isinstance(n, kinds)}
-    assert {"parse_action", "resolve_box", "render", "rollout", "match", "reward", "redundancy", "iou", "measure", "metrics"} <= mine
+    assert {"parse_action", "resolve_box", "render", "rollout", "match", "reward", "redundancy", "iou", "covers"} <= mine
     for name in STAGES:
         defined = {n.name for n in ast.walk(trees[name]) if isinstance(n, kinds)}
         defined |= {t.id for n in ast.walk(trees[name]) if isinstance(n, ast.Assign) and isinstance(n.value, ast.Lambda)
