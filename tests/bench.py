@@ -315,7 +315,7 @@ def compare_updates(cfg, policy, plain, trajs, task):
     """At learning rate 0 every repetition computes the same. A flat group has advantage 0: ours leaves it out."""
     optimizer, advantages = torch.optim.AdamW(policy.parameters(), lr=0.0), [1.0 - 2 * (i % 2) for i in range(len(trajs))]
     half = [a * (i // task.samples % 2) for i, a in enumerate(advantages)]
-    ours = lambda a=advantages: float(rppo.update(policy, optimizer, trajs, a, task, 1)[1][5])
+    ours = lambda a=advantages: float(rppo.update(policy, optimizer, trajs, a, task, 1)[1]["grad_norm"])
     theirs = lambda: plain_update(plain, policy, optimizer, trajs, advantages, task)
     a, b = ours(), theirs()
     assert abs(a - b) < (0.05 if policy.device.type == "cuda" else 1e-3) * b, (a, b)

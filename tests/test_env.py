@@ -937,7 +937,7 @@ def test_oracle_states_only_what_it_saw():
 
 
 # the number of scenes falls as their size grows; level 3 is 4096 x 4096 pixels
-@pytest.mark.parametrize("level, n", [(0, 12), (1, 4), (2, 2), (3, 1)])
+@pytest.mark.parametrize("level, n", [(0, 12), (1, 4), (2, 2), pytest.param(3, 1, marks=pytest.mark.slow)])
 def test_oracle_replays(policy, level, n):
     """On every level the clean oracle's turns replay through the tool without an error and end answered; it looks at the
     look-alikes in order; if crops suffice to reach the target, its answer is right and its crops cover the evidence,
