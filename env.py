@@ -31,6 +31,7 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from importlib import import_module
 from types import MethodType
 
@@ -314,12 +315,14 @@ class Processor:
             grids += [(1, h // p, w // p)] * n
         return torch.cat(rows), torch.tensor(grids)
 
-    def save(self, folder):
-        """Write the tokenizer with our chat template, and a preprocessor config, beside the weights."""
+    def save(self, folder, cfg=None):
+        """Write the tokenizer with our chat template, and a preprocessor config (with cfg's pixel budget), beside the weights."""
         self.tok.chat_template = CHAT_TEMPLATE
         self.tok.save_pretrained(folder)
         config = dict(image_processor_type="Qwen2VLImageProcessor", patch_size=self.patch, merge_size=self.merge,
                       temporal_patch_size=2, image_mean=list(self.mean), image_std=list(self.std))
+        if cfg:
+            config["size"] = dict(shortest_edge=min(cfg.min_crop_pixels, cfg.max_pixels), longest_edge=cfg.max_pixels)  # areas
         with open(os.path.join(folder, "preprocessor_config.json"), "w") as f:
             json.dump(config, f, indent=1)
 
@@ -545,7 +548,7 @@ class Policy(torch.nn.Module):
         self.is_gathered = before
         for m in parts:
             m.reshard()
-            m.set_reshard_after_forward(m is not self, recurse=False)
+            m.set_reshard_after_forward(m is not self, recurse=False)  # FSDP2's default: the root stays until the backward
 
     def see(self, views):
         """Encode images. Returns features (N, width) and the deepstack features (list of (N, width), Qwen3-VL)."""
@@ -632,7 +635,9 @@ class Cache:
 
     def select(self, rows):
         """Keep only these rows (repeats allowed: a prompt's row becomes the rows of its samples)."""
-        self.k, self.v = [k[rows] for k in self.k], [v[rows] for v in self.v]
+        for store in (self.k, self.v):
+            for i in range(len(store)):  # a layer at a time: old and new caches never stand side by side
+                store[i] = store[i][rows]
 
     def causal(self):
         """Boolean mask (B, 1, n, end): each new token sees its own row's slots up to itself."""
@@ -742,7 +747,7 @@ def _rollout(policy, rows, cfg, samples, seed, prompt_ids, greedy):
     cache.reserve(len(live), cache.end + cfg.turn_tokens)
     while True:
         turns = sample_turn(policy, cache, last, [trajs[i] for i in live], [noise[i] for i in live], cfg, greedy)
-        cached = [len(trajs[i].ids) + len(ids) - 1 for i, (ids, _) in zip(live, turns)]
+        cached = [len(trajs[i].ids) + len(ids) - 1 for i, (ids, _) in zip(live, turns)]  # the last token was never fed
         for i, (ids, logp) in zip(live, turns):
             respond(trajs[i], policy.proc, ids, logp)
             observe(trajs[i], policy.proc, cfg)
@@ -957,9 +962,13 @@ def setup():
     """Returns (rank, world, device); joins torchrun's process group when there is one."""
     world, cuda = int(os.environ.get("WORLD_SIZE", 1)), torch.cuda.is_available()
     if cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        if local >= torch.cuda.device_count():
+            raise UserError(f"--nproc-per-node: rank {local} has no GPU, there are {torch.cuda.device_count()}; start fewer")
+        torch.cuda.set_device(local)
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo")
+        # the default of 10 minutes is too short for ranks that wait while rank 0 writes the checkpoint of a large model
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=2))
     return int(os.environ.get("RANK", 0)), world, torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
 
 
@@ -976,14 +985,15 @@ def make_trainable(policy, cfg, device):
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
         if not dist.is_initialized():  # one process without torchrun
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
-        mp = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if device.type == "cuda" else MixedPrecisionPolicy()
+        # inputs are left alone: rotary angles stay fp32
+        mp = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False) if device.type == "cuda" else MixedPrecisionPolicy()
         for block in (*policy.vlm.model.visual.blocks, *policy.vlm.model.language_model.layers):
             fully_shard(block, mp_policy=mp)
         fully_shard(policy, mp_policy=mp)  # the rest, tied embeddings among it, belongs to the root
         policy.sharded, none = True, torch.zeros(0, dtype=torch.long)
         with torch.no_grad():  # FSDP2 wants its first forward to go through the root, but a rollout goes through the parts
             policy.to(device)(dict(ids=torch.zeros(1, 2).long(), mask=torch.ones(1, 2), pos=torch.zeros(3, 1, 2).long(), views=[], feature=none))
-    return policy.to(device)
+    return policy.to(device)  # this also shards the root again, which that forward left gathered
 
 
 def load_policy(path, device, train=False):

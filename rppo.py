@@ -58,7 +58,7 @@ class Config(env.World):
     show_every: int = 25             # steps between printed trajectories
     save_every: int = 50
     keep: int = 2                    # newest checkpoints kept (the best is kept too)
-    resume: bool = True              # go on from the last checkpoint in out; false: start anew beside it
+    resume: bool = True              # go on from the last checkpoint in out; false: put the old run aside
     n_score: int = 768               # test rows scored at the end; 0: leave scoring to eval.py
     max_skips: int = 5               # steps in a row without a finite gradient that end the run
     train_vision: bool = True        # the next four as in sft.py
@@ -136,7 +136,7 @@ def update(policy, optimizer, trajs, advantages, cfg, world):
     use.sort(key=lambda i: len(trajs[i].ids))  # little padding
     micro = [use[i:i + cfg.micro_batch] for i in range(0, len(use), cfg.micro_batch)]
     busy = len(micro)
-    if policy.sharded:  # a rank with less to do must take part as often as the busiest: with a short trajectory, for nothing
+    if policy.sharded:  # all ranks must pass as often: one with less to do repeats its shortest trajectory with advantage 0
         shortest = min(range(len(trajs)), key=lambda i: len(trajs[i].ids))
         micro += [[shortest]] * (int(max(env.gather([[busy]], world))[0]) - busy)
     batches = [env.collate([trajs[i] for i in m], policy.proc) for m in micro]
@@ -276,8 +276,10 @@ def main(cfg):
     data.check_images(rows, rank, world)
     rows, held_out = rows[:len(rows) - cfg.eval_rows], rows[len(rows) - cfg.eval_rows:]
     resumed = sft.begin(cfg, rank, world)              # the step to go on from, or 0
-    policy = env.make_trainable(env.load_policy(env.newest(cfg.out) if resumed else start, device, train=True), cfg, device)
-    sft.announce_memory(policy, cfg, rank, world)
+    policy = env.load_policy(env.newest(cfg.out) if resumed else start, device, train=True)
+    sft.announce_memory(policy, cfg, device, rank, world)
+    with env.memory("loading", 0):
+        policy = env.make_trainable(policy, cfg, device)
     optimizer = sft.adamw([p for p in policy.parameters() if p.requires_grad], cfg, (0.9, 0.95))
     if resumed:
         sft.load_optimizer(env.newest(cfg.out), policy, [optimizer])

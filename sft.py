@@ -44,7 +44,7 @@ class Config(env.World):
     log_every: int = 25              # steps between printed lines; log.jsonl has every step
     save_every: int = 150
     keep: int = 2                    # newest checkpoints kept
-    resume: bool = True              # go on from the last checkpoint in out; false: start anew beside it
+    resume: bool = True              # go on from the last checkpoint in out; false: put the old run aside
     max_skips: int = 5               # steps in a row without a finite gradient that end the run
     train_vision: bool = True        # false: the vision tower stays as it is
     recompute: bool = False          # activation checkpointing: a third more computation for a fraction of the memory
@@ -154,7 +154,9 @@ class AdamW16(torch.optim.Optimizer):
 
 
 def adamw(params, cfg, betas):
-    return (AdamW16 if cfg.bf16_moments else torch.optim.AdamW)(params, lr=cfg.lr, betas=betas, weight_decay=cfg.weight_decay)
+    """AdamW. foreach=False: on CUDA the other way needs temporaries as large as the weights."""
+    given = dict(lr=cfg.lr, betas=betas, weight_decay=cfg.weight_decay)
+    return AdamW16(params, **given) if cfg.bf16_moments else torch.optim.AdamW(params, **given, foreach=False)
 
 
 def make_optimizers(policy, cfg):
@@ -180,7 +182,8 @@ def estimate(vlm, cfg, ranks):
 
     Per parameter 4 bytes of weight, of gradient and of each Adam moment (2 with bf16_moments), shared out over the ranks
     with cfg.shard. A rollout holds all weights in bf16 and its cache; an update its activations (with recompute one state
-    per layer and one layer's inside), slabs of logits and the embeddings. "peak" is the larger of the two phases.
+    per layer and one layer's inside), slabs of logits and the embeddings; a step some copies of the largest weight. "peak" is
+    the largest of the three phases.
     """
     text, vision, split = vlm.config.get_text_config(), vlm.config.vision_config, ranks if cfg.shard else 1
     n, tower = (sum(p.numel() for p in m.parameters()) for m in (vlm, vlm.model.visual))
@@ -194,17 +197,18 @@ def estimate(vlm, cfg, ranks):
     tokens = cfg.micro_batch * cfg.max_tokens
     patches = cfg.micro_batch * (cfg.max_pixels + cfg.max_crops * cfg.max_crop_pixels) / vision.patch_size ** 2
     part = dict(weights=4 * n / split, adam=(4 if cfg.bf16_moments else 8) * trained / split, gathered=2 * n,
-                cache=4 * cfg.in_flight * cfg.max_tokens * text.num_hidden_layers * text.num_key_value_heads * head,
+                cache=4 * max(cfg.in_flight, getattr(cfg, "samples", 1)) * cfg.max_tokens * text.num_hidden_layers * text.num_key_value_heads * head,
                 gradients=4 * trained / split, logits=12 * min(2 ** 26, tokens * text.vocab_size) + 8 * text.vocab_size * text.hidden_size,
                 activations=activations(tokens, text, text.num_hidden_layers) + activations(patches, vision, vision.depth))
-    phases = part["gathered"] + part["cache"], part["gradients"] + part["activations"] + part["logits"]
+    step = part["gradients"] + (8 if cfg.bf16_moments else 2) * 4 * text.vocab_size * text.hidden_size / split
+    phases = part["gathered"] + part["cache"], part["gradients"] + part["activations"] + part["logits"], step
     return {k: v / 2 ** 30 for k, v in {**part, "peak": part["weights"] + part["adam"] + max(phases)}.items()}
 
 
-def announce_memory(policy, cfg, rank, ranks):
+def announce_memory(policy, cfg, device, rank, ranks):
     """Print the estimate and, on a GPU where it does not fit, what to change."""
     need = estimate(policy.vlm, cfg, ranks)
-    there = torch.cuda.get_device_properties(policy.device).total_memory / 2 ** 30 if policy.device.type == "cuda" else None
+    there = torch.cuda.get_device_properties(device).total_memory / 2 ** 30 if device.type == "cuda" else None
     if rank == 0:
         print("memory per GPU, estimated: " + " ".join(f"{k} {v:.2f}" for k, v in need.items()) + " GiB" + (f" of {there:.1f}" if there else "")
               + ("; it may not fit: use more ranks, --bf16_moments=true, --train_vision=false, or lower --in_flight, --max_tokens, "
@@ -232,7 +236,7 @@ def save_checkpoint(out, step, policy, cfg, preset, optimizers, rank=0):
     try:
         os.makedirs(tmp)
         policy.vlm.save_pretrained(tmp, state_dict=weights)
-        policy.proc.save(tmp)
+        policy.proc.save(tmp, cfg)
         world = {"preset": preset, **{x.name: getattr(cfg, x.name) for x in fields(env.World)}}
         env.write_text(os.path.join(tmp, "world.json"), json.dumps(world, indent=1))
         save_file(moments, os.path.join(tmp, "optimizer.safetensors"))
@@ -413,8 +417,10 @@ def main(cfg):
     data.check_images(rows, rank, world)
     resumed = begin(cfg, rank, world)              # the step to go on from, or 0
     start = env.newest(cfg.out) if resumed else cfg.model
-    policy = env.make_trainable(env.load_policy(start, device, train=True) if start else make_tiny(rows, cfg.seed), cfg, device)
-    announce_memory(policy, cfg, rank, world)
+    policy = env.load_policy(start, device, train=True) if start else make_tiny(rows, cfg.seed)
+    announce_memory(policy, cfg, device, rank, world)
+    with env.memory("loading", 0):
+        policy = env.make_trainable(policy, cfg, device)
     optimizers = make_optimizers(policy, cfg)
     if resumed:
         load_optimizer(start, policy, optimizers)
@@ -424,6 +430,8 @@ def main(cfg):
     def batches_of(step):
         """This rank's micro-batches of a step: conversations of like length together, so that little is padding."""
         trajs = sorted((env.render(policy.proc, r, r["turns"], cfg) for r in rows_of(step)[rank::world]), key=lambda t: len(t.ids))
+        if cut := sum(t.status != "answered" for t in trajs):
+            print(f"{cut} conversations of step {step} do not fit --max_crops or --max_tokens: their ends are not trained", flush=True)
         return [env.collate(trajs[i:i + cfg.micro_batch], policy.proc) for i in range(0, len(trajs), cfg.micro_batch)]
 
     policy.train()
