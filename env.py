@@ -918,6 +918,7 @@ def run(main, Config, real):
             raise
         raise UserError(f"the disk is full ({e}); make room, then the same command goes on from the last checkpoint")
     if dist.is_initialized():
+        dist.barrier()  # ranks leave together: one that is gone while others still write can end in an abort
         dist.destroy_process_group()
 
 
@@ -967,8 +968,8 @@ def setup():
             raise UserError(f"--nproc-per-node: rank {local} has no GPU, there are {torch.cuda.device_count()}; start fewer")
         torch.cuda.set_device(local)
     if world > 1 and not dist.is_initialized():
-        # the default of 10 minutes is too short for ranks that wait while rank 0 writes the checkpoint of a large model
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=2))
+        # NCCL's 10 minutes are too short for ranks that wait while rank 0 writes the checkpoint of a large model
+        dist.init_process_group("nccl" if cuda else "gloo", **({"timeout": timedelta(hours=2)} if cuda else {}))
     return int(os.environ.get("RANK", 0)), world, torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
 
 

@@ -571,6 +571,16 @@ def work(scenes, base, out, *flags):
         m.setattr(rppo, "update", marked_update)
         policy = rppo.main(config("rppo", scenes, base, f"{out}/rppo", prompts=4, samples=4, eval_every=3, eval_rows=5, in_flight=2, **how))
         evaluation.main(evaluation.Config(**SHORT, data=scenes, model=base, out=f"{out}/eval", limit=7, k=3))
+        # a batch without an image on the second rank
+        stage, cpu, ranks = "no image", torch.device("cpu"), int(os.environ.get("WORLD_SIZE", 1))
+        reader = env.make_trainable(env.load_policy(base, cpu, train=True), config("sft", scenes, base, out, **how), cpu).train()
+        row = data.load_rows(f"{scenes}/sft.jsonl")[0]
+        blind = env.Trajectory(row, None)
+        blind.add(reader.proc, reader.proc.encode("what is it?"))
+        blind.add(reader.proc, reader.proc.encode("nothing"), sampled=True)
+        for traj in [env.render(reader.proc, row, row["turns"], env.World()), blind][rank::ranks]:
+            (-reader(env.collate([traj], reader.proc))[0].sum() / 50).backward()
+        sft.sync_gradients(reader, ranks, [0.0])
         # a flat step after a step with a gradient
         cfg = config("rppo", scenes, base, out)
         optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0.0)
@@ -613,9 +623,9 @@ def test_two_ranks_make_the_same_rollouts(ranks):
     assert all(sum(k in p for k in first) == 2 for p in parts)
 
 
-@pytest.mark.parametrize("name", ["sft", "rppo"])
+@pytest.mark.parametrize("name", ["sft", "rppo", "no image"])
 def test_two_ranks_make_the_same_gradient(ranks, name):
-    """The gradient of the first step, summed over two ranks, is that of one process with the whole batch; on both ranks."""
+    """The gradient of the first step, and of a batch of which one rank's part has no image, summed over two ranks, is that of one process with the whole batch; on both ranks."""
     one, first, second = (weights(out, f"{r}.safetensors")[name].double() for out, r in ((ranks[0], 0), (ranks[1], 0), (ranks[1], 1)))
     assert torch.equal(first, second) and one.norm() > 1e-3
     assert (first - one).norm() / one.norm() <= 1e-5
