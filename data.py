@@ -404,7 +404,7 @@ def ask(q):
         answer = str(made["answer"]) if type(made["answer"]) in (int, float) else made["answer"]
         problem, choices = made["question"].strip(), made.get("choices") or None
         texts = [problem, answer, *(choices or [])]
-        fine = all(isinstance(x, str) and x.isprintable() and env.normalise(x) for x in texts)
+        fine = isinstance(choices, list | None) and all(isinstance(x, str) and x.isprintable() and env.normalise(x) for x in texts)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         fine = False
     if not fine or len(problem) > 400 or any(len(x) > 60 or len(x.split()) > 6 for x in texts[1:]):

@@ -949,8 +949,9 @@ def memory(phase, tokens):
     try:
         yield
     except torch.OutOfMemoryError:
-        raise UserError(f"out of GPU memory in the {phase}, with trajectories of up to {tokens} tokens; lower --in_flight (rollouts), "
-                        "--micro_batch (updates), --max_tokens, --max_pixels or --max_crop_pixels")
+        longest = f", with trajectories of up to {tokens} tokens" if tokens else ""
+        raise UserError(f"out of GPU memory in the {phase}{longest}; use more GPUs or --bf16_moments=true, or lower --in_flight "
+                        "(rollouts), --micro_batch (updates), --max_tokens, --max_pixels or --max_crop_pixels")
 
 
 def newest(folder):

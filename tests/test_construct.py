@@ -604,6 +604,8 @@ def test_nothing_to_use(few, serve, tmp_path):
     ('{"question": "How many?", "answer": "?!"}', "malformed or too long"), ('{"question": "How\\ud800", "answer": "3"}', "malformed or too long"),
     ('{"question": "How many?", "answer": "3", "choices": 3}', "malformed or too long"), ('{"a":' * 9999 + "}" * 9999, "malformed or too long"),
     ('{"question": "How many?", "answer": "3", "choices": ["3", 4, "5"]}', "malformed or too long"),
+    ('{"question": "How many?", "answer": "3", "choices": "345"}', "malformed or too long"),
+    ('{"question": "How many?", "answer": "3", "choices": {"3": "a", "4": "b", "5": "c"}}', "malformed or too long"),
     ('{"question": "How many?", "answer": "3", "choices": ["2", "4", "5"]}', "options unclear"),
     ('{"question": "How many?", "answer": "b", "choices": ["a", "b", "c"]}', "options unclear"),      # letters or words?
     ('{"question": "How many?", "answer": "x", "choices": ["x", "y"]}', "options unclear"),

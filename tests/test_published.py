@@ -26,15 +26,7 @@ import sft  # noqa: E402
 from conftest import amplify  # noqa: E402
 from env import World, match, parse_action, resolve_box  # noqa: E402
 from test_rppo import acting  # noqa: E402
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cpu():
-    """The policies are random, so that gibberish counts as an action; and bits are compared, so a GPU is left alone."""
-    with pytest.MonkeyPatch.context() as m:
-        m.setattr(torch.cuda, "is_available", lambda: False)
-        m.setattr(env, "parse_action", acting)
-        yield
+from test_stages import cpu  # noqa: E402, F401
 
 
 def photo(width, height, seed=0):
