@@ -969,8 +969,11 @@ def setup():
             raise UserError(f"--nproc-per-node: rank {local} has no GPU, there are {torch.cuda.device_count()}; start fewer")
         torch.cuda.set_device(local)
     if world > 1 and not dist.is_initialized():
-        # NCCL's 10 minutes are too short for ranks that wait while rank 0 writes the checkpoint of a large model
-        dist.init_process_group("nccl" if cuda else "gloo", **({"timeout": timedelta(hours=2)} if cuda else {}))
+        store, rank, world = next(dist.rendezvous("env://"))
+        # torchrun keeps its store when it restarts the ranks, and with it the addresses of those that died
+        store = dist.PrefixStore("restart" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        # the usual 10 minutes are too short for ranks that wait while rank 0 writes the checkpoint of a large model
+        dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world, timeout=timedelta(hours=2))
     return int(os.environ.get("RANK", 0)), world, torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
 
 

@@ -844,6 +844,8 @@ def worker(name, *flags):
         sft.sync_gradients = sync if now != "nan" else lambda policy, world, sums: sync(policy, world, [math.nan, *sums[1:]])
         return update(*args)
     torch.cuda.is_available, env.parse_action, stage.update, sys.argv[1:] = lambda: False, acting, faulty, flags
+    if os.environ["TORCHELASTIC_RESTART_COUNT"] != "0" and os.environ["RANK"] == "0":
+        time.sleep(2)  # the other rank is first, and must not find the addresses of the ranks that died
     env.run(stage.main, stage.Config, real)
 
 
