@@ -62,6 +62,7 @@ class World:
     turn_tokens: int = 48            # most tokens the policy may sample in one turn
     max_tokens: int = 512            # most tokens of a whole trajectory, image tokens included
     in_flight: int = 128             # most trajectories that are sampled at once: the size of the cache
+    graph_tokens: int = 0            # tokens that one captured CUDA graph decodes (1: no graphs); 0: 128 on CUDA, 1 on the CPU
     temperature: float = 1.0         # of sampling, and of every log-probability in an update
     # FORK: the reward (see `reward`). lam and eps are not published; these are our choice.
     lam: float = 1.0                 # weight of the redundancy penalty; 0 is plain GRPO
@@ -572,6 +573,34 @@ class Policy(torch.nn.Module):
         return core.language_model(inputs_embeds=x, position_ids=pos, attention_mask=attention_mask, past_key_values=cache,
                                    use_cache=cache is not None, **extra).last_hidden_state
 
+    def rope(self, like, pos):
+        """cos and sin (B, T, d) of text tokens at pos (B, T); their three axes are equal, so that M-RoPE is plain RoPE."""
+        return [x[0] if x.dim() == 4 else x for x in self.vlm.model.language_model.rotary_emb(like, pos.expand(3, -1, -1))]
+
+    def decode(self, ids, rope, cache):
+        """`hidden` of one more text token a row: ids (B,), rope: cos and sin (B, 1, d). Returns (B, width).
+
+        The text model of both families, written out over its own modules: transformers' general way around them takes
+        longer than the work itself.
+        """
+        core, (cos, sin) = self.vlm.model.language_model, rope
+        bias = torch.zeros((), device=ids.device).masked_fill(~cache.causal(), -torch.inf)
+        norm = lambda m, x: F.rms_norm(x.float(), x.shape[-1:], m.weight.float(), m.variance_epsilon).to(x.dtype)
+
+        def rotate(x):
+            a, b = x.chunk(2, -1)
+            return x * cos + torch.cat([-b, a], -1) * sin
+        x = core.embed_tokens(ids)
+        for i, layer in enumerate(core.layers):
+            att, h = layer.self_attn, norm(layer.input_layernorm, x)
+            q, k, v = (f(h).unflatten(-1, (-1, cache.width)) for f in (att.q_proj, att.k_proj, att.v_proj))
+            if hasattr(att, "q_norm"):
+                q, k = norm(att.q_norm, q), norm(att.k_norm, k)
+            q, k = rotate(torch.cat([q, k], 1)).split([q.shape[1], k.shape[1]], 1)
+            x = x + att.o_proj(cache.attend(i, q, k, v, bias))
+            x = x + layer.mlp(norm(layer.post_attention_layernorm, x))
+        return norm(core.norm, x)
+
     def logits(self, h, temperature):
         """Logits of the sampling distribution, in fp32 after a product in the compute type: divided by the temperature, banned ids at -inf."""
         return (self.vlm.lm_head(h).float() / temperature).masked_fill(self.banned, -torch.inf)
@@ -607,48 +636,91 @@ class Policy(torch.nn.Module):
 
 
 class Cache:
-    """Keys and values of B ragged conversations; slot j of a row holds its j-th token, so there are no holes.
+    """Keys and values of B ragged conversations. What a group has in common, its prompt, is held once: `prompt`, of P prompts;
+    `own` holds what follows. Slot j of a row holds its token start + j, so there are no holes; the last slot is a bin for padding.
 
-    The last slot is a bin for padding. `slots` (B, n) says where the next update writes; a token attends to slots
-    0..end-1 under the mask from `causal`.
+    `slots` (B, n) says where the next update writes; a token attends to its prompt and, under the mask from `causal`, to
+    its own slots 0..end-1. Shapes: (2, B or P, heads, slots, d), keys and values, a list over the layers.
     """
 
     def __init__(self, policy):
         text = policy.vlm.config.get_text_config()
         self.heads, self.width = text.num_key_value_heads, getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        self.k, self.v = [None] * text.num_hidden_layers, [None] * text.num_hidden_layers
+        self.own, self.prompt = [None] * text.num_hidden_layers, None
         self.like = dict(device=policy.device, dtype=torch.bfloat16 if policy.device.type == "cuda" else torch.float32)
-        self.slots, self.capacity, self.end = None, 0, 0
+        self.start, self.slots, self.capacity, self.end = None, None, 0, 0
 
     def get_seq_length(self, layer_idx=0):
         return self.end
 
     def reserve(self, batch, capacity):
-        """Room for `capacity` tokens in each of `batch` rows."""
-        for store in (self.k, self.v):
-            for i, old in enumerate(store):
-                if old is None or old.shape[2] <= capacity:
-                    store[i] = torch.zeros(batch, self.heads, capacity + 1, self.width, **self.like)
-                    if old is not None:
-                        store[i][:, :, :self.end] = old[:, :, :self.end]
+        """Room for `capacity` own tokens in each of `batch` rows."""
+        for i, old in enumerate(self.own):
+            if old is None or old.shape[3] <= capacity:
+                self.own[i] = torch.zeros(2, batch, self.heads, capacity + 1, self.width, **self.like)
+                if old is not None:
+                    self.own[i][:, :, :, :self.end] = old[:, :, :, :self.end]
         self.capacity = max(capacity, self.capacity)
 
+    def share(self, lengths, samples):
+        """The rows so far, prompts of these lengths, become what `samples` new, empty rows each begin with."""
+        self.prompt, self.own = [x[:, :, :, :self.end].contiguous() for x in self.own], [None] * len(self.own)
+        self.start, self.end, self.capacity = torch.tensor(lengths, device=self.like["device"]).repeat_interleave(samples), 0, 0
+        self.group(torch.arange(len(lengths)).repeat_interleave(samples))
+
+    def group(self, owner):
+        """owner (B,): each row's prompt. Groups are padded to the largest: `seat` (B,) is a row's among P * G, `guest` who sits there."""
+        rank = (owner[:, None] == owner).tril().sum(1) - 1
+        self.most = int(rank.max()) + 1
+        seat = owner * self.most + rank
+        guest = torch.zeros((int(owner.max()) + 1) * self.most, dtype=torch.long)  # an empty seat gets row 0, and nobody asks for it
+        guest[seat] = torch.arange(len(owner))
+        self.owner, self.seat, self.guest = (x.to(self.start.device) for x in (owner, seat, guest))
+
     def select(self, rows):
-        """Keep only these rows (repeats allowed: a prompt's row becomes the rows of its samples)."""
-        for store in (self.k, self.v):
-            for i in range(len(store)):  # a layer at a time: old and new caches never stand side by side
-                store[i] = store[i][rows]
+        """Keep only these rows, and the prompts that they need."""
+        kept, owner = self.owner[rows].cpu().unique(return_inverse=True)
+        for i in range(len(self.own)):  # a layer at a time: old and new caches never stand side by side
+            self.own[i] = self.own[i][:, rows]
+            if len(kept) < self.prompt[i].shape[1]:
+                self.prompt[i] = self.prompt[i][:, kept.to(rows.device)]
+        self.start = self.start[rows]
+        self.group(owner)
 
     def causal(self):
-        """Boolean mask (B, 1, n, end): each new token sees its own row's slots up to itself."""
-        return (torch.arange(self.end, device=self.slots.device) <= self.slots[..., None])[:, None]
+        """Boolean mask (B, 1, n, prompt + end): each new token sees its row's prompt and own slots up to itself."""
+        mask = torch.arange(self.end, device=self.slots.device) <= self.slots[..., None]
+        if self.prompt:
+            first = torch.arange(self.prompt[0].shape[3], device=self.slots.device) < self.start[:, None, None]
+            mask = torch.cat([first.expand(*self.slots.shape, -1), mask], -1)
+        return mask[:, None]
 
     def update(self, k, v, layer, *_):
-        """k, v (B, heads, n, d) of the new tokens -> those of all tokens (B, heads, end, d)."""
-        rows = torch.arange(len(k), device=k.device)[:, None]
-        for store, new in ((self.k[layer], k), (self.v[layer], v)):
+        """k, v (B, heads, n, d) of the new tokens -> those of all tokens (B, heads, prompt + end, d)."""
+        rows, own = torch.arange(len(k), device=k.device)[:, None], self.own[layer]
+        for store, new in zip(own, (k, v)):
             store[rows, :, self.slots] = new.transpose(1, 2).to(store.dtype)
-        return self.k[layer][:, :, :self.end], self.v[layer][:, :, :self.end]
+        if self.prompt:
+            return torch.cat([self.prompt[layer][:, self.owner], own[:, :, :, :self.end]], 3)
+        return own[:, :, :, :self.end]
+
+    def attend(self, layer, q, k, v, bias):
+        """Attention of one new token a row, q (B, H, d), k, v (B, heads, d) -> (B, H * d). A prompt is read once for its group."""
+        own, prompt, rows = self.own[layer], self.prompt[layer], torch.arange(len(q), device=q.device)
+        for store, new in zip(own, (k, v)):
+            store[rows, :, self.slots[:, 0]] = new.to(store.dtype)
+
+        def by_prompt(x):  # (B, heads, g, n) -> (P, heads, G * g, n)
+            return x.index_select(0, self.guest).unflatten(0, (-1, self.most)).transpose(1, 2).flatten(2, 3)
+
+        def by_row(x):     # and back
+            return x.unflatten(2, (self.most, -1)).transpose(1, 2).flatten(0, 1).index_select(0, self.seat)
+        q = q.unflatten(1, (self.heads, -1)).to(own.dtype) * self.width ** -0.5          # (B, heads, g, d), g = H / heads
+        keys, values = own[:, :, :, :self.end]
+        scores = torch.cat([by_row(by_prompt(q) @ prompt[0].mT), q @ keys.mT], -1)
+        p = (scores.float() + bias).softmax(-1).to(q.dtype)
+        first, rest = p.split([prompt.shape[3], self.end], -1)
+        return (by_row(by_prompt(first) @ prompt[1]) + rest @ values).flatten(1)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -664,11 +736,12 @@ def prefill(policy, cache, trajs, cached):
     proc, device = policy.proc, policy.device
     chunks = [t.ids[c:] for t, c in zip(trajs, cached)]
     b, n = len(chunks), max(map(len, chunks))
-    cache.end = max(len(t.ids) for t in trajs)
+    start = [0] * b if cache.start is None else cache.start.tolist()
+    cache.end = max(len(t.ids) - s for t, s in zip(trajs, start))
     ids, slots, pos = torch.full((b, n), proc.end), torch.full((b, n), cache.capacity), torch.zeros(3, b, n, dtype=torch.long)
     views = []
     for i, (t, c, chunk) in enumerate(zip(trajs, cached, chunks)):
-        ids[i, :len(chunk)], slots[i, :len(chunk)] = torch.tensor(chunk), torch.arange(c, c + len(chunk))
+        ids[i, :len(chunk)], slots[i, :len(chunk)] = torch.tensor(chunk), torch.arange(c, c + len(chunk)) - start[i]
         pos[:, i, :len(chunk)] = torch.from_numpy(t.pos[:, c:])
         new = chunk.count(proc.vision_start)
         views += t.views[len(t.views) - new:]
@@ -682,36 +755,62 @@ def prefill(policy, cache, trajs, cached):
     return h[torch.arange(b), torch.tensor([len(c) - 1 for c in chunks])]
 
 
+def captured(f):
+    """f, which works on tensors in place, as a CUDA graph: returns what replays it. On the CPU f itself."""
+    if not torch.cuda.is_available():
+        return f
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's own thread may go on
+        f()
+    return graph.replay
+
+
 def sample_turn(policy, cache, last, trajs, noise, cfg, greedy):
     """Decode one turn for b rows in step, from last (b, width). Returns per row the sampled ids and log-probabilities.
 
-    A row stops at <|im_end|> or at its budget; its last token is not fed here: the next prefill does that. Nothing
-    waits for the device but the test for the end, every 8th token on a GPU.
+    A row stops at <|im_end|> or at its budget; its last token is not fed here: the next prefill does that. On CUDA the
+    step from one token to the next is a captured graph, and nothing waits for the device but the test for the end, every
+    8th token.
     """
-    device = last.device
-    length = torch.tensor([len(t.ids) for t in trajs], device=device)      # also the slot of the next token
-    position = torch.tensor([t.next_pos for t in trajs], device=device)
-    budget = torch.tensor([min(cfg.turn_tokens, cfg.max_tokens - len(t.ids) - 1) for t in trajs], device=device)
+    device, b, cuda = last.device, len(last), last.is_cuda
+    number = lambda xs: torch.tensor(xs, device=device)
+    budget, slot = number([min(cfg.turn_tokens, cfg.max_tokens - len(t.ids) - 1) for t in trajs]), number([len(t.ids) for t in trajs]) - cache.start
     u = torch.stack([noise[i][sum(t.mask):][:cfg.turn_tokens] for i, t in enumerate(trajs)]).to(device)
-    done, tokens, logps = torch.zeros_like(length, dtype=torch.bool), [], []
-    for step in range(cfg.turn_tokens):
-        logp = policy.logits(last, cfg.temperature).log_softmax(-1)        # (b, V)
+    pos = number([t.next_pos for t in trajs])[:, None] + torch.arange(cfg.turn_tokens, device=device)
+    rope = policy.rope(last, pos)
+    # all that changes from token to token lies in these tensors, which a captured graph reads and writes in place
+    last, step, done = last.clone(), number([[0]]), number([False] * b)
+    token, tokens, logps = number([0] * b), torch.full_like(pos, -1), torch.zeros(b, cfg.turn_tokens, device=device)
+    cache.slots = slot[:, None].clone()
+
+    def choose():
+        logp, now = policy.logits(last, cfg.temperature).log_softmax(-1), step.expand(b, 1)
         if greedy:
-            token = logp.argmax(-1)
+            token.copy_(logp.argmax(-1))
         else:  # inverse of the distribution function: one uniform number a token
-            cdf = logp.double().exp().cumsum(-1)
-            token = torch.searchsorted(cdf, u[:, step:step + 1] * cdf[:, -1:] * (1 - 1e-9), right=True)[:, 0]
-        tokens.append(token.masked_fill(done, -1))
-        logps.append(logp.gather(1, token[:, None])[:, 0])
-        done = done | (token == policy.proc.end) | (step + 1 >= budget)
-        if (device.type == "cpu" or step % 8 == 7) and done.all() or step + 1 == cfg.turn_tokens:
+            cdf = logp.exp().cumsum(-1, dtype=torch.float64)
+            token.copy_(torch.searchsorted(cdf, u.gather(1, now) * cdf[:, -1:] * (1 - 1e-9), right=True)[:, 0])
+        tokens.scatter_(1, now, token.masked_fill(done, -1)[:, None])
+        logps.scatter_(1, now, logp.gather(1, token[:, None]))
+        done.logical_or_((token == policy.proc.end) | (step[0] + 1 >= budget))
+
+    def advance():
+        cache.slots.copy_((slot + step[0]).masked_fill(done, cache.capacity)[:, None])  # rows that are done write into the bin
+        last.copy_(policy.decode(token, [x.index_select(1, step[0]) for x in rope], cache))
+        step.add_(1)
+        choose()
+    choose()
+    stride = cfg.graph_tokens or (128 if cuda else 1)
+    for n in range(cfg.turn_tokens - 1):
+        if (n % 8 == 7 or not cuda) and done.all():
             break
-        cache.end += 1
-        cache.slots = length.masked_fill(done, cache.capacity)[:, None]    # rows that are done write into the bin
-        last = policy.hidden(token[:, None], position.expand(3, -1)[..., None], None, cache.causal(), cache)[:, 0]
-        length, position = length + 1, position + 1
-    tokens, logps = torch.stack(tokens, 1).cpu(), torch.stack(logps, 1).cpu()
-    return [(t[t >= 0].tolist(), p[t >= 0].tolist()) for t, p in zip(tokens, logps)]
+        if n % stride == 0:  # attention reads the cache up to where the next `stride` tokens will end
+            cache.end, again = min(cache.end + stride, cache.capacity), None
+            advance()
+        else:
+            again = again or captured(advance)
+            again()
+    return [(t[t >= 0].tolist(), p[t >= 0].tolist()) for t, p in zip(tokens.cpu(), logps.cpu())]
 
 
 @torch.no_grad()
@@ -736,15 +835,13 @@ def _rollout(policy, rows, cfg, samples, seed, prompt_ids, greedy):
     prompts = [reset(policy.proc, row, cfg) for row in rows]
     cache = Cache(policy)
     cache.reserve(len(prompts), max(len(t.ids) for t in prompts))
-    last = prefill(policy, cache, prompts, [0] * len(prompts))
-    owner = torch.arange(len(prompts), device=policy.device).repeat_interleave(samples)
-    cache.select(owner)
-    last = last[owner]
+    last = prefill(policy, cache, prompts, [0] * len(prompts)).repeat_interleave(samples, 0)
+    cache.share([len(t.ids) for t in prompts], samples)
     trajs = [replace(t, boxes=list(t.boxes), turns=[]) for t in prompts for _ in range(samples)]
     room = min((cfg.max_crops + 1) * cfg.turn_tokens, cfg.max_tokens) + cfg.turn_tokens
     noise = [torch.from_numpy(uniforms(seed, p, g, room)) for p in prompt_ids for g in range(samples)]
     live = list(range(len(trajs)))
-    cache.reserve(len(live), cache.end + cfg.turn_tokens)
+    cache.reserve(len(live), cfg.turn_tokens)
     while True:
         turns = sample_turn(policy, cache, last, [trajs[i] for i in live], [noise[i] for i in live], cfg, greedy)
         cached = [len(trajs[i].ids) + len(ids) - 1 for i, (ids, _) in zip(live, turns)]  # the last token was never fed
@@ -757,7 +854,8 @@ def _rollout(policy, rows, cfg, samples, seed, prompt_ids, greedy):
         if len(keep) < len(live):
             cache.select(torch.tensor(keep, device=policy.device))
         live, cached = [live[k] for k in keep], [cached[k] for k in keep]
-        cache.reserve(len(live), max(len(trajs[i].ids) for i in live) + cfg.turn_tokens)  # room for the next turn too
+        longest = int((torch.tensor([len(trajs[i].ids) for i in live]) - cache.start.cpu()).max())
+        cache.reserve(len(live), longest + cfg.turn_tokens)  # room for the next turn too
         last = prefill(policy, cache, [trajs[i] for i in live], cached)
 
 
@@ -1033,7 +1131,7 @@ def same_settings(folder, cfg):
     old, new = read_json(os.path.join(folder, "config.json"), None), asdict(cfg)
     if old is None:
         return False
-    free = ("resume", "out", "keep", "log_every", "show_every", "n_score", "max_skips")  # these decide nothing about the result
+    free = ("resume", "out", "keep", "log_every", "show_every", "n_score", "max_skips", "graph_tokens")  # these decide nothing about the result
     differ = [f"{k}: {old.get(k)} -> {v}" for k, v in new.items() if k not in free and old.get(k) != v]
     if differ:
         raise UserError(f"{folder} was made with other settings ({'; '.join(differ)}); give another --out (or --data), "

@@ -43,7 +43,7 @@ class Config(env.World):
     prompts: int = 16                # P per step, over all ranks
     samples: int = 8                 # G per prompt
     updates: int = 1                 # passes over each rollout; above 1 the ratio leaves 1 and clipping acts
-    micro_batch: int = 32            # trajectories per forward pass
+    micro_batch: int = 32            # trajectories per forward pass, on average: it is their tokens that are balanced
     lr: float = 2.5e-4
     warmup: int = 5                  # steps to reach lr
     decay: float = 0.4               # last share of the steps: linear to zero (0: constant)
@@ -123,6 +123,15 @@ def prepare(cfg):
     return env.newest(start.out), seconds
 
 
+def balanced(use, lengths, size):
+    """The trajectories `use` in ceil(n / size) micro-batches of about equal numbers of tokens, hardly padded: sorted by length
+    and cut where the tokens so far pass the next share."""
+    use = sorted(use, key=lambda i: lengths[i])
+    n, tokens = -(-len(use) // size), np.cumsum([lengths[i] for i in use])
+    cuts = np.searchsorted(tokens, [tokens[-1] * k / n for k in range(1, n)], side="right")
+    return [m.tolist() for m in np.split(np.array(use, int), cuts) if len(m)]
+
+
 def update(policy, optimizer, trajs, advantages, cfg, world):
     """`updates` passes over one rollout. trajs: this rank's B trajectories; advantages (B,). Returns n_tokens, and for the log
     this rank's sums over its trained tokens, the norm, and the passes skipped because loss or norm was not finite.
@@ -133,8 +142,7 @@ def update(policy, optimizer, trajs, advantages, cfg, world):
     masked = lambda t: cfg.mask_over_turns and t.status != "answered"
     use = [i for i in range(len(trajs)) if advantages[i] != 0 and not masked(trajs[i])]
     n_tokens, n_used = sft.total([sum(sum(t.mask) for t in trajs if not masked(t)), len(use)], world, device)
-    use.sort(key=lambda i: len(trajs[i].ids))  # little padding
-    micro = [use[i:i + cfg.micro_batch] for i in range(0, len(use), cfg.micro_batch)]
+    micro = balanced(use, [len(t.ids) for t in trajs], cfg.micro_batch)
     busy = len(micro)
     if policy.sharded:  # all ranks must pass as often: one with less to do repeats its shortest trajectory with advantage 0
         shortest = min(range(len(trajs)), key=lambda i: len(trajs[i].ids))

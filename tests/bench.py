@@ -1,6 +1,7 @@
 """How fast are env.rollout and rppo.update? Measured beside plain transformers, on the same prompts with the same forced turns.
 
     python tests/bench.py                                             # the tiny model, on the CPU
+    python tests/bench.py --shape=main-job                            # the same at the main job's sizes, see Config
     python tests/bench.py --shape=qwen3-vl-4b                         # a true shape with random weights, on CUDA
     python tests/bench.py --shape=qwen3-vl-4b --shrink=16 --repeats=1 # its code on the CPU, every size divided by 16
 
@@ -41,11 +42,12 @@ import sft  # noqa: E402
 
 @dataclass
 class Config:
-    shape: str = "tiny"              # or one of SHAPES
+    shape: str = "tiny"              # the tiny model, image : crop : turn as in the real preset, an eighth of its tokens;
+    #                                  main-job: the tiny model on the main job's 2 x 2 tokens an image; or one of SHAPES
     prompts: int = 8                 # P
     samples: int = 8                 # G
     turns: int = 5                   # calls, and an answer in the last one
-    turn_tokens: int = 0             # longest turn, the shortest has half of it; 0: 32 for tiny (its cold start's mean is 23), else 256
+    turn_tokens: int = 0             # longest turn, the shortest has half of it; 0: 32 (the tiny cold start's mean is 23), else 256
     repeats: int = 5                 # of each measurement, ours and plain by turns; medians are reported
     scaling: bool = True             # also measure how the rollout's time grows
     shrink: int = 1                  # divide a true shape by this: a trial of the command without its GPU
@@ -65,7 +67,7 @@ SHAPES = {"qwen3-vl-2b": (2048, 6144, 28, 16, 8, 151936, True, 1024, 4096, 24, 1
 def make_policy(cfg, rows, device):
     """The tiny policy of sft.py, or a random one of a true shape, made on the device, with the tiny one's tokenizer."""
     tiny = sft.make_tiny(rows, cfg.seed)
-    if cfg.shape == "tiny":
+    if cfg.shape not in SHAPES:
         return tiny.to(device)
     tok, three, less = tiny.proc.tok, cfg.shape.startswith("qwen3"), lambda n, least=1: max(least, n // cfg.shrink)
     width, mlp, layers, heads, kv, vocab, tied, v_width, v_mlp, blocks, v_heads, marks = SHAPES[cfg.shape]
@@ -100,9 +102,11 @@ def without_patches(vlm):
 
 def settings(cfg, turns=None, **given):
     """rppo.py's settings for this shape, with room for all scripted turns; given: what differs, for the tables of `scaling`."""
-    preset = {} if cfg.shape == "tiny" else {**env.REAL_WORLD, **rppo.REAL}
-    preset |= {k: v // cfg.shrink for k, v in preset.items() if k.endswith("pixels")}
-    longest = cfg.turn_tokens or (256 // min(cfg.shrink, 5) if preset else 32)
+    preset = {**env.REAL_WORLD, **rppo.REAL} if cfg.shape in SHAPES else {}
+    pixels = {k: v for k, v in env.REAL_WORLD.items() if k.endswith("pixels") and cfg.shape != "main-job"}
+    # a token of the tiny model is a quarter of Qwen3-VL's 32 x 32 pixels
+    preset |= {k: v // (cfg.shrink if preset else 8 * 4) for k, v in pixels.items()}
+    longest = cfg.turn_tokens or (256 // min(cfg.shrink, 5) if cfg.shape in SHAPES else 32)
     return rppo.Config(**{**preset, "max_crops": (turns or cfg.turns) - 1, "turn_tokens": longest, "max_tokens": 10 ** 6,
                           "in_flight": 10 ** 6, "samples": cfg.samples, "prompts": cfg.prompts, "seed": cfg.seed, **given})
 
@@ -111,9 +115,10 @@ class Script:
     """The turns that every rollout takes: for each of B trajectories max_crops calls and an answer."""
 
     def __init__(self, policy, task):
-        """Makes `turns`, a list (turns) of lists (B) of ids, and `table` (turns, turn_tokens, B, 1), padded with the end."""
+        """Makes `turns`, a list (turns) of lists (B) of ids, `table` (turns, turn_tokens, B, 1), padded with the end, and room
+        for what the scripted tokens' logits were, `raw`, alike."""
         proc, rng, B = policy.proc, np.random.default_rng(task.seed), task.prompts * task.samples
-        ids, self.turns, self.raw = lambda text: proc.encode(text, keep=env.TAGS), [], []
+        ids, self.turns = lambda text: proc.encode(text, keep=env.TAGS), []
         for k in range(task.max_crops + 1):
             corner, sizes = rng.integers(0, 4, (B, 2)), rng.integers(task.turn_tokens // 2, task.turn_tokens + 1, B)
             acts = [data.look(250 * np.array([*c, *c + 1])) if k < task.max_crops else "<answer>red</answer>" for c in corner]
@@ -123,14 +128,16 @@ class Script:
             raise env.UserError(f"--turn_tokens={task.turn_tokens} leaves no room for a call; raise it")
         table = [[t + [proc.end] * (task.turn_tokens - len(t)) for t in turn] for turn in self.turns]
         self.table = torch.tensor(table, device=policy.device).transpose(1, 2)[..., None]
+        self.raw, self.at = torch.zeros(self.table.shape, device=policy.device), torch.zeros(1, dtype=torch.long, device=policy.device)
 
     def begin(self, turn):
-        self.ids, self.raw = iter(self.table[turn]), self.raw[:turn] + [[]]
+        self.turn, _ = turn, self.at.zero_()
 
     def __call__(self, _, logits):
-        """The hook: logits (B, V), made certain in place. What the scripted tokens had before is kept in raw[turn]."""
-        ids = next(self.ids)
-        self.raw[-1].append(logits.gather(1, ids))
+        """The hook: logits (B, V), made certain in place. It works on the device alone, for a captured graph replays it."""
+        ids = self.table[self.turn].index_select(0, self.at)[0]
+        self.raw[self.turn].index_copy_(0, self.at, logits.gather(1, ids)[None].float())
+        self.at.add_(1)
         return logits.scatter_(1, ids, 1e4)
 
 
@@ -293,17 +300,16 @@ def check_equal(script, ours, plain, our_raw, plain_raw):
         assert a.ids == b.ids and a.mask == b.mask and a.status == b.status == "answered"
         assert [i for i, m in zip(a.ids, a.mask) if m] == sum(turns, [])
         assert len(a.views) == len(b.views) and all(torch.equal(x, y) for x, y in zip(a.views, b.views))
-    for turns, x, y in zip(script.turns, our_raw, plain_raw, strict=True):
-        length = torch.tensor([[len(t)] for t in turns], device=x[0].device)
-        n = int(length.max())  # more steps may have been made; what a row computes after its end has no meaning
-        gap = (torch.cat(x[:n], 1) - torch.cat(y[:n], 1)).abs().masked_fill(torch.arange(n, device=length.device) >= length, 0)
-        assert (gap.sum(1) / length[:, 0]).max() < (0.1 if gap.is_cuda else 1e-4)
+    for turns, gap in zip(script.turns, (our_raw - plain_raw).abs()[..., 0]):  # (turn_tokens, B)
+        length = torch.tensor([len(t) for t in turns], device=gap.device)  # what a row computes after its end has no meaning
+        over = torch.arange(len(gap), device=gap.device)[:, None] >= length
+        assert (gap.masked_fill(over, 0).sum(0) / length).max() < (0.1 if gap.is_cuda else 1e-4)
 
 
 def compare_rollouts(cfg, policy, plain, rows, task, script):
     """Returns (trajectories, results)."""
     ours, theirs = (lambda: our_rollout(policy, rows, task, script)), (lambda: plain_rollout(plain, policy, rows, task, script))
-    trajs, raw = ours(), script.raw
+    trajs, raw = ours(), script.raw.clone()
     check_equal(script, trajs, theirs(), raw, script.raw)
     our_s, plain_s = by_turns(cfg.repeats, policy.device, ours, theirs)
     parts = parts_of(ours, policy)
@@ -328,7 +334,7 @@ def scaling(policy, rows, cfg):
     """How the rollout grows: tables of (value, seconds, tokens fed to the model, bytes that decoding must read). A prompt is
     fed once for its group. The time should grow no faster than the faster of the two: long dialogues are bound by reading."""
     base, tables = settings(cfg), {}
-    pixels = [base.max_pixels * x for x in (1, 4, 16)] if cfg.shape == "tiny" else [base.max_pixels * x // 4 for x in (1, 2, 4)]
+    pixels = [base.max_pixels * x // 4 for x in (1, 2, 4)]
     for field, values in dict(turns=(2, 4, 8), samples=(4, 8, 16), max_pixels=pixels,
                               turn_tokens=[base.turn_tokens * x for x in (1, 2, 4)]).items():
         tables[field] = []
@@ -366,21 +372,21 @@ def report(r):
 
 
 def main(cfg):
-    tiny = cfg.shape == "tiny"
-    if not tiny and cfg.shape not in SHAPES:
-        raise env.UserError(f"--shape={cfg.shape}: the shapes are tiny, " + ", ".join(SHAPES))
-    cuda = torch.cuda.is_available() and not tiny
-    if not tiny and not cuda and cfg.shrink == 1:
+    real = cfg.shape in SHAPES
+    if not real and cfg.shape not in ("tiny", "main-job"):
+        raise env.UserError(f"--shape={cfg.shape}: the shapes are tiny, main-job, " + ", ".join(SHAPES))
+    cuda = torch.cuda.is_available() and real
+    if real and not cuda and cfg.shrink == 1:
         raise env.UserError(f"--shape={cfg.shape} needs a CUDA device; --shrink=16 tries the command without one")
     with tempfile.TemporaryDirectory() as folder:
         with redirect_stdout(None):
-            data.main(data.Config(out=folder + "/0", n_sft=40, n_train=cfg.prompts, n_test=0))
-            data.main(data.Config(out=folder + "/2", n_sft=0, n_train=0 if tiny else cfg.prompts, n_test=0, level=2))
-        policy = make_policy(cfg, data.load_rows(folder + "/0/sft.jsonl"), torch.device("cuda" if cuda else "cpu"))
+            data.main(data.Config(out=folder + "/words", n_sft=40, n_train=0, n_test=0))
+            data.main(data.Config(out=folder, n_sft=0, n_train=cfg.prompts, n_test=0, level={"main-job": 0, "tiny": 1}.get(cfg.shape, 2)))
+        policy = make_policy(cfg, data.load_rows(folder + "/words/sft.jsonl"), torch.device("cuda" if cuda else "cpu"))
         policy.banned.zero_()  # the plain side bans nothing
-        rows = data.load_rows(folder + ("/0" if tiny else "/2") + "/train.jsonl")
+        rows = data.load_rows(folder + "/train.jsonl")
         for row in rows:  # the system prompt is one token of the tiny tokenizer, and hundreds of a real one's
-            row["problem"] += "" if tiny else " black" * (300 // cfg.shrink)
+            row["problem"] += " black" * (0 if cfg.shape == "main-job" else 300 // (cfg.shrink if real else 8))
         plain, task, upd = without_patches(policy.vlm), settings(cfg), {}
         script = Script(policy, task)
         trajs, roll = compare_rollouts(cfg, policy, plain, rows, task, script)

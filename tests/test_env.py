@@ -685,6 +685,49 @@ def test_cached_decoding_equals_full_forward(family, searched):
         assert (family(wrong, HOT.temperature)[0] - want).abs().max() > 0.1
 
 
+class Tape(torch.utils._python_dispatch.TorchDispatchMode):
+    """What a captured CUDA graph does, on the CPU: a replay runs the very same operations on the very same memory, and no
+    Python. Operations for which a GPU would have to wait are refused."""
+
+    def __init__(self, f):
+        """Capturing does not compute, and what f changes here is undone."""
+        super().__init__()
+        self.ops, self.before = [], {}
+        with self:
+            f()
+        for x, old in self.before.items():
+            x.copy_(old)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.overloadpacket.__name__ not in ("_local_scalar_dense", "nonzero", "_unique2", "equal"), func
+        if func._schema.is_mutable:
+            self.before.setdefault(args[0], args[0].clone())
+        out = func(*args, **(kwargs or {}))
+        self.ops.append((func, args, kwargs or {}, out))
+        return out
+
+    def replay(self):
+        for func, args, kwargs, out in self.ops:
+            for old, new in zip(*(x if isinstance(x, (tuple, list)) else [x] for x in (out, func(*args, **kwargs)))):
+                if old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+@torch.no_grad()
+def test_captured_decoding(family, rows, monkeypatch):
+    """Decoding by replays, 6 tokens a graph, gives the tokens and log-probabilities of decoding step by step."""
+    tapes = []
+    monkeypatch.setattr(env, "captured", lambda f: tapes.append(Tape(f)) or tapes[-1].replay)
+    cfg = World(max_crops=2, turn_tokens=20)
+    plain = env.rollout(family, rows[:3], cfg, samples=3)
+    assert not tapes
+    graph = env.rollout(family, rows[:3], dataclasses.replace(cfg, graph_tokens=6), samples=3)
+    assert len(tapes) > 5 and len({len(t.ids) for t in plain}) > 2
+    for a, b in zip(plain, graph, strict=True):
+        assert a.ids == b.ids and a.status == b.status
+        assert a.logp == pytest.approx(b.logp, abs=1e-5)
+
+
 @torch.no_grad()
 def test_update_does_not_depend_on_padding_or_company(family, searched):
     """The update's log-probabilities are those of each trajectory alone, in any order."""

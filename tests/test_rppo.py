@@ -292,6 +292,19 @@ def test_gradient_does_not_depend_on_micro_batches(learner, trajs):
         assert stats == pytest.approx(runs[0][2], rel=1e-4, abs=1e-3)
 
 
+def test_micro_batches_are_balanced():
+    """Every trajectory is in one micro-batch, with others of like length, and none has much more than its share of the tokens."""
+    rng = np.random.default_rng(0)
+    for n, size in ((0, 4), (1, 4), (4, 4), (64, 16), (37, 5), (50, 1)):
+        lengths, use = rng.integers(100, 900, 60).tolist(), rng.permutation(60)[:n].tolist()
+        micro = rppo.balanced(use, lengths, size)
+        flat = [i for m in micro for i in m]
+        assert sorted(flat) == sorted(use) and [lengths[i] for i in flat] == sorted(lengths[i] for i in use)
+        assert len(micro) <= -(-n // size) and all(micro)
+        assert all(sum(lengths[i] for i in m) <= sum(lengths[i] for i in use) / -(-n // size) + 900 for m in micro)
+    assert rppo.balanced([3, 1, 2], [0, 10, 10, 10], 1) == [[3], [1], [2]]
+
+
 def test_zero_advantages_are_not_computed(learner, trajs, monkeypatch):
     """A trajectory of advantage 0 is not run through the model; its tokens still count in the normaliser."""
     cfg, computed = rppo.Config(**SMALL, micro_batch=4), []
