@@ -300,6 +300,9 @@ class Question:
     fates: list = field(default_factory=list)  # of every sampled trajectory
 
 
+BUSY = threading.Lock()  # one rollout at a time, of whichever local model: a process captures one CUDA graph at a time
+
+
 def load_model(address, name, device):
     """What answers: a local policy, or the model `name` at an OpenAI-compatible endpoint (its policy is None)."""
     url = address.startswith(("http://", "https://"))
@@ -307,8 +310,7 @@ def load_model(address, name, device):
         raise UserError("--images needs --annotator=FOLDER (or a hub id, or the address of an OpenAI-compatible endpoint with "
                         "--annotator_name=NAME), and --policy (--policy_name) likewise")
     path = env.newest(address)
-    return SimpleNamespace(name=name if url else path, url=address, policy=None if url else env.load_policy(path, device),
-                           busy=threading.Lock())  # a local policy holds one rollout at a time
+    return SimpleNamespace(name=name if url else path, url=address, policy=None if url else env.load_policy(path, device))
 
 
 def messages(photo, traj, problem, world):
@@ -334,7 +336,7 @@ def converse(q, model, problem, world, k, box):
     def sample(key):  # in env.py a conversation begins with an image: a blank one where there is none to see
         image = photo.image.crop(box) if box else Image.new("RGB", (64, 64), "grey")
         try:
-            with model.busy:
+            with BUSY:
                 trajs = env.rollout(model.policy, [dict(images=[image], problem=problem)], world, k, (seed, 0), [int(key[:8], 16)])
         except UserError:  # the question does not fit into max_tokens, so nobody can answer it
             return [[]] * k

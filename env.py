@@ -8,8 +8,8 @@ log-probabilities, answer matching, reward. Training and evaluation call the sam
     World                       the numbers that define the task and the reward (every stage's Config extends it)
     parse_action, resolve_box   the policy's text -> an action -> a box on the original, or an error it can read
     reset, respond, observe     one conversation, token by token; SFT rendering and RL rollout both use these three
-    Policy, load_policy         a Qwen VLM behind two calls: log-probabilities of a batch, and one incremental step
-    rollout                     P prompts x G samples: shared prefill, one KV cache across turns
+    Policy, load_policy         a Qwen VLM: log-probabilities of a batch (forward), new tokens over a cache (hidden, decode)
+    Cache, rollout              P prompts x G samples: a prompt held once for its group, one KV cache across turns
     match, judge, reward        is the answer right, and what is it worth
 
 Shapes: P prompts, G samples per prompt, B = P*G trajectories, T tokens of the longest, N image tokens,
@@ -61,8 +61,7 @@ class World:
     min_crop_side: int = 16          # a smaller box (pixels of the original) is enlarged about its centre
     turn_tokens: int = 48            # most tokens the policy may sample in one turn
     max_tokens: int = 512            # most tokens of a whole trajectory, image tokens included
-    in_flight: int = 128             # most trajectories that are sampled at once: the size of the cache
-    graph_tokens: int = 0            # tokens that one captured CUDA graph decodes (1: no graphs); 0: 128 on CUDA, 1 on the CPU
+    in_flight: int = 128             # most trajectories that are sampled at once, in whole groups: the size of the cache
     temperature: float = 1.0         # of sampling, and of every log-probability in an update
     # FORK: the reward (see `reward`). lam and eps are not published; these are our choice.
     lam: float = 1.0                 # weight of the redundancy penalty; 0 is plain GRPO
@@ -518,6 +517,101 @@ def linear_patches(self, hidden_states):
     return F.linear(hidden_states.to(self.proj.weight.dtype), self.proj.weight.flatten(1), self.proj.bias)
 
 
+class Cache:
+    """Keys and values of B ragged conversations. What a group has in common, its prompt, is held once: `prompt`, for P prompts;
+    `own` holds what follows. Slot j of a row holds token start + j of its conversation, so there are no holes; the last slot
+    is a bin for padding.
+
+    `slots` (B, n) says where the next tokens go. They attend to their prompt and to their row's own slots up to themselves;
+    `end` bounds the own slots that are read at all. Both stores: (2, B or P, heads, slots, d), keys and values, per layer.
+    """
+
+    def __init__(self, policy):
+        text = policy.vlm.config.get_text_config()
+        self.heads = text.num_key_value_heads
+        self.width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        self.own, self.prompt, self.capacity, self.end, self.slots = [None] * text.num_hidden_layers, None, 0, 0, None
+        self.like = dict(device=policy.device, dtype=torch.bfloat16 if policy.device.type == "cuda" else torch.float32)
+
+    def reserve(self, batch, capacity):
+        """Room for `capacity` own tokens in each of `batch` rows."""
+        if capacity > self.capacity:
+            for i, old in enumerate(self.own):
+                self.own[i] = torch.zeros(2, batch, self.heads, capacity + 1, self.width, **self.like)
+                if old is not None:
+                    self.own[i][:, :, :, :self.end] = old[:, :, :, :self.end]
+            self.capacity = capacity
+
+    def share(self, lengths, samples):
+        """The rows so far, prompts of these lengths, become what `samples` new, empty rows each begin with."""
+        self.prompt, self.own = [x[:, :, :, :self.end].contiguous() for x in self.own], [None] * len(self.own)
+        self.lengths, self.end, self.capacity = lengths, 0, 0
+        self.group(torch.arange(len(lengths)).repeat_interleave(samples))
+
+    def group(self, owner):
+        """owner (B,), each row's prompt: [0, 0, 0, 1]. Groups are padded to the largest, `most` = 3: a row's `seat` among
+        P * most is [0, 1, 2, 3], and on them sit the rows `guest` = [0, 1, 2, 3, 0, 0] (nobody asks for the padding's)."""
+        rank = (owner[:, None] == owner).tril().sum(1) - 1
+        self.most, self.start = int(rank.max()) + 1, [self.lengths[i] for i in owner]
+        seat = owner * self.most + rank
+        guest = torch.zeros(len(self.lengths) * self.most, dtype=torch.long)
+        guest[seat] = torch.arange(len(owner))
+        self.owner, self.seat, self.guest, self.known = (
+            x.to(self.like["device"]) for x in (owner, seat, guest, torch.tensor(self.start)))
+
+    def select(self, rows):
+        """Keep only these rows (a list), and the prompts that they need."""
+        kept, owner = self.owner.cpu()[rows].unique(return_inverse=True)
+        rows, some = torch.tensor(rows, device=self.owner.device), len(kept) < len(self.lengths)
+        for i in range(len(self.own)):  # a layer at a time: old and new caches never stand side by side
+            self.own[i] = self.own[i][:, rows]
+            self.prompt[i] = self.prompt[i][:, kept.to(rows.device)] if some else self.prompt[i]
+        self.lengths = [self.lengths[i] for i in kept]
+        self.group(owner)
+
+    def causal(self):
+        """Boolean mask (B, 1, n, prompt + end): each new token sees its row's prompt and own slots up to itself."""
+        mask = torch.arange(self.end, device=self.slots.device) <= self.slots[..., None]
+        if self.prompt:
+            first = torch.arange(self.prompt[0].shape[3], device=self.slots.device) < self.known[:, None, None]
+            mask = torch.cat([first.expand(*self.slots.shape, -1), mask], -1)
+        return mask[:, None]
+
+    def get_seq_length(self, layer_idx=0):
+        return self.end  # transformers asks, and builds nothing on it: positions and mask are given
+
+    def update(self, k, v, layer, *_):
+        """Called by transformers, in a prefill: k, v (B, heads, n, d) of the new tokens -> of all (B, heads, prompt + end, d)."""
+        rows, own = torch.arange(len(k), device=k.device)[:, None], self.own[layer]
+        for store, new in zip(own, (k, v)):
+            store[rows, :, self.slots] = new.transpose(1, 2).to(store.dtype)
+        own = own[:, :, :, :self.end]
+        return torch.cat([self.prompt[layer][:, self.owner], own], 3) if self.prompt else own
+
+    def attend(self, layer, q, k, v, bias):
+        """Called by `decode`: attention of one new token a row, q (B, H, d), k, v (B, heads, d) -> (B, H * d). Fused kernels do
+        not know that rows share a prompt, so it is written out; scores and softmax are fp32, as there."""
+        own, prompt, rows = self.own[layer], self.prompt[layer], torch.arange(len(q), device=q.device)
+        for store, new in zip(own, (k, v)):
+            store[rows, :, self.slots[:, 0]] = new.to(store.dtype)
+
+        def by_prompt(x):  # (B, heads, g, n) -> (P, heads, most * g, n)
+            return x.index_select(0, self.guest).unflatten(0, (-1, self.most)).transpose(1, 2).flatten(2, 3)
+
+        def by_row(x):     # and back
+            return x.unflatten(2, (self.most, -1)).transpose(1, 2).flatten(0, 1).index_select(0, self.seat)
+
+        def score(q, keys):
+            wide = {"out_dtype": torch.float32} if keys.dtype == torch.bfloat16 else {}
+            return torch.bmm(q.flatten(0, 1), keys.flatten(0, 1).mT, **wide).unflatten(0, (-1, self.heads))
+        q = q.unflatten(1, (self.heads, -1)).to(own.dtype)                       # (B, heads, g, d), g = H / heads
+        keys, values = own[:, :, :, :self.end]
+        scores = torch.cat([by_row(score(by_prompt(q), prompt[0])), score(q, keys)], -1)
+        p = (scores * self.width ** -0.5 + bias).softmax(-1).to(q.dtype)         # (B, heads, g, prompt + end)
+        first, rest = p.split([prompt.shape[3], self.end], -1)
+        return (by_row(by_prompt(first) @ prompt[1]) + rest @ values).flatten(1)
+
+
 class Policy(torch.nn.Module):
     def __init__(self, vlm, proc):
         super().__init__()
@@ -583,8 +677,7 @@ class Policy(torch.nn.Module):
         The text model of both families, written out over its own modules: transformers' general way around them takes
         longer than the work itself.
         """
-        core, (cos, sin) = self.vlm.model.language_model, rope
-        bias = torch.zeros((), device=ids.device).masked_fill(~cache.causal(), -torch.inf)
+        core, (cos, sin), bias = self.vlm.model.language_model, rope, torch.where(cache.causal(), 0.0, -torch.inf)
         norm = lambda m, x: F.rms_norm(x.float(), x.shape[-1:], m.weight.float(), m.variance_epsilon).to(x.dtype)
 
         def rotate(x):
@@ -635,94 +728,6 @@ class Policy(torch.nn.Module):
         return tuple(torch.cat(p) for p in zip(*parts))
 
 
-class Cache:
-    """Keys and values of B ragged conversations. What a group has in common, its prompt, is held once: `prompt`, of P prompts;
-    `own` holds what follows. Slot j of a row holds its token start + j, so there are no holes; the last slot is a bin for padding.
-
-    `slots` (B, n) says where the next update writes; a token attends to its prompt and, under the mask from `causal`, to
-    its own slots 0..end-1. Shapes: (2, B or P, heads, slots, d), keys and values, a list over the layers.
-    """
-
-    def __init__(self, policy):
-        text = policy.vlm.config.get_text_config()
-        self.heads, self.width = text.num_key_value_heads, getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        self.own, self.prompt = [None] * text.num_hidden_layers, None
-        self.like = dict(device=policy.device, dtype=torch.bfloat16 if policy.device.type == "cuda" else torch.float32)
-        self.start, self.slots, self.capacity, self.end = None, None, 0, 0
-
-    def get_seq_length(self, layer_idx=0):
-        return self.end
-
-    def reserve(self, batch, capacity):
-        """Room for `capacity` own tokens in each of `batch` rows."""
-        for i, old in enumerate(self.own):
-            if old is None or old.shape[3] <= capacity:
-                self.own[i] = torch.zeros(2, batch, self.heads, capacity + 1, self.width, **self.like)
-                if old is not None:
-                    self.own[i][:, :, :, :self.end] = old[:, :, :, :self.end]
-        self.capacity = max(capacity, self.capacity)
-
-    def share(self, lengths, samples):
-        """The rows so far, prompts of these lengths, become what `samples` new, empty rows each begin with."""
-        self.prompt, self.own = [x[:, :, :, :self.end].contiguous() for x in self.own], [None] * len(self.own)
-        self.start, self.end, self.capacity = torch.tensor(lengths, device=self.like["device"]).repeat_interleave(samples), 0, 0
-        self.group(torch.arange(len(lengths)).repeat_interleave(samples))
-
-    def group(self, owner):
-        """owner (B,): each row's prompt. Groups are padded to the largest: `seat` (B,) is a row's among P * G, `guest` who sits there."""
-        rank = (owner[:, None] == owner).tril().sum(1) - 1
-        self.most = int(rank.max()) + 1
-        seat = owner * self.most + rank
-        guest = torch.zeros((int(owner.max()) + 1) * self.most, dtype=torch.long)  # an empty seat gets row 0, and nobody asks for it
-        guest[seat] = torch.arange(len(owner))
-        self.owner, self.seat, self.guest = (x.to(self.start.device) for x in (owner, seat, guest))
-
-    def select(self, rows):
-        """Keep only these rows, and the prompts that they need."""
-        kept, owner = self.owner[rows].cpu().unique(return_inverse=True)
-        for i in range(len(self.own)):  # a layer at a time: old and new caches never stand side by side
-            self.own[i] = self.own[i][:, rows]
-            if len(kept) < self.prompt[i].shape[1]:
-                self.prompt[i] = self.prompt[i][:, kept.to(rows.device)]
-        self.start = self.start[rows]
-        self.group(owner)
-
-    def causal(self):
-        """Boolean mask (B, 1, n, prompt + end): each new token sees its row's prompt and own slots up to itself."""
-        mask = torch.arange(self.end, device=self.slots.device) <= self.slots[..., None]
-        if self.prompt:
-            first = torch.arange(self.prompt[0].shape[3], device=self.slots.device) < self.start[:, None, None]
-            mask = torch.cat([first.expand(*self.slots.shape, -1), mask], -1)
-        return mask[:, None]
-
-    def update(self, k, v, layer, *_):
-        """k, v (B, heads, n, d) of the new tokens -> those of all tokens (B, heads, prompt + end, d)."""
-        rows, own = torch.arange(len(k), device=k.device)[:, None], self.own[layer]
-        for store, new in zip(own, (k, v)):
-            store[rows, :, self.slots] = new.transpose(1, 2).to(store.dtype)
-        if self.prompt:
-            return torch.cat([self.prompt[layer][:, self.owner], own[:, :, :, :self.end]], 3)
-        return own[:, :, :, :self.end]
-
-    def attend(self, layer, q, k, v, bias):
-        """Attention of one new token a row, q (B, H, d), k, v (B, heads, d) -> (B, H * d). A prompt is read once for its group."""
-        own, prompt, rows = self.own[layer], self.prompt[layer], torch.arange(len(q), device=q.device)
-        for store, new in zip(own, (k, v)):
-            store[rows, :, self.slots[:, 0]] = new.to(store.dtype)
-
-        def by_prompt(x):  # (B, heads, g, n) -> (P, heads, G * g, n)
-            return x.index_select(0, self.guest).unflatten(0, (-1, self.most)).transpose(1, 2).flatten(2, 3)
-
-        def by_row(x):     # and back
-            return x.unflatten(2, (self.most, -1)).transpose(1, 2).flatten(0, 1).index_select(0, self.seat)
-        q = q.unflatten(1, (self.heads, -1)).to(own.dtype) * self.width ** -0.5          # (B, heads, g, d), g = H / heads
-        keys, values = own[:, :, :, :self.end]
-        scores = torch.cat([by_row(by_prompt(q) @ prompt[0].mT), q @ keys.mT], -1)
-        p = (scores.float() + bias).softmax(-1).to(q.dtype)
-        first, rest = p.split([prompt.shape[3], self.end], -1)
-        return (by_row(by_prompt(first) @ prompt[1]) + rest @ values).flatten(1)
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # The rollout.
 
@@ -732,11 +737,12 @@ def uniforms(seed, prompt, sample, n):
 
 
 def prefill(policy, cache, trajs, cached):
-    """Feed each trajectory's tokens from cached[i] on, ragged. Returns the last hidden states (b, width)."""
+    """Feed each trajectory's tokens from cached[i] on, ragged; cached counts tokens, the prompt's among them. Returns the last
+    hidden states (b, width)."""
     proc, device = policy.proc, policy.device
     chunks = [t.ids[c:] for t, c in zip(trajs, cached)]
     b, n = len(chunks), max(map(len, chunks))
-    start = [0] * b if cache.start is None else cache.start.tolist()
+    start = cache.start if cache.prompt else [0] * b
     cache.end = max(len(t.ids) - s for t, s in zip(trajs, start))
     ids, slots, pos = torch.full((b, n), proc.end), torch.full((b, n), cache.capacity), torch.zeros(3, b, n, dtype=torch.long)
     views = []
@@ -755,9 +761,13 @@ def prefill(policy, cache, trajs, cached):
     return h[torch.arange(b), torch.tensor([len(c) - 1 for c in chunks])]
 
 
-def captured(f):
-    """f, which works on tensors in place, as a CUDA graph: returns what replays it. On the CPU f itself."""
-    if not torch.cuda.is_available():
+DECODE_STRIDE = dict(cuda=128, cpu=1)  # tokens for which attention's width stays the same; on CUDA 1 means no graphs
+
+
+def captured(f, device):
+    """f, which works on tensors in place, as a CUDA graph: capturing computes nothing, what is returned replays it. On the CPU
+    that is f itself."""
+    if device.type != "cuda":
         return f
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's own thread may go on
@@ -769,18 +779,19 @@ def sample_turn(policy, cache, last, trajs, noise, cfg, greedy):
     """Decode one turn for b rows in step, from last (b, width). Returns per row the sampled ids and log-probabilities.
 
     A row stops at <|im_end|> or at its budget; its last token is not fed here: the next prefill does that. On CUDA the
-    step from one token to the next is a captured graph, and nothing waits for the device but the test for the end, every
-    8th token.
+    step from one token to the next is a captured graph, and nothing waits for the device but a capture, every 128th token, and
+    the test for the end, every 8th.
     """
-    device, b, cuda = last.device, len(last), last.is_cuda
+    device, b = last.device, len(last)
     number = lambda xs: torch.tensor(xs, device=device)
-    budget, slot = number([min(cfg.turn_tokens, cfg.max_tokens - len(t.ids) - 1) for t in trajs]), number([len(t.ids) for t in trajs]) - cache.start
+    budget = number([min(cfg.turn_tokens, cfg.max_tokens - len(t.ids) - 1) for t in trajs])
+    slot = number([len(t.ids) - first for t, first in zip(trajs, cache.start)])     # of the next token
     u = torch.stack([noise[i][sum(t.mask):][:cfg.turn_tokens] for i, t in enumerate(trajs)]).to(device)
     pos = number([t.next_pos for t in trajs])[:, None] + torch.arange(cfg.turn_tokens, device=device)
     rope = policy.rope(last, pos)
     # all that changes from token to token lies in these tensors, which a captured graph reads and writes in place
-    last, step, done = last.clone(), number([[0]]), number([False] * b)
-    token, tokens, logps = number([0] * b), torch.full_like(pos, -1), torch.zeros(b, cfg.turn_tokens, device=device)
+    last, step, done, token = last.clone(), number([[0]]), torch.zeros_like(slot, dtype=torch.bool), torch.zeros_like(slot)
+    tokens, logps = torch.full_like(pos, -1), torch.zeros(b, cfg.turn_tokens, device=device)
     cache.slots = slot[:, None].clone()
 
     def choose():
@@ -800,16 +811,16 @@ def sample_turn(policy, cache, last, trajs, noise, cfg, greedy):
         step.add_(1)
         choose()
     choose()
-    stride = cfg.graph_tokens or (128 if cuda else 1)
-    for n in range(cfg.turn_tokens - 1):
-        if (n % 8 == 7 or not cuda) and done.all():
+    stride = DECODE_STRIDE[device.type]
+    for n in range(cfg.turn_tokens - 1):     # n is what `step` is on the device
+        if (n % 8 == 7 or device.type == "cpu") and done.all():
             break
         if n % stride == 0:  # attention reads the cache up to where the next `stride` tokens will end
-            cache.end, again = min(cache.end + stride, cache.capacity), None
+            cache.end, replay = min(cache.end + stride, cache.capacity), None
             advance()
         else:
-            again = again or captured(advance)
-            again()
+            replay = replay or captured(advance, device)
+            replay()
     return [(t[t >= 0].tolist(), p[t >= 0].tolist()) for t, p in zip(tokens.cpu(), logps.cpu())]
 
 
@@ -817,7 +828,7 @@ def sample_turn(policy, cache, last, trajs, noise, cfg, greedy):
 def rollout(policy, rows, cfg, samples=1, seed=(0, 0), prompt_ids=None, greedy=False):
     """Sample `samples` trajectories of every row, in_flight at a time; returns them prompt by prompt, P*G in all.
 
-    Every prompt is prefilled once and its cache repeated for its samples; the cache lives across turns, so that only
+    Every prompt is prefilled once and held once for all its samples; the cache lives across turns, so that only
     new tokens are ever fed; trajectories that have ended leave the batch. prompt_ids (default 0, 1, ...) name the rows
     in the random streams, seed = (seed, step). All ranks must reach this if the policy is sharded.
     """
@@ -852,10 +863,10 @@ def _rollout(policy, rows, cfg, samples, seed, prompt_ids, greedy):
         if not keep:
             return trajs
         if len(keep) < len(live):
-            cache.select(torch.tensor(keep, device=policy.device))
+            cache.select(keep)
         live, cached = [live[k] for k in keep], [cached[k] for k in keep]
-        longest = int((torch.tensor([len(trajs[i].ids) for i in live]) - cache.start.cpu()).max())
-        cache.reserve(len(live), longest + cfg.turn_tokens)  # room for the next turn too
+        longest = max(len(trajs[i].ids) - first for i, first in zip(live, cache.start))
+        cache.reserve(len(live), min(longest + cfg.turn_tokens, cfg.max_tokens))  # room for the next turn too
         last = prefill(policy, cache, [trajs[i] for i in live], cached)
 
 
@@ -1088,7 +1099,7 @@ def make_trainable(policy, cfg, device):
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
         if not dist.is_initialized():  # one process without torchrun
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
-        # inputs are left alone: rotary angles stay fp32
+        # inputs are left alone: the tower's rotary angles stay fp32
         mp = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False) if device.type == "cuda" else MixedPrecisionPolicy()
         for block in (*policy.vlm.model.visual.blocks, *policy.vlm.model.language_model.layers):
             fully_shard(block, mp_policy=mp)
@@ -1131,7 +1142,7 @@ def same_settings(folder, cfg):
     old, new = read_json(os.path.join(folder, "config.json"), None), asdict(cfg)
     if old is None:
         return False
-    free = ("resume", "out", "keep", "log_every", "show_every", "n_score", "max_skips", "graph_tokens")  # these decide nothing about the result
+    free = ("resume", "out", "keep", "log_every", "show_every", "n_score", "max_skips")  # these decide nothing about the result
     differ = [f"{k}: {old.get(k)} -> {v}" for k, v in new.items() if k not in free and old.get(k) != v]
     if differ:
         raise UserError(f"{folder} was made with other settings ({'; '.join(differ)}); give another --out (or --data), "

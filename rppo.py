@@ -43,7 +43,7 @@ class Config(env.World):
     prompts: int = 16                # P per step, over all ranks
     samples: int = 8                 # G per prompt
     updates: int = 1                 # passes over each rollout; above 1 the ratio leaves 1 and clipping acts
-    micro_batch: int = 32            # trajectories per forward pass, on average: it is their tokens that are balanced
+    micro_batch: int = 32            # trajectories of mean length per forward pass (fewer long ones, more short ones)
     lr: float = 2.5e-4
     warmup: int = 5                  # steps to reach lr
     decay: float = 0.4               # last share of the steps: linear to zero (0: constant)
@@ -124,12 +124,15 @@ def prepare(cfg):
 
 
 def balanced(use, lengths, size):
-    """The trajectories `use` in ceil(n / size) micro-batches of about equal numbers of tokens, hardly padded: sorted by length
-    and cut where the tokens so far pass the next share."""
-    use = sorted(use, key=lambda i: lengths[i])
-    n, tokens = -(-len(use) // size), np.cumsum([lengths[i] for i in use])
-    cuts = np.searchsorted(tokens, [tokens[-1] * k / n for k in range(1, n)], side="right")
-    return [m.tolist() for m in np.split(np.array(use, int), cuts) if len(m)]
+    """The trajectories `use` in about n / size micro-batches. None has more tokens, padding included, than its share or than
+    the longest trajectory alone; each holds neighbours in length, so that little of it is padding."""
+    use, micro = sorted(use, key=lambda i: -lengths[i]), []
+    room = max([size * sum(lengths[i] for i in use) / max(len(use), 1)] + [lengths[i] for i in use[:1]])
+    for i in use:
+        if not micro or (len(micro[-1]) + 1) * lengths[micro[-1][0]] > room:
+            micro.append([])
+        micro[-1].append(i)
+    return micro
 
 
 def update(policy, optimizer, trajs, advantages, cfg, world):

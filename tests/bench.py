@@ -272,19 +272,23 @@ def limits(device):
     return 2 * len(x) / copying, 2 * n ** 3 / product
 
 
-def counted(policy, trajs, script):
-    """(bytes that decoding must read: the weights once a step, keys and values of each live row; operations of an update: 6 per
-    parameter and token it is applied to, plus attention). An image counts once, the windows of the tower do not."""
+def counted(policy, trajs, script, samples):
+    """(bytes that decoding must read: the weights once a step, keys and values of each live row, those of a prompt once for its
+    group; operations of an update: 6 per parameter and token it is applied to, plus attention). An image counts once, the
+    windows of the tower do not."""
     core, text, vision = policy.vlm.model, policy.vlm.config.get_text_config(), policy.vlm.config.vision_config
     size = lambda module: sum(p.numel() for p in module.parameters())
     stack, tower = size(core.language_model) - size(core.get_input_embeddings()), size(core.visual)
     head, width = policy.vlm.lm_head.weight.numel(), 2 if policy.device.type == "cuda" else 4
     depth, per_head = text.num_hidden_layers, getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     read = sum(max(map(len, turn)) - 1 for turn in script.turns) * (stack + head) * width
-    for t, turns in zip(trajs, zip(*script.turns)):
+    slots = 0
+    for b, (t, turns) in enumerate(zip(trajs, zip(*script.turns))):
         starts = np.flatnonzero(np.diff([0, *t.mask]) == 1)  # a turn of n tokens feeds all but its last
-        read += sum(int(s) + i for s, ids in zip(starts, turns) for i in range(1, len(ids))) * \
-            2 * depth * text.num_key_value_heads * per_head * width
+        slots += sum(int(s - starts[0]) + i for s, ids in zip(starts, turns) for i in range(1, len(ids)))
+        if b % samples == 0:
+            slots += int(starts[0]) * sum(max(map(len, turn[b:b + samples])) - 1 for turn in script.turns)
+    read += slots * 2 * depth * text.num_key_value_heads * per_head * width
     attend = 6 * depth * text.num_attention_heads * per_head  # half of 12, for it is causal
     work = sum(6 * stack * len(t.ids) + attend * len(t.ids) ** 2 + 6 * head * sum(t.mask) for t in trajs)
     full = len(getattr(vision, "fullatt_block_indexes", range(vision.depth)))
@@ -345,7 +349,7 @@ def scaling(policy, rows, cfg):
             first = [t.mask.index(1) for t in trajs]
             tokens = sum(len(t.ids) for t in trajs) - sum(first) + sum(first[::task.samples])
             [seconds] = by_turns((cfg.repeats + 1) // 2, policy.device, lambda: our_rollout(policy, rows, task, script))
-            tables[field].append((value, seconds, tokens, counted(policy, trajs, script)[0]))
+            tables[field].append((value, seconds, tokens, counted(policy, trajs, script, task.samples)[0]))
     return tables
 
 
@@ -396,7 +400,7 @@ def main(cfg):
             print(f"no update: {str(e).splitlines()[0]}")
         tables = scaling(policy, rows, cfg) if cfg.scaling else {}
     copied, product = limits(policy.device)
-    read, work = counted(policy, trajs, script)
+    read, work = counted(policy, trajs, script, task.samples)
     ratio = lambda x, ours="ours_s", plain="plain_s": x[plain] / x[ours] if x else None
     result = dict(
         vars(cfg), device=torch.cuda.get_device_name() if cuda else "CPU", threads=torch.get_num_threads(), torch=torch.__version__,

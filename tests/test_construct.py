@@ -528,7 +528,7 @@ def test_local_conversation(few, policy, tmp_path, monkeypatch):
     photo, _ = data.select(cfg, name)
     world = env.World(max_crops=3, turn_tokens=6)
     job = data.SimpleNamespace(cfg=cfg, world=world, stopped=False)
-    model = data.SimpleNamespace(name="m", url="", policy=learner, busy=threading.Lock())
+    model = data.SimpleNamespace(name="m", url="", policy=learner)
     kept, rollout = [], env.rollout
     monkeypatch.setattr(env, "rollout", lambda *a: kept.append(rollout(*a)) or kept[-1])
     for box, world in ((photo.box, world), (EVIDENCE, replace(world, max_crops=0))):

@@ -685,6 +685,42 @@ def test_cached_decoding_equals_full_forward(family, searched):
         assert (family(wrong, HOT.temperature)[0] - want).abs().max() > 0.1
 
 
+@torch.no_grad()
+def test_attention_over_a_shared_prompt(family):
+    """One token a row over prompts held once equals plain attention over each row's own keys, for ragged groups, and after
+    rows, and the last row of a prompt, have left; the prefill's view of the cache is that of the token."""
+    cache, rng = env.Cache(family), torch.Generator().manual_seed(0)
+    H, heads, d, lengths = family.vlm.config.get_text_config().num_attention_heads, cache.heads, cache.width, [5, 7, 2]
+    random = lambda *shape: torch.randn(shape, generator=rng)
+    cache.reserve(3, 7)
+    cache.end, cache.slots = 7, torch.tensor([[*range(n)] + [7] * (7 - n) for n in lengths])
+    prompts = random(2, 3, heads, 7, d)
+    for i in range(len(cache.own)):
+        cache.update(*prompts, i)
+    cache.share(lengths, 3)
+    cache.reserve(9, 6)
+    plain = [[prompts[:, p, :, :lengths[p]]] for p in (0, 0, 0, 1, 1, 1, 2, 2, 2)]  # keys and values of each row
+    slots = torch.tensor([0] * 9)
+    for keep in ([0, 1, 2, 3, 4, 5, 6, 7, 8], [0, 2, 4, 6, 7, 8], [0, 1, 3, 4]):    # places among those still there
+        cache.select(keep)
+        plain, slots = [plain[k] for k in keep], slots[keep]
+        for _ in range(2):
+            B = len(plain)
+            q, k, v = random(B, H, d), random(B, heads, d), random(B, heads, d)
+            cache.slots, cache.end = slots[:, None], int(slots.max()) + 1
+            mask = cache.causal()
+            got = cache.attend(0, q, k, v, torch.zeros(()).masked_fill(~mask, -torch.inf))
+            whole = cache.update(k[:, :, None], v[:, :, None], 0)
+            for b, parts in enumerate(plain):
+                parts.append(torch.stack([k[b], v[b]])[:, :, None])
+                keys, values = torch.cat(parts, 2).repeat_interleave(H // heads, 1)
+                want = torch.nn.functional.scaled_dot_product_attention(q[b][:, None], keys, values).flatten()
+                torch.testing.assert_close(got[b], want, atol=1e-5, rtol=1e-5)
+                torch.testing.assert_close(whole[:, b, :, mask[b, 0, 0]], torch.cat(parts, 2))
+            slots = slots + 1
+    assert cache.prompt[0].shape[1] == 2 and len(cache.owner) == 4 and cache.most == 2
+
+
 class Tape(torch.utils._python_dispatch.TorchDispatchMode):
     """What a captured CUDA graph does, on the CPU: a replay runs the very same operations on the very same memory, and no
     Python. Operations for which a GPU would have to wait are refused."""
@@ -717,11 +753,12 @@ class Tape(torch.utils._python_dispatch.TorchDispatchMode):
 def test_captured_decoding(family, rows, monkeypatch):
     """Decoding by replays, 6 tokens a graph, gives the tokens and log-probabilities of decoding step by step."""
     tapes = []
-    monkeypatch.setattr(env, "captured", lambda f: tapes.append(Tape(f)) or tapes[-1].replay)
+    monkeypatch.setattr(env, "captured", lambda f, device: tapes.append(Tape(f)) or tapes[-1].replay)
     cfg = World(max_crops=2, turn_tokens=20)
     plain = env.rollout(family, rows[:3], cfg, samples=3)
     assert not tapes
-    graph = env.rollout(family, rows[:3], dataclasses.replace(cfg, graph_tokens=6), samples=3)
+    monkeypatch.setitem(env.DECODE_STRIDE, "cpu", 6)
+    graph = env.rollout(family, rows[:3], cfg, samples=3)
     assert len(tapes) > 5 and len({len(t.ids) for t in plain}) > 2
     for a, b in zip(plain, graph, strict=True):
         assert a.ids == b.ids and a.status == b.status
