@@ -11,7 +11,7 @@ import env
 def run(tmp_path, **given):
     """The benchmark's file, of 2 x 2 trajectories of two turns."""
     out = str(tmp_path / "bench.json")
-    given = dict(prompts=2, samples=2, turns=2, repeats=1, scaling="false", out=out, **given)
+    given = {**dict(shape="main-job", prompts=2, samples=2, turns=2, repeats=1, scaling="false", out=out), **given}
     bench.main(env.configure(bench.Config, {}, [f"--{k}={v}" for k, v in given.items()]))
     with open(out) as f:
         return json.load(f)
@@ -37,9 +37,9 @@ def test_bench(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", ["qwen3-vl-8b", "qwen2.5-vl-3b"])
-def test_bench_of_a_true_shape(tmp_path, shape):
-    """The code of the CUDA shapes, shrunk, for both families: the two sides agree."""
+@pytest.mark.parametrize("shape", ["qwen3-vl-8b", "qwen2.5-vl-3b", "tiny"])
+def test_bench_of_other_shapes(tmp_path, shape):
+    """The code of the CUDA shapes, shrunk, for both families, and the default: the two sides agree."""
     saved = run(tmp_path, shape=shape, shrink=32)
     assert saved["shape"] == shape and saved["rollout_ratio"] > 0 and saved["limits"]["update_operations"] > 0
 

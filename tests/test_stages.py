@@ -593,7 +593,7 @@ def work(scenes, base, out, *flags):
     env.write_text(f"{out}/{rank}.json", json.dumps({"ids": ids, "flat_step_moved": moved}))
 
 
-@pytest.fixture(scope="module", params=[pytest.param((), id="copied"), pytest.param(("adam", "shard"), id="sharded", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=[pytest.param(x, id=i, marks=pytest.mark.slow) for x, i in (((), "copied"), (("adam", "shard"), "sharded"))])
 def ranks(request, scenes, base, tmp_path_factory):
     """The folders of the same work by one process and by two ranks of torchrun, one thread each: with a copy of the weights on
     each rank, and sharded over them."""
