@@ -766,6 +766,25 @@ def test_captured_decoding(family, rows, monkeypatch):
 
 
 @torch.no_grad()
+def test_greedy_tokens(family, rows):
+    """Greedy tokens are those that the stock model finds likeliest, given the whole sequence so far and no cache;
+    turns end at different tokens."""
+    plain, likes, end = stock(family.vlm), env.Policy.logits, family.proc.end
+
+    def hasty(logits):  # a policy whose turns sometimes end: <|im_end|> gets a bonus on both sides
+        return logits + 4.0 * torch.nn.functional.one_hot(torch.tensor(end), logits.shape[-1])
+    family.logits = lambda h, temperature: hasty(likes(family, h, temperature))
+    try:
+        trajs = env.rollout(family, rows[:3], World(max_crops=2, turn_tokens=20), samples=2, greedy=True)
+    finally:
+        del family.logits
+    for t in trajs:
+        at = np.flatnonzero(t.mask)
+        assert hasty(reference(plain, family.proc, t, 1.0))[at - 1].argmax(-1).tolist() == [t.ids[i] for i in at]
+    assert len({sum(t.mask) for t in trajs}) > 1
+
+
+@torch.no_grad()
 def test_update_does_not_depend_on_padding_or_company(family, searched):
     """The update's log-probabilities are those of each trajectory alone, in any order."""
     together, _ = family(env.collate(searched, family.proc), 1.0)
