@@ -524,6 +524,7 @@ class Cache:
 
     `slots` (B, n) says where the next tokens go. They attend to their prompt and to their row's own slots up to themselves;
     `end` bounds the own slots that are read at all. Both stores: (2, B or P, heads, slots, d), keys and values, per layer.
+    `start`, the length of each row's prompt, is a list; `known` is the same on the device.
     """
 
     def __init__(self, policy):
@@ -674,8 +675,8 @@ class Policy(torch.nn.Module):
     def decode(self, ids, rope, cache):
         """`hidden` of one more text token a row: ids (B,), rope: cos and sin (B, 1, d). Returns (B, width).
 
-        The text model of both families, written out over its own modules: transformers' general way around them takes
-        longer than the work itself.
+        The text model of both families, written out over its own modules, because rows that share a prompt attend to it
+        together, and because a captured graph must find everything in its place.
         """
         core, (cos, sin), bias = self.vlm.model.language_model, rope, torch.where(cache.causal(), 0.0, -torch.inf)
         norm = lambda m, x: F.rms_norm(x.float(), x.shape[-1:], m.weight.float(), m.variance_epsilon).to(x.dtype)
