@@ -1,4 +1,4 @@
-"""sft.py, file 2 of 5: command line, ranks, run folders, the policy, its checkpoints, and the cold start by
+"""sft.py, file 2 of 5: command line, ranks, run folders, the policy, checkpoints, and the cold start by
 imitation.
 
     torchrun sft.py                                        # the tiny model on the scenes of `python data.py`
@@ -7,15 +7,15 @@ imitation.
 
     loss = - sum_{i,t} mask_it * log p(token_it | tokens before it) / sum_{i,t} mask_it
 
-The sums run over all conversations i of a step, on all ranks; mask is 1 on the assistant's tokens only; p is
-the softmax over the vocabulary without the banned ids (vision tokens, ids without a text). A conversation is
-made by replaying its turns through the tools. Rows are taken in the order of the file, so a curriculum is the
+The sums run over all conversations of a step on all ranks; mask is 1 on the assistant's tokens only; p is the
+softmax over the vocabulary without the banned ids (vision tokens, ids without a text). A conversation is made
+by replaying its turns through the tools. Rows are taken in the order of the file, so a curriculum is the
 data's affair.
 
 Shapes: B conversations, T tokens of the longest, n trained tokens, N image tokens, V rows of the
 language-model head. Reads <data>/sft.jsonl and, without --model, the random model <data>/tiny. Writes
-<out>/checkpoints/<step>/ (plain save_pretrained), last, config.json, log.jsonl. Killed at any moment and
-started again, a run on the CPU ends with the same bits: nothing that a step does depends on a random state.
+<out>/checkpoints/<step>/, last, config.json, log.jsonl. On the CPU, a run that is killed and started again
+ends with the same bits.
 """
 import argparse
 import fcntl
@@ -37,7 +37,6 @@ from types import MethodType
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import env
@@ -83,7 +82,6 @@ REAL = dict(env.REAL_EPISODE, steps=1000, batch=32, micro_batch=1, lr=1e-5, muon
 
 
 # --- The command line: argparse over the dataclasses ----------------------------------------------------
-
 AT_LEAST_ONE = ("steps batch micro_batch prompts samples updates keep k in_flight turn_tokens max_tokens "
                 "min_crop_side min_crop_pixels max_pixels max_crop_pixels save_every eval_every log_every "
                 "show_every per_image votes attempts parallel").split()
@@ -127,19 +125,16 @@ def checked(values, Config, where):
 
 
 def load_episode(path):
-    """The preset ("tiny" or "real") and the EpisodeConfig fields of a checkpoint. Nothing else is read from
-    it: it must not say where questions or keys are sent."""
+    """Preset ("tiny" or "real") and EpisodeConfig fields of a checkpoint. Nothing else is read from it: it
+    must not say where questions or keys are sent."""
     where = f"{path}/episode.json"
     saved = read_json(where, {})
     return saved.get("preset", "real"), checked(saved, env.EpisodeConfig, where)
 
 
 def configure(Config, REAL, argv=None, **given):
-    """The Config of the flags in argv (default: this process's) and of the fields given by the caller.
-
-    With --model the defaults are the numbers that the checkpoint was trained with, before those of REAL,
-    before those of the class. "{seed}" in a text is replaced. Raises UserError.
-    """
+    """The Config of the flags in argv (default: this process's) and of fields given. With --model the
+    defaults are the numbers that the checkpoint was trained with, before those of REAL. Raises UserError."""
     values = {**given, **vars(make_parser(Config, REAL).parse_args(argv))}
     if values.get("model"):
         values["model"] = newest(values["model"])
@@ -165,12 +160,11 @@ def cli(main, Config, REAL):
         main(configure(Config, REAL))
     except torch.OutOfMemoryError as e:
         raise UserError(f"out of GPU memory ({str(e).splitlines()[0]}); use more GPUs with "
-                        "--shard=true, or lower --micro_batch (updates), --in_flight (rollouts), --max_tokens")
+                        "--shard=true; lower --micro_batch (updates), --in_flight (rollouts), --max_tokens")
     leave()
 
 
 # --- Ranks. Without torchrun there is one, and no process group -----------------------------------------
-
 def setup():
     """Returns (rank, world_size, device); joins torchrun's process group when there is one."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -184,6 +178,7 @@ def setup():
         torch.backends.cuda.enable_cudnn_sdp(False)        # it plans anew for every new length
     else:
         torch.use_deterministic_algorithms(True)           # else two threads add in changing order
+        torch.utils.deterministic.fill_uninitialized_memory = False
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         store, rank, _ = next(dist.rendezvous("env://"))
         # torchrun keeps its store when it restarts the ranks, and with it the addresses of those that died.
@@ -220,8 +215,7 @@ def leave():
 
 @contextmanager
 def deferred_signals():
-    """Within it SIGTERM and Ctrl-C only fill the list that it yields, so that a step is finished and
-    saved."""
+    """Within it SIGTERM and Ctrl-C only fill the list that it yields: a step is finished and saved."""
     asked, handlers = [], {}
     for number in (signal.SIGTERM, signal.SIGINT):
         handlers[number] = signal.signal(number, lambda number, frame: asked.append(number))
@@ -241,7 +235,6 @@ def stop(step, rank):
 
 
 # --- The run folder: config.json, log.jsonl, lock, checkpoints/<step>/, last ----------------------------
-
 FREE = ("resume", "out", "keep", "log_every", "show_every", "n_score")      # these do not change results
 locks = {}      # path -> locked file, open until the process ends
 
@@ -294,8 +287,8 @@ def lock(folder):
     except BlockingIOError:
         raise UserError(f"{folder} is in use by {Path(path).read_text()}; end it, or give another --out")
     locks[path].truncate(0)
-    locks[path].write(f"process {os.getpid()} on {os.uname().nodename} since {time.ctime()}")
-    locks[path].flush()
+    owner = f"process {os.getpid()} on {os.uname().nodename} since {time.ctime()}"
+    print(owner, end="", file=locks[path], flush=True)
 
 
 def same_settings(folder, cfg):
@@ -312,7 +305,7 @@ def same_settings(folder, cfg):
 
 
 def begin(cfg, rank, device):
-    """Open the run folder cfg.out. Returns the step to go on from, 0 for a new run. All ranks must reach
+    """Open the run folder cfg.out: returns the step to go on from, 0 for a new run. All ranks must reach
     this. UserError if another process has the folder, or if it holds a run with other settings."""
     step = 0
     if rank == 0:
@@ -332,7 +325,6 @@ def begin(cfg, rank, device):
 
 
 # --- The policy: a Qwen VLM, driven through its parts so that positions, caches and logits are explicit -
-
 def linear_patches(self, hidden_states):
     """The patch convolution (its kernel is its stride) as the matrix product that it is."""
     return F.linear(hidden_states.to(self.proj.weight.dtype), self.proj.weight.flatten(1), self.proj.bias)
@@ -353,9 +345,8 @@ def pack(views, proc):
 
 
 def collate(trajs, proc):
-    """Pad trajectories on the right. Returns CPU tensors ids, mask, logp (as recorded while sampling) (B, T)
-    and pos (3, B, T), and from `pack` the views and `feature` (N,) of the batch's image tokens in reading
-    order."""
+    """Trajectories padded on the right: CPU tensors ids, mask, logp (as recorded while sampling) (B, T) and
+    pos (3, B, T); from `pack` the views and the `feature` (N,) of all image tokens in reading order."""
     B, T = len(trajs), max(len(t.ids) for t in trajs)
     ids = torch.full((B, T), proc.end)
     mask = torch.zeros(B, T)
@@ -368,21 +359,17 @@ def collate(trajs, proc):
         mask[b, :n] = torch.tensor(t.mask)
         logp[b, :n] = torch.tensor(t.logp)
         pos[:, b, :n] = torch.from_numpy(t.pos)
-        for shown in t.shown:
-            views.append(shown.view)
+        views += [shown.view for shown in t.shown]
     views, feature = pack(views, proc)
     return dict(ids=ids, mask=mask, logp=logp, pos=pos, views=views, feature=feature)
 
 
 class Policy(torch.nn.Module):
-    """vlm: the transformers model; proc: its env.Processor; image_processor: makes patches, does not
-    resize."""
+    """A transformers model, its env.Processor, and an image processor that makes patches of views."""
 
     def __init__(self, vlm, proc, image_processor):
         super().__init__()
-        self.vlm = vlm
-        self.proc = proc
-        self.image_processor = image_processor
+        self.vlm, self.proc, self.image_processor = vlm, proc, image_processor
         vlm.model.visual.patch_embed.forward = MethodType(linear_patches, vlm.model.visual.patch_embed)
         # A sampled vision token would be taken for an image, an id past the tokenizer decodes to nothing.
         banned = torch.zeros(vlm.config.get_text_config().vocab_size, dtype=torch.bool)
@@ -423,10 +410,8 @@ class Policy(torch.nn.Module):
 
     def hidden(self, ids, pos, images=None, feature=None, mask=None, cache=None):
         """Last hidden states (B, T, width) of ids (B, T) at pos (3, B, T). images: what `see` returned;
-        feature (N,): the row in it of each image token of ids, in reading order.
-
-        Positions are always given: inferred ones are silently wrong for an image that arrives with a cache.
-        """
+        feature (N,): the row in it of each image token of ids, in reading order. Positions are always given:
+        inferred ones are silently wrong for an image that arrives with a cache."""
         core = self.vlm.model
         x = core.get_input_embeddings()(ids)
         extra = {}
@@ -446,8 +431,8 @@ class Policy(torch.nn.Module):
         return (self.vlm.lm_head(h).float() / temperature).masked_fill(self.banned, -torch.inf)
 
     def score(self, h, target, temperature):
-        """From hidden states h (n, width): log-probability of each target, entropy of its distribution
-        (n,)."""
+        """Of hidden states h (n, width): log-probability of each target and entropy (n,) of what is
+        sampled."""
         logits = self.logits(h, temperature)                      # (n, V)
         total = logits.logsumexp(-1)
         with torch.no_grad():
@@ -456,33 +441,25 @@ class Policy(torch.nn.Module):
         return logits.gather(1, target[:, None])[:, 0] - total, entropy
 
     def forward(self, batch, temperature=1.0):
-        """Log-probability and entropy of every trained token: two (n,) tensors, in the order of batch mask ==
-        1.
-
-        Logits exist only where the mask is 1, and 2^26 entries at a time, recomputed in the backward pass. No
-        attention mask: padding is on the right, where causal attention never looks.
-        """
+        """Log-probability and entropy (n,) of every trained token, in the order of batch mask == 1. Logits
+        exist only where the mask is 1, and 2^26 entries at a time, recomputed in the backward pass. No
+        attention mask: padding is on the right, where causal attention never looks."""
         ids, mask, pos, feature = (batch[k].to(self.device) for k in ("ids", "mask", "pos", "feature"))
         blank = torch.zeros(self.proc.factor, self.proc.factor, 3, dtype=torch.uint8)
         images = self.see(batch["views"] or [blank])              # sharded, the tower must always take part
         h = self.hidden(ids, pos, images, feature)                # (B, T, width)
         trained = mask[:, 1:] > 0                                 # (B, T-1): state t predicts token t + 1
         h, target = h[:, :-1][trained], ids[:, 1:][trained]       # (n, width), (n,)
-        size = max(1, 2 ** 26 // len(self.banned))
+        size, parts = max(1, 2 ** 26 // len(self.banned)), []
         if len(h) <= size:
             return self.score(h, target, temperature)
-        logps, entropies = [], []
         for h_part, target_part in zip(h.split(size), target.split(size)):
-            logp, entropy = checkpoint(self.score, h_part, target_part, temperature, use_reentrant=False)
-            logps.append(logp)
-            entropies.append(entropy)
-        return torch.cat(logps), torch.cat(entropies)
+            parts.append(checkpoint(self.score, h_part, target_part, temperature, use_reentrant=False))
+        return tuple(map(torch.cat, zip(*parts)))
 
 
 # --- From a checkpoint to a policy that can be trained --------------------------------------------------
-
-# FORK: the model. The families that are known: mean and standard deviation of the pixels that a tower
-# expects.
+# FORK: the model. The known families, with mean and standard deviation of the pixels that a tower expects.
 PIXELS = {"qwen3_vl": ((0.5,) * 3, (0.5,) * 3),
           "qwen2_5_vl": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))}
 
@@ -502,11 +479,9 @@ def make_policy(vlm, tokenizer):
 
 
 def load_policy(path, device, train=False):
-    """A Policy from a folder or a hub id of Qwen3-VL (2B, 4B, 8B) or Qwen2.5-VL (3B, 7B). Raises UserError.
-
-    On CUDA its weights are bf16, enough for rollouts; to train they are fp32, and still on the CPU. Weights
-    are read from safetensors only and no code of the checkpoint is run.
-    """
+    """A Policy from a folder or a hub id; UserError. On CUDA its weights are bf16, enough for rollouts; to
+    train they are fp32, and still on the CPU. Weights come from safetensors only, and no code of the
+    checkpoint is run."""
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
     from transformers.utils import logging
     logging.disable_progress_bar()
@@ -526,11 +501,10 @@ def load_policy(path, device, train=False):
 
 def does_not_load(path, error):
     """The UserError for a damaged checkpoint; of a run, it names those that are left."""
-    run, step = os.path.dirname(os.path.dirname(path)), os.path.basename(path)
+    folder, step = os.path.split(path)
     cure = "give another --model, or make one with `torchrun sft.py`"
     if step.isdigit():
-        others = set(os.listdir(os.path.dirname(path))) - {step}
-        cure = f"write the number of another one, of {sorted(others)}, into {run}/last"
+        cure = f"write another of {os.listdir(folder)} into {os.path.dirname(folder)}/last"
     return UserError(f"{path}: does not load ({type(error).__name__}: {str(error)[:200]}); {cure}")
 
 
@@ -557,8 +531,8 @@ def shard(policy, device):
 
 
 def load_trainable(cfg, start, first, device):
-    """The policy of a training stage and its preset: from the checkpoint `start`, or at step `first` of this
-    run from its own newest one."""
+    """The policy of a training stage and its preset: of the checkpoint `start`, or of this run at step
+    `first`."""
     policy = load_policy(newest(cfg.out) if first else start, device, train=True)
     policy.vlm.model.visual.requires_grad_(cfg.train_vision)
     if cfg.recompute:
@@ -569,10 +543,8 @@ def load_trainable(cfg, start, first, device):
 
 
 # --- Optimizers, and gradients over the ranks -----------------------------------------------------------
-
 def make_optimizers(policy, cfg, betas, muon_lr=0.0):
-    """AdamW for what is trained; with a muon_lr, Muon for its matrices that are not embeddings (Jordan et
-    al., 2024)."""
+    """AdamW; with a muon_lr, Muon (Jordan et al., 2024) for the matrices that are not embeddings."""
     if muon_lr and cfg.shard:
         raise UserError("--shard=true: Muon needs whole matrices; give --muon_lr=0")
     matrices, rest = [], []
@@ -588,8 +560,7 @@ def make_optimizers(policy, cfg, betas, muon_lr=0.0):
 
 
 def set_lr(optimizers, step, cfg):
-    """Set the step's rates: linear warm-up, constant, linear to zero over the last `decay` share. Returns
-    AdamW's."""
+    """Linear warm-up, constant, linear to zero over the last `decay` share. Returns AdamW's rate."""
     left = (cfg.steps - step) / max(cfg.decay * cfg.steps, 1)
     scale = min((step + 1) / max(cfg.warmup, 1), 1, left)
     for optimizer in optimizers:
@@ -599,8 +570,7 @@ def set_lr(optimizers, step, cfg):
 
 
 def sync_gradients(policy):
-    """Sum the gradients over the ranks; each rank's loss is already divided by the global count. All ranks
-    must reach this."""
+    """Sum over the ranks; each one's loss is divided by the global count. All ranks must reach this."""
     if policy.sharded or not dist.is_initialized():        # FSDP2 has summed them already
         return
     for p in policy.parameters():
@@ -610,9 +580,9 @@ def sync_gradients(policy):
 
 
 def optimizer_step(policy, optimizers, loss_sum, cfg, rest=False):
-    """Sum the gradients over the ranks, clip them and step, unless loss or norm is not finite or the caller
-    says `rest`. Returns the sum of the loss over the ranks, the gradient's norm before clipping, and whether
-    the step was skipped (1 or 0). All ranks must reach this, and all do the same."""
+    """Sum and clip the gradients and step, unless loss or norm is not finite or the caller says `rest`.
+    Returns the loss over all ranks, the norm before clipping, and if the step was skipped (1 or 0), the same
+    on all ranks."""
     sync_gradients(policy)
     loss_sum = all_sum([loss_sum], policy.device)[0]
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.clip_norm)
@@ -646,9 +616,9 @@ def save_model(folder, policy, weights, cfg, preset):
 
 
 def save_checkpoint(step, policy, optimizers, cfg, preset):
-    """Write cfg.out/checkpoints/<step>. All ranks must reach this; rank 0 writes, and holds first the
-    weights, then the optimizers' state in its memory. Complete or absent: the folder is renamed when it is on
-    the disk, and only then does cfg.out/last name it."""
+    """Write cfg.out/checkpoints/<step>. All ranks must reach this; rank 0 writes, and holds the weights, then
+    the optimizers' state. Complete or absent: what is on the disk is renamed, and only then cfg.out/last
+    names it."""
     from safetensors.torch import save_file
     from torch.distributed.checkpoint import state_dict
     options = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True,    # to rank 0; {} elsewhere
@@ -692,8 +662,7 @@ def load_training_state(folder, policy, optimizers):
 
 
 def prune(cfg, best=None):
-    """Remove all but the newest `keep` checkpoints and that of step `best`, and what killed runs left
-    half-written."""
+    """Keep the newest checkpoints and that of step `best`, nothing that killed runs left half-written."""
     folder = f"{cfg.out}/checkpoints"
     names = os.listdir(folder)
     steps = sorted(int(name) for name in names if name.isdigit())
@@ -703,11 +672,9 @@ def prune(cfg, best=None):
 
 
 # --- Imitation ------------------------------------------------------------------------------------------
-
 def render_batches(proc, rows, cfg):
-    """Rows as micro-batches, conversations of like length together, and the number of those that are not
-    trained because they call a tool in the turn that may only answer. One that outgrows max_tokens is trained
-    as far as it goes."""
+    """Rows as micro-batches of conversations of like length, and how many are not trained because they call a
+    tool in the turn that may only answer. One that outgrows max_tokens is trained as far as it goes."""
     trajs = [env.render(proc, row, row["turns"], cfg) for row in rows]
     trajs.sort(key=lambda traj: len(traj.ids))
     left_out = [traj for traj in trajs if traj.status == "over_turns"]
@@ -741,28 +708,16 @@ def eta(seconds, entry, first, cfg):
     return f"eta {int(left) // 60:3d}:{int(left) % 60:02d}"
 
 
-def print_step(entry, first, cfg):
-    print(f"step {entry['step']:5d} loss {entry['loss']:7.4f} norm {entry['grad_norm']:6.3f} tokens "
-          f"{entry['tokens']:6d} left out {entry['left_out']} skipped {entry['skipped']} "
-          f"{entry['seconds']:7.1f}s {eta(entry['seconds'], entry, first, cfg)}", flush=True)
-
-
-def load_turns(cfg, rank, world_size):
-    """The rows of <data>/sft.jsonl. Raises UserError."""
+def main(cfg):
+    rank, world_size, device = setup()
+    if cfg.batch % world_size:
+        raise UserError(f"--batch={cfg.batch} is not a multiple of the {world_size} ranks; change --batch")
     path = f"{cfg.data}/sft.jsonl"
     rows = env.load_rows(path, cfg.image_root)
     for i, row in enumerate(rows):
         if not row.get("turns"):
             raise UserError(f"{path}: row {i} has no `turns` (the assistant's texts); remove it")
     env.check_images(rows, rank, world_size)
-    return rows
-
-
-def main(cfg):
-    rank, world_size, device = setup()
-    if cfg.batch % world_size:
-        raise UserError(f"--batch={cfg.batch} is not a multiple of the {world_size} ranks; change --batch")
-    rows = load_turns(cfg, rank, world_size)
     first = begin(cfg, rank, device)                       # the step to go on from, or 0
     start = cfg.model or f"{cfg.data}/tiny"
     policy, preset = load_trainable(cfg, start, first, device)
@@ -782,10 +737,8 @@ def main(cfg):
             # 1. batch; the next one is rendered while this step computes
             batches, left_out = pending.result()
             pending = pool.submit(prepare, step + 1)
-
             # 2. loss, gradient and step
             entry = train_step(policy, optimizers, batches, step, cfg)
-
             # 3. log
             left_out, stopped = all_sum([left_out, len(asked)], device)
             done = step + 1 == cfg.steps
@@ -793,8 +746,9 @@ def main(cfg):
             if rank == 0:
                 append_log(cfg.out, entry)
                 if step % cfg.log_every == 0 or done or entry["skipped"]:
-                    print_step(entry, first, cfg)
-
+                    print(f"step {step:5d} loss {entry['loss']:7.4f} norm {entry['grad_norm']:6.3f} tokens "
+                          f"{entry['tokens']:6d} left out {left_out:.0f} skipped {entry['skipped']} "
+                          f"{entry['seconds']:7.1f}s {eta(entry['seconds'], entry, first, cfg)}", flush=True)
             # 4. save
             if (step + 1) % cfg.save_every == 0 or done or stopped:
                 save_checkpoint(step + 1, policy, optimizers, cfg, preset)

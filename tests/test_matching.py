@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from matching import choice, match, number
+from env import choice, match, number
 
 # Answers between bars, under the letter that they name.
 OPTIONS = ["red", "dark green", "blue", "A.M.", "a big car"]

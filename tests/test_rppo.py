@@ -1,0 +1,417 @@
+"""The method (rppo.py): advantages, the clipped loss, one update against plain autograd, what is logged.
+
+The loss is compared with a loop over single numbers. An update is compared with transformers' own model that
+reads whole sequences one by one. Trajectories are sampled from a random policy, whose gibberish is read as
+actions by chance.
+"""
+import copy
+import math
+import zlib
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import data
+import env
+import eval as evaluation
+import rppo
+from conftest import amplify
+from rppo import group_advantages, policy_loss
+
+INF, NAN = math.inf, math.nan
+close = torch.testing.assert_close
+
+
+# --- Advantages -----------------------------------------------------------------------------------------
+
+def test_advantages_by_hand():
+    """The group's mean is taken away; the std is the unbiased one (n - 1)."""
+    rewards = torch.tensor([[1.0, 0.0, -0.25], [0.0, 0.0, 1.0]])
+    plain = torch.tensor([[0.75, -0.25, -0.5], [-1 / 3, -1 / 3, 2 / 3]]).double()
+    std = torch.tensor([[(0.875 / 2) ** 0.5], [(2 / 3 / 2) ** 0.5]]).double()
+    close(group_advantages(rewards, False), plain, rtol=1e-7, atol=1e-7)
+    close(group_advantages(rewards, True), plain / std, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("value", [0.1, -0.3, 1 / 3, 1e-20, 1e6 + 0.1, 0.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("norm_std", [False, True])
+def test_a_flat_group_is_exactly_zero(value, dtype, norm_std):
+    """Not the rounding residue of the mean, which a tiny std would blow up. The group beside it is kept."""
+    for size in (1, 2, 3, 7, 8):
+        rewards = torch.full((2, size), value, dtype=dtype)
+        rewards[1, 0] += 1
+        advantages = group_advantages(rewards, norm_std)
+        assert advantages.shape == (2, size) and advantages.dtype == torch.float64
+        assert (advantages[0] == 0).all()
+        assert (advantages[1] != 0).all() or size == 1
+
+
+@pytest.mark.parametrize("norm_std", [False, True])
+def test_advantages_do_not_depend_on_order(norm_std):
+    """Permuted groups and samples have permuted advantages; each group sums to 0."""
+    g = torch.Generator().manual_seed(0)
+    rewards = torch.rand(5, 6, generator=g, dtype=torch.float64)
+    rows, columns = torch.randperm(5, generator=g), torch.randperm(6, generator=g)
+    advantages = group_advantages(rewards, norm_std)
+    close(group_advantages(rewards[rows][:, columns], norm_std), advantages[rows][:, columns])
+    assert advantages.sum(1).abs().max() < 1e-13
+
+
+def test_advantages_are_computed_in_float64():
+    """A difference of 2^-10 on top of 10^4 would be blurred in fp32. The rewards stay as they were."""
+    rewards = torch.tensor([[1e4, 1e4, 1e4 + 2 ** -10]])
+    before = rewards.clone()
+    expected = torch.tensor([[-1, -1, 2]]).double() / 3 / 2 ** 10
+    close(group_advantages(rewards, False), expected, rtol=1e-8, atol=0)
+    assert torch.equal(rewards, before)
+
+
+# --- The loss -------------------------------------------------------------------------------------------
+
+def loop(logp, old, advantages, mask, low, high, n_tokens=None):
+    """The clipped loss and its gradient with respect to logp, number by number."""
+    loss, gradient = 0.0, torch.zeros_like(logp)
+    for i, t in torch.nonzero(mask).tolist():
+        a = advantages[i].item()
+        ratio = math.exp(logp[i, t].item() - old[i, t].item())
+        clipped = min(max(ratio, 1 - low), 1 + high)
+        loss -= min(ratio * a, clipped * a)
+        if ratio * a <= clipped * a:     # the free branch is the smaller one: d ratio / d logp = ratio
+            gradient[i, t] = -ratio * a
+    n_tokens = n_tokens or max(mask.sum().item(), 1)
+    return loss / n_tokens, gradient / n_tokens
+
+
+def loss_and_gradient(logp, *rest):
+    logp = logp.clone().requires_grad_()
+    loss = policy_loss(logp, *rest)
+    loss.backward()
+    return loss.detach(), logp.grad
+
+
+@pytest.fixture
+def numbers():
+    """logp, old_logp, advantages, mask: advantages of both signs, ratios from 0.1 to 8."""
+    g = torch.Generator().manual_seed(1)
+    logp = -3 * torch.rand(6, 9, generator=g, dtype=torch.float64)
+    old = logp + 0.7 * torch.randn(6, 9, generator=g, dtype=torch.float64)
+    mask = (torch.rand(6, 9, generator=g) < 0.7).double()
+    return logp, old, torch.tensor([1.5, -0.8, 0.0, -2.0, 0.3, 1.0]).double(), mask
+
+
+@pytest.mark.parametrize("low, high", [(0.2, 0.28), (0.1, 0.1), (0.5, 3.0)])
+@pytest.mark.parametrize("n_tokens", [None, 17])
+def test_loss_against_a_plain_loop(numbers, low, high, n_tokens):
+    """Ratios below, in and above the clip range occur under advantages of both signs."""
+    logp, old, advantages, mask = numbers
+    ratio = (logp - old).exp()
+    for sign in (1, -1):
+        chosen = ratio[(advantages[:, None] * sign > 0) & (mask > 0)]
+        assert chosen.min() < 1 - low and chosen.max() > 1 + high
+        assert ((chosen > 1 - low) & (chosen < 1 + high)).any()
+    expected, gradient = loop(*numbers, low, high, n_tokens)
+    loss, found = loss_and_gradient(*numbers, low, high, n_tokens)
+    assert loss.shape == () and loss.item() == pytest.approx(expected, rel=1e-12)
+    close(found, gradient, rtol=1e-12, atol=1e-14)
+
+
+def test_on_policy_gradient(numbers):
+    """At ratio 1 it is -advantage / n on every sampled token: nothing is clipped."""
+    logp, _, advantages, mask = numbers
+    _, gradient = loss_and_gradient(logp, logp.clone(), advantages, mask, 0.2, 0.28)
+    close(gradient, -advantages[:, None] * mask / mask.sum(), rtol=1e-14, atol=0)
+
+
+def test_padding_and_micro_batches_do_not_matter(numbers):
+    """With n_tokens given, the losses of pieces add up to that of the whole."""
+    logp, old, advantages, mask = numbers
+    whole, gradient = loss_and_gradient(*numbers, 0.2, 0.28)
+    wide = F.pad(logp, (0, 5), value=-7.0), F.pad(old, (0, 5), value=3.0), advantages, F.pad(mask, (0, 5))
+    loss, found = loss_and_gradient(*wide, 0.2, 0.28)
+    close(loss, whole, rtol=1e-13, atol=0)
+    close(found, F.pad(gradient, (0, 5)), rtol=1e-13, atol=0)
+    for size in (1, 2, 4):
+        total, pieces = 0.0, []
+        for part in zip(*[x.split(size) for x in numbers]):
+            loss, found = loss_and_gradient(*part, 0.2, 0.28, mask.sum().item())
+            total += loss
+            pieces.append(found)
+        close(total, whole, rtol=1e-13, atol=0)
+        close(torch.cat(pieces), gradient, rtol=1e-13, atol=0)
+
+
+def test_inputs_are_left_alone(numbers):
+    """No argument is written to."""
+    before = copy.deepcopy(numbers)
+    policy_loss(*numbers, 0.2, 0.28)
+    for a, b in zip(numbers, before):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("n_tokens", [None, 12])
+def test_empty_mask(numbers, n_tokens):
+    """Nothing sampled: loss and gradient are 0, not NaN."""
+    *rest, mask = numbers
+    loss, gradient = loss_and_gradient(*rest, torch.zeros_like(mask), 0.2, 0.28, n_tokens)
+    assert loss == 0 and (gradient == 0).all()
+
+
+@pytest.mark.parametrize("junk", [(NAN, 0.0), (0.0, NAN), (INF, 0.0), (-INF, -INF), (INF, INF), (500.0, -500.0)])
+def test_junk_under_the_mask(numbers, junk):
+    """Whatever stands where the mask is 0 changes nothing."""
+    logp, old, advantages, mask = numbers
+    expected, gradient = loss_and_gradient(*numbers, 0.2, 0.28)
+    dirty = logp.where(mask > 0, junk[0]), old.where(mask > 0, junk[1])
+    loss, found = loss_and_gradient(*dirty, advantages, mask, 0.2, 0.28)
+    assert torch.equal(loss, expected) and torch.equal(found, gradient)
+
+
+# --- Rows and micro-batches -----------------------------------------------------------------------------
+
+@pytest.mark.parametrize("n, prompts", [(12, 4), (10, 4), (7, 3), (3, 8), (1, 2)])
+def test_prompts_cover_the_rows(n, prompts):
+    """Every n rows of the stream are all rows, in an order of their own that the seed decides."""
+    def stream(seed):
+        chosen = []
+        for step in reversed(range(-(-6 * n // prompts))):     # a resumed run asks out of order, too
+            chosen = rppo.prompts_of(step, rppo.Config(seed=seed, prompts=prompts), n) + chosen
+        return chosen[:6 * n]
+
+    passes = np.reshape(stream(5), (6, n))
+    assert (np.sort(passes, 1) == np.arange(n)).all()
+    assert n == 1 or len(np.unique(passes, axis=0)) > 1
+    assert n == 1 or stream(5) != stream(6)
+
+
+def test_hold_out_is_by_image():
+    """No image of a held-out row is trained on; every other row is."""
+    rows = []
+    for i, image in enumerate("abacbdced"):
+        rows.append({"images": [image], "doc_id": i})
+    train, held_out = rppo.hold_out(rows, 3)
+    assert held_out == rows[6:]                         # c, e, d
+    assert [row["doc_id"] for row in train] == [0, 1, 2, 4]
+    assert rppo.hold_out(rows, 0) == (rows, [])
+
+
+def test_micro_batches_are_balanced():
+    """All samples, longest first; none is larger, padding included, than `size` samples of mean length or
+    than the longest one, and there are hardly more of them than n / size."""
+    rng = np.random.default_rng(0)
+    for n, size in ((0, 4), (1, 4), (4, 4), (60, 16), (37, 5), (50, 1)):
+        lengths = rng.integers(100, 900, n).tolist()
+        samples = [rppo.Sample(env.Trajectory({}, ids=[0] * length), {}, 1.0) for length in lengths]
+        micro = rppo.micro_batches(samples, size)
+        order = [rppo.length(sample) for part in micro for sample in part]
+        assert order == sorted(lengths, reverse=True)
+        assert len({id(sample) for part in micro for sample in part}) == n
+        assert len(micro) <= 1.5 * n / size + 1
+        room = max(size * sum(lengths) / max(n, 1), *order[:1], 0)
+        for part in micro:
+            assert part and len(part) * rppo.length(part[0]) <= room
+
+
+# --- One update of a policy -----------------------------------------------------------------------------
+
+SMALL = dict(max_crops=2, turn_tokens=6, samples=4, temperature=0.7, micro_batch=5, clip_norm=1e9)
+ADVANTAGES = [1.0, -0.5, 0.0, 2.0, 0.0, -1.5, 0.7, -0.2, 0.0, 0.9, -1.1, 0.4]
+parse_action = env.parse_action
+
+
+def acting(text):
+    """Read text without an action as one, by its checksum."""
+    action, n = parse_action(text), zlib.crc32(text.encode())
+    if action.kind != "none":
+        return action
+    if n % 4 == 0:
+        return env.Action("answer", answer=list(data.COLOURS)[n // 4 % 6])
+    if n % 4 == 1:
+        return env.Action("malformed")
+    x, y = n // 4 % 5 * 100.0, n // 64 % 5 * 100.0
+    return env.Action("crop", (x, y, x + 400, y + 500))
+
+
+@pytest.fixture
+def learner(policy):
+    """A copy that a test may train, with weights large enough that its choices differ."""
+    learner = copy.deepcopy(policy)
+    amplify(learner.vlm, 3.0)
+    return learner
+
+
+@pytest.fixture
+def samples(learner, scenes, monkeypatch):
+    """Twelve samples: ragged, of several turns, with crops, errors, answers and none."""
+    rows = env.load_rows(f"{scenes}/train.jsonl")[:3]
+    with monkeypatch.context() as m:
+        m.setattr(env, "parse_action", acting)
+        samples = rppo.collect(learner, rows, [0, 1, 2], 3, rppo.Config(**SMALL))
+    assert {s.traj.status for s in samples} == {"answered", "over_turns"}
+    assert len({rppo.length(s) for s in samples}) > 3
+    assert any(s.traj.crops for s in samples)
+    return weighted(samples, ADVANTAGES)
+
+
+def weighted(samples, advantages):
+    return [rppo.Sample(s.traj, s.parts, a) for s, a in zip(samples, advantages)]
+
+
+def tokens(samples):
+    return sum(sum(s.traj.mask) for s in samples)
+
+
+class Recorder(torch.optim.SGD):
+    """Keeps the gradient of a step instead of following it."""
+
+    def step(self):
+        parts = []
+        for p in self.param_groups[0]["params"]:
+            parts.append(torch.zeros_like(p) if p.grad is None else p.grad.clone())
+        self.gradient = torch.cat([part.flatten() for part in parts]).double()
+
+
+def gradient(policy, samples, **changes):
+    """The gradient of one update, and what the log says."""
+    recorder = Recorder(policy.parameters(), lr=0.0)
+    stats = rppo.update(policy, [recorder], samples, rppo.Config(**{**SMALL, **changes}))
+    return getattr(recorder, "gradient", torch.zeros(1).double()), stats
+
+
+def distance(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+def test_update_against_plain_autograd(learner, samples):
+    """-sum advantage * logp / n over every sampled token, one whole sequence after the other through the
+    stock model, those of advantage 0 too."""
+    found, stats = gradient(learner, samples)
+    stock = type(learner.vlm)(learner.vlm.config)
+    stock.load_state_dict(learner.vlm.state_dict())
+    stock.eval()
+    for s in samples:
+        ids = torch.tensor([s.traj.ids])
+        views = [shown.view.numpy() for shown in s.traj.shown]
+        pixels = learner.image_processor(views, input_data_format="channels_last", return_tensors="pt")
+        kinds = (ids == learner.proc.image).int()
+        logits = stock(input_ids=ids, mm_token_type_ids=kinds, use_cache=False, **pixels).logits[0, :-1] / 0.7
+        logp = logits.masked_fill(learner.banned, -INF).log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+        loss = -s.advantage * (logp * torch.tensor(s.traj.mask[1:])).sum() / tokens(samples)
+        loss.backward()
+    expected = torch.cat([p.grad.flatten() for p in stock.parameters()]).double()
+    assert stats["tokens"] == tokens(samples) and stats["skipped"] == 0
+    assert expected.norm() > 1e-3 and distance(found, expected) < 1e-5
+    assert stats["grad_norm"] == pytest.approx(expected.norm().item(), rel=1e-5)
+
+
+def test_update_does_not_depend_on_micro_batches(learner, samples):
+    expected, stats = gradient(learner, samples, micro_batch=12)
+    for size in (3, 1):
+        found, others = gradient(learner, samples, micro_batch=size)
+        assert distance(found, expected) < 1e-5
+        assert others == pytest.approx(stats, rel=1e-4, abs=1e-5)
+
+
+def test_zero_advantages_are_not_computed(learner, samples, monkeypatch):
+    """Such a trajectory does not run through the model; its tokens still count in the divisor."""
+    computed = []
+    forward = type(learner).forward
+
+    def counting(self, batch, temperature):
+        computed.append(len(batch["ids"]))
+        return forward(self, batch, temperature)
+
+    monkeypatch.setattr(type(learner), "forward", counting)
+    found, stats = gradient(learner, samples)
+    assert sum(computed) == 9 and stats["tokens"] == tokens(samples)
+    busy = [s for s in samples if s.advantage]
+    alone, _ = gradient(learner, busy)
+    assert distance(found * tokens(samples), alone * tokens(busy)) < 1e-5
+
+
+def test_a_flat_step_leaves_the_weights_alone(learner, samples):
+    """Not a bit changes, not even by the optimizer's momentum."""
+    cfg = rppo.Config(**SMALL)
+    optimizer = torch.optim.AdamW(learner.parameters(), lr=1e-2)
+    start = copy.deepcopy(learner.state_dict())
+    rppo.update(learner, [optimizer], samples, cfg)            # gives it momentum
+    moved = copy.deepcopy(learner.state_dict())
+    stats = rppo.update(learner, [optimizer], weighted(samples, [0.0] * 12), cfg)
+    key = "vlm.model.language_model.layers.0.mlp.up_proj.weight"
+    assert not torch.equal(start[key], moved[key])
+    close(learner.state_dict(), moved, rtol=0, atol=0)
+    assert stats["tokens"] == tokens(samples) and stats["grad_norm"] == stats["entropy"] == 0
+
+
+@pytest.mark.parametrize("place", ["loss", "gradient"])
+def test_a_nan_is_skipped(learner, samples, place):
+    """The step is logged as skipped, and weights and the optimizer's state stay as they were."""
+    optimizer = torch.optim.AdamW(learner.parameters(), lr=1e-2)
+    before = copy.deepcopy(learner.state_dict())
+    if place == "loss":
+        samples[0].advantage = NAN
+    else:
+        learner.vlm.model.visual.pos_embed.weight.register_hook(lambda g: g * NAN)
+    stats = rppo.update(learner, [optimizer], samples, rppo.Config(**SMALL))
+    assert stats["skipped"] == 1 and not optimizer.state
+    close(learner.state_dict(), before, rtol=0, atol=0)
+
+
+def test_clipping_over_two_updates(learner, samples, monkeypatch):
+    """The old log-probabilities are those of the first pass and stay; ratios leave 1 in the second."""
+    calls = []
+
+    def recording(logp, old, advantages, mask, *rest):
+        calls.append((logp.detach(), old, mask))
+        assert not old.requires_grad
+        return policy_loss(logp, old, advantages, mask, *rest)
+
+    monkeypatch.setattr(rppo, "policy_loss", recording)
+    cfg = rppo.Config(**{**SMALL, "updates": 2})
+    optimizer = torch.optim.AdamW(learner.parameters(), lr=3e-3)
+    stats = rppo.update(learner, [optimizer], samples, cfg)
+    half = len(calls) // 2
+    clipped = trained = 0
+    for (logp, old, mask), (later, same, _) in zip(calls[:half], calls[half:]):
+        assert torch.equal(logp, old) and torch.equal(old, same)
+        ratio = (later - old)[mask > 0].exp()
+        clipped += ((ratio < 1 - cfg.clip_low) | (ratio > 1 + cfg.clip_high)).sum().item()
+        trained += 2 * len(ratio)                       # both passes count, and none is clipped in the first
+    assert half >= 2 and clipped > 0
+    assert stats["clip_share"] == pytest.approx(clipped / trained)
+
+
+def test_mask_over_turns(learner, samples):
+    """Trajectories without an answer leave the loss and its divisor."""
+    every = weighted(samples, range(1, 13))
+    answered = [s for s in every if s.traj.status == "answered"]
+    found, stats = gradient(learner, every, mask_over_turns=True)
+    expected, _ = gradient(learner, answered)
+    assert stats["tokens"] == tokens(answered) < tokens(every)
+    assert distance(found, expected) < 1e-5
+    rest = [s for s in every if s.traj.status != "answered"]
+    found, stats = gradient(learner, rest, mask_over_turns=True)
+    assert stats["tokens"] == 0 and (found == 0).all() and stats["skipped"] == 0
+
+
+def test_log_ratio_is_small(learner, samples):
+    """Sampling through the cache and the update agree; at another temperature they do not."""
+    samples = weighted(samples, [1.0] * 12)
+    assert 0 <= gradient(learner, samples)[1]["log_ratio"] < 1e-4
+    assert gradient(learner, samples, temperature=1.0)[1]["log_ratio"] > 0.05
+
+
+def test_an_added_reward_part(samples, monkeypatch):
+    """It is logged under its own name; the reward stays the total, wherever in the dict the part stands."""
+    for place in ("first", "last"):
+        for i, s in enumerate(samples):
+            parts = dict(s.parts, total=i / 10)
+            s.parts = {"curiosity": 7.0, **parts} if place == "first" else {**parts, "curiosity": 7.0}
+        entry = rppo.summarise(samples, rppo.Config(**SMALL))
+        assert entry["reward"] == pytest.approx(0.55) and entry["parts"]["curiosity"] == 7.0
+        assert set(evaluation.METRICS) < set(entry) and entry["flat_groups"] == 0
+    for s in samples[4:8]:
+        s.parts["total"] = 0.1
+    assert rppo.summarise(samples, rppo.Config(**SMALL))["flat_groups"] == pytest.approx(1 / 3)

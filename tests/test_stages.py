@@ -1,0 +1,525 @@
+"""The stages end to end: chained, by their command lines, and what exists is reused, refused or named.
+
+    python -m pytest tests/test_stages.py
+
+Everything runs in this process with tiny settings; the policy is random, so its turns are gibberish and its
+rewards are drawn from them by chance. Interruptions are in test_resume.py, several ranks in test_ranks.py.
+"""
+import ast
+import contextlib
+import copy
+import fcntl
+import io
+import json
+import math
+import re
+import shutil
+import sys
+import zlib
+from dataclasses import asdict, fields
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import amplify
+
+import data
+import env
+import eval as evaluation
+import rppo
+import sft
+
+ROOT = Path(__file__).parent.parent
+FILES = ["env", "sft", "data", "eval", "rppo"]     # the chain
+STAGES = {"sft": sft, "data": data, "eval": evaluation, "rppo": rppo}
+DEFAULTS = {"sft": sft.REAL, "data": {}, "eval": env.REAL_EPISODE, "rppo": rppo.REAL}
+SHORT = dict(max_crops=2, turn_tokens=6)
+SFT = dict(SHORT, steps=2, batch=4, micro_batch=3, warmup=1, save_every=1, log_every=1)
+RPPO = dict(SHORT, steps=2, prompts=2, samples=6, micro_batch=3, warmup=1, lr=1e-3, save_every=1, show_every=1,
+            eval_every=2, eval_rows=3, n_score=4)
+SCENES = dict(n_sft=10, n_train=9, n_test=6)
+
+
+def configure(name, *argv):
+    return sft.configure(STAGES[name].Config, DEFAULTS[name], list(argv))
+
+
+def flags(**values):
+    return [f"--{name}={value}" for name, value in values.items()]
+
+
+def by_chance(group, cfg):
+    """Rewards that differ from sample to sample, as those of gibberish do not."""
+    scored = []
+    for traj in group:
+        scored.append(dict(luck=1.0, total=zlib.crc32(str(traj.ids).encode()) % 101 / 101))
+    return scored
+
+
+def tree(name):
+    return ast.parse((ROOT / f"{name}.py").read_text())
+
+
+# --- The stages, one after the other --------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory):
+    """data -> sft -> rppo -> eval by their command lines: their configs, what they printed, and the folder."""
+    top = tmp_path_factory.mktemp("chain")
+    rows, runs = f"{top}/rows", f"{top}/runs"
+    made = {"top": top}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(env, "rewards", by_chance)
+        for name, argv in (
+                ("data", flags(out=rows, **SCENES)),
+                ("sft", flags(**SFT, data=rows, out=f"{runs}/sft")),
+                ("rppo", flags(**RPPO, data=rows, model=f"{runs}/sft", out=f"{runs}/rppo")),
+                ("eval", flags(data=rows, model=f"{runs}/rppo", out=f"{runs}/eval/own", limit=5, k=2, seed=3))):
+            cfg = configure(name, *argv)
+            with contextlib.redirect_stdout(io.StringIO()) as printed:
+                STAGES[name].main(cfg)
+            made[name] = cfg, printed.getvalue()
+    return made
+
+
+def test_folders(chain):
+    """Every promised file is there, nothing half-written is, and config.json is the config."""
+    promised = "rows/sft.jsonl rows/train.jsonl rows/test.jsonl rows/test/0.png rows/tiny/model.safetensors "
+    promised += "runs/summary.json runs/report.html runs/rppo/best.json "
+    for run in ("sft", "rppo"):
+        for file in ("config.json", "model.safetensors", "tokenizer.json", "preprocessor_config.json",
+                     "episode.json", "training/optimizer.safetensors"):
+            promised += f"runs/{run}/checkpoints/2/{file} "
+        promised += f"runs/{run}/last runs/{run}/log.jsonl "
+    for name in ("sft", "rppo", "own"):
+        promised += f"runs/eval/{name}/eval.json "
+    missing = [path for path in promised.split() if not (chain["top"] / path).is_file()]
+    assert not missing
+    assert not list(chain["top"].rglob("*.tmp"))
+    for name in ("data", "sft", "rppo"):
+        cfg = chain[name][0]
+        assert json.loads(Path(cfg.out, "config.json").read_text()) == asdict(cfg)
+
+
+def test_checkpoint(chain):
+    """A checkpoint loads into plain transformers; RL moved its weights; it was all that was needed to go on."""
+    from transformers import AutoModelForImageTextToText, AutoTokenizer
+    start, end = (sft.newest(chain[name][0].out) for name in ("sft", "rppo"))
+    assert chain["rppo"][0].model == start
+    before, after = map(AutoModelForImageTextToText.from_pretrained, (start, end))
+    moved = 0.0
+    for old, new in zip(before.parameters(), after.parameters(), strict=True):
+        moved += (old - new).abs().sum().item()
+    assert 0 < moved < math.inf
+    assert AutoTokenizer.from_pretrained(end).chat_template == env.CHAT_TEMPLATE
+
+
+def test_logs(chain):
+    """One line a step with the documented fields; the numbers make sense and agree with each other."""
+    log = sft.read_log(chain["sft"][0].out)
+    assert [entry["step"] for entry in log] == [0, 1]
+    for entry in log:
+        assert {"skipped", "lr", "seconds"} <= entry.keys()
+        assert 0 < entry["loss"] < 10 and entry["tokens"] > 0 and entry["grad_norm"] > 0
+    cfg = chain["rppo"][0]
+    log = sft.read_log(cfg.out)
+    assert [entry["step"] for entry in log] == [0, 1]
+    most = cfg.prompts * cfg.samples * (cfg.max_crops + 1) * cfg.turn_tokens
+    for entry in log:
+        named = "flat_groups clip_share log_ratio entropy grad_norm skipped lr rollout_s update_s"
+        assert {*evaluation.METRICS, *named.split()} <= entry.keys()
+        assert entry["reward"] == entry["parts"]["total"] != entry["parts"]["luck"] == 1
+        assert 0 < entry["tokens"] <= most and 0 < entry["entropy"] < 10 and entry["grad_norm"] > 0
+        assert entry["clip_share"] == entry["flat_groups"] == 0 and entry["log_ratio"] < 1e-4
+    assert "held_out" not in log[0] and evaluation.METRICS.keys() <= log[1]["held_out"].keys()
+    best = json.loads(Path(cfg.out, "best.json").read_text())
+    assert best == {"step": 2, "accuracy": log[1]["held_out"]["accuracy"]}
+
+
+def test_scores(chain):
+    """eval.json holds every metric, sampled and greedy; summary.json the main job's scores and seconds."""
+    runs = chain["top"] / "runs"
+    scores = json.loads((runs / "eval/own/eval.json").read_text())
+    assert evaluation.METRICS.keys() <= scores.keys() & scores["greedy"].keys()
+    assert (scores["n"], scores["greedy"]["n"]) == (5 * 2, 5)
+    assert scores["config"] == asdict(chain["eval"][0]) and scores["config"]["turn_tokens"] == 6
+    assert sum(part["n"] for part in scores["categories"].values()) == scores["n"]
+    summary = json.loads((runs / "summary.json").read_text())
+    assert {"rppo", "eval_sft", "eval_rppo", "total"} <= summary["seconds"].keys()
+    for name in ("sft", "rppo"):
+        assert summary[name] == json.loads((runs / f"eval/{name}/eval.json").read_text())
+        assert summary[name]["n"] == 4
+
+
+def test_report(chain):
+    """The page shows curves of both runs and the answers of the last evaluation, and names no address."""
+    page = (chain["top"] / "runs/report.html").read_text()
+    assert page.startswith("<!DOCTYPE html>") and page.count("<figure>") > 5 and "<article>" in page
+    for name in ("runs/sft", "runs/rppo", "runs/eval/sft/eval.json", "runs/eval/rppo/results-sampled"):
+        assert name in page
+    assert not re.search(r"<script|(?:src|href)=.?http", page)
+
+
+def test_printed(chain):
+    """A line a step, its columns under their headings; a trajectory that tells sampled from given."""
+    lines = re.findall(r"(?m)^step .*", chain["sft"][1])
+    assert len(lines) == 2 and len({len(line) for line in lines}) == 1
+    heading = re.search(r"(?m)^ +reward .*", chain["rppo"][1])[0]
+    lines = re.findall(r"(?m)^step .*", chain["rppo"][1])
+    assert len(lines) == 2
+    for line in lines:
+        columns = [found.end() for found in re.finditer(r"\S+", line)]
+        assert columns[2:-2] == [found.end() for found in re.finditer(r"\S+", heading)]
+    assert re.search(r"(?m)^  > '.*<\|im_end\|>", chain["rppo"][1]) and "\n  | " in chain["rppo"][1]
+
+
+# --- The main job from nothing --------------------------------------------------------------------------
+
+@pytest.fixture
+def small(monkeypatch):
+    """The defaults with which the main job makes rows and cold start, made small."""
+    monkeypatch.setattr(data, "Config", partial(data.Config, **SCENES))
+    monkeypatch.setattr(sft, "Config", partial(sft.Config, **SFT))
+    return monkeypatch
+
+
+def made(folder):
+    """When each file of weights or rows was made, and the logs."""
+    found = {}
+    for path in folder.rglob("*"):
+        if path.suffix in (".safetensors", ".jsonl") and "tiny" not in str(path):
+            found[path] = path.stat().st_mtime_ns if path.suffix == ".safetensors" else path.read_text()
+    return found
+
+
+def test_main_job(small, tmp_path):
+    """Without a model it makes scenes and cold start, hands on its seed and scores both. Once more: nothing is
+    made anew."""
+    cfg = rppo.Config(**RPPO, seed=3, data=f"{tmp_path}/rows", out=f"{tmp_path}/runs/rppo")
+    rppo.main(cfg)
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {
+        "sft", "rppo", "eval", "summary.json", "report.html"}
+    for folder in ("rows", "runs/sft", "runs/rppo"):
+        assert json.loads((tmp_path / folder / "config.json").read_text())["seed"] == 3
+    before = made(tmp_path)
+    small.setattr(sft, "append_log", lambda *_: pytest.fail("a finished run made a step"))
+    rppo.main(cfg)
+    after = made(tmp_path)
+    assert {path: after[path] for path in before if "results" not in path.name} == \
+        {path: text for path, text in before.items() if "results" not in path.name}
+
+
+def test_main_job_on_foreign_rows(small, scenes, tmp_path):
+    """A folder of somebody's rows with their own sft.jsonl takes no scenes. The same command goes on."""
+    own = tmp_path / "own"
+    own.mkdir()
+    for split in ("sft", "train", "test"):
+        rows = env.load_rows(f"{scenes}/{split}.jsonl")
+        (own / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    small.setattr(data, "write_scenes", lambda cfg: pytest.fail("scenes were drawn"))
+    cfg = rppo.Config(**RPPO, data=str(own), out=f"{tmp_path}/runs/rppo")
+    rppo.main(cfg)
+    summary = (tmp_path / "runs/summary.json").read_text()
+    assert json.loads(summary)["rppo"]["n"] == 4
+    rppo.main(cfg)                       # as after an interruption
+    with pytest.raises(env.UserError, match="holds rows that this command did not make"):
+        data.main(data.Config(out=str(own)))
+
+
+# --- The command line -----------------------------------------------------------------------------------
+
+def refusal(capsys, name, *argv):
+    """The line with which a stage refuses its flags."""
+    with pytest.raises(SystemExit) as error:
+        configure(name, *argv)
+    lines = str(error.value).splitlines()
+    if error.value.code == 2:            # argparse's: after a line with the usage
+        lines = capsys.readouterr().err.splitlines()[1:]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_values():
+    """--key value and --key=value, true and false, an = in a value, whole numbers of any size."""
+    assert configure("rppo", "--steps", "5").steps == configure("rppo", "--steps=5").steps == 5
+    assert configure("sft", "--resume", "false", "--shard=true").resume is False
+    assert configure("eval", "--question=a=b c").question == "a=b c"
+    for seed in (2 ** 53 + 1, 2 ** 63 - 1):
+        assert configure("data", f"--seed={seed}").seed == seed
+    assert configure("sft", "--lr=1").lr == 1 and configure("sft", "--lr", "1e-6").lr == 1e-6
+
+
+@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("argv", ["--nonsense=1", "seed=1", "--Seed=1", "--see=1", "--seed", "-s 1", "seed"])
+def test_unknown_flags(name, argv, capsys):
+    """What is no flag of the stage, shortened ones among it, is refused and named."""
+    assert argv.split("=")[0].split()[0] in refusal(capsys, name, *argv.split())
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_bad_values(name, capsys):
+    """A value of another type is refused with the name of the flag; for every field."""
+    bad = {int: ("x", "", "1.5", "nan", "true"), float: ("x", "", "nan", "inf"), bool: ("x", "yes", "1", "null")}
+    for f in fields(STAGES[name].Config):
+        for value in bad.get(f.type, ()):
+            assert f.name in refusal(capsys, name, f"--{f.name}={value}")
+
+
+@pytest.mark.parametrize("name, flag, words", [
+    ("rppo", "--temperature=0", "temperature"), ("sft", "--seed=-1", "at least 0"), ("rppo", "--lam=-3", "lam"),
+    ("rppo", "--samples=0", "at least 1"), ("sft", "--save_every=0", "at least 1"), ("sft", f"--seed={2 ** 63}", "seed"),
+    ("eval", "--min_crop_side=0", "at least 1"), ("sft", "--max_crop_pixels=500", "--min_crop_pixels")])
+def test_ranges(name, flag, words, capsys):
+    """What could only fail later is refused at once; budgets are compared with each other."""
+    assert words in refusal(capsys, name, flag)
+
+
+@pytest.mark.parametrize("name, words", [
+    (dict(max_pixels=200), "--max_pixels"), (dict(min_crop_pixels=99, max_crop_pixels=200), "--max_crop_pixels"),
+    (dict(max_tokens=64), "--max_tokens")])
+def test_budgets(name, words, policy, rows):
+    """A view of less than one token and a prompt that does not fit are one line with the flag."""
+    with pytest.raises(env.UserError, match=words):
+        env.render(policy.proc, rows[0], rows[0]["turns"], env.EpisodeConfig(**name))
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_help(name, monkeypatch):
+    """--help is the file's docstring and every field: with default, preset and comment, in named groups."""
+    monkeypatch.setenv("COLUMNS", "1000")
+    stage = STAGES[name]
+    text = sft.make_parser(stage.Config, DEFAULTS[name]).format_help()
+    assert stage.__doc__.strip() in text
+    for f in fields(stage.Config):
+        shown = re.search(rf"(?m)^  --{f.name} .*\(default: {re.escape(str(f.default))}\)(.*)$", text)
+        preset = DEFAULTS[name].get(f.name, f.default)
+        assert shown[1] == ("" if preset == f.default else f" [{preset}]")
+    for cls in stage.Config.__mro__[:-1]:
+        assert f"\n{cls.__doc__.splitlines()[0]}" in text
+    source = "".join((ROOT / f"{file}.py").read_text() for file in FILES[:FILES.index(name) + 1])
+    for f in fields(stage.Config):
+        comments = re.findall(rf"(?m)^    {f.name}: .*?# (.*)", source)
+        assert not comments or any(comment in text for comment in comments)
+
+
+def test_presets(chain):
+    """No model: tiny defaults. Ours: what it was trained with, the rest tiny. Another one: real. Flags win."""
+    run = chain["sft"][0].out
+    for name in ("sft", "rppo", "eval"):
+        plain = {**asdict(STAGES[name].Config()), "data": "data/scenes-0"}
+        assert asdict(configure(name)) == plain
+        for model in (run, f"{run}/checkpoints/2"):
+            assert asdict(configure(name, f"--model={model}")) == {**plain, **SHORT, "model": sft.newest(run)}
+        real = {**plain, **DEFAULTS[name], "model": "some/name"}
+        assert asdict(configure(name, "--model=some/name")) == real
+        argv = flags(model=run, turn_tokens=9, max_crops=0)
+        assert configure(name, *argv).turn_tokens == 9 and configure(name, *argv).max_crops == 0
+        assert DEFAULTS[name].keys() <= plain.keys()
+
+
+def test_seed_in_paths():
+    """{seed} in a text is the seed."""
+    assert configure("rppo", "--seed=7", "--out=a/{seed}/b-{seed}").out == "a/7/b-7"
+    assert configure("sft", "--seed=7").data == configure("data", "--seed=7").out == "data/scenes-7"
+
+
+def test_a_checkpoint_decides_nothing_else(tmp_path):
+    """episode.json passes the checks of flags, and what is no field of an episode is not read from it."""
+    episode = tmp_path / "episode.json"
+    episode.write_text('{"preset": "tiny", "max_crops": 2, "judge_url": "http://x", "temperature": 0, "lam": 9}')
+    cfg = configure("rppo", f"--model={tmp_path}")
+    assert (cfg.max_crops, cfg.judge_url, cfg.temperature, cfg.lam) == (2, "", 1.0, 1.0)
+    for text in ('{"max_crops": "2"}', '{"max_pixels": 0}', '{"max_tokens": 1e999}', "[1]", "{", '{"max_crops": true}'):
+        episode.write_text(text)
+        with pytest.raises(env.UserError, match="episode.json"):
+            configure("rppo", f"--model={tmp_path}")
+
+
+# --- What exists is reused, refused or named ------------------------------------------------------------
+
+@pytest.fixture
+def copied(chain, tmp_path):
+    """The config of a copy of the finished cold start."""
+    cfg = chain["sft"][0]
+    shutil.copytree(cfg.out, tmp_path / "run")
+    return sft.Config(**{**asdict(cfg), "out": str(tmp_path / "run")})
+
+
+def test_a_run_is_reused_or_refused(copied, monkeypatch):
+    """The same settings: no step. Others: one line with old and new. A key that is missing is its default."""
+    monkeypatch.setattr(sft, "append_log", lambda *_: pytest.fail("a finished run made a step"))
+    config = Path(copied.out, "config.json")
+    before = made(Path(copied.out))
+    sft.main(copied)
+    settings = json.loads(config.read_text())
+    for name in ("muon_lr", "recompute"):          # as if they were new
+        del settings[name]
+    config.write_text(json.dumps(settings))
+    sft.main(copied)
+    for change in (dict(lr=0.1), dict(seed=1), dict(recompute=True)):
+        name, value = next(iter(change.items()))
+        words = f"{re.escape(copied.out)} .*{name}: {settings.get(name, False)} -> {value}"
+        with pytest.raises(env.UserError, match=words):
+            sft.main(sft.Config(**{**asdict(copied), **change}))
+    with pytest.raises(env.UserError, match="--resume=false.*holds a run"):
+        sft.main(sft.Config(**{**asdict(copied), "resume": False}))
+    sft.main(sft.Config(**{**asdict(copied), "keep": 9, "log_every": 7}))     # these do not change results
+    assert made(Path(copied.out)) == before
+
+
+def test_a_folder_in_use(copied, monkeypatch):
+    """Who comes second is told in one line who has the folder, and changes nothing in it."""
+    monkeypatch.setattr(sft, "locks", {})
+    before = made(Path(copied.out))
+    with open(f"{copied.out}/lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.write("process 7 on elsewhere")
+        lock.flush()
+        for _ in range(2):
+            with pytest.raises(env.UserError, match="run is in use by process 7 on elsewhere; .*--out") as error:
+                sft.main(copied)
+    assert "\n" not in str(error.value) and made(Path(copied.out)) == before
+
+
+def test_a_damaged_checkpoint(copied):
+    """It is one line with its name, the reason and the checkpoints that are left; following it works."""
+    for file in ("model.safetensors", "training/optimizer.safetensors"):
+        path = Path(copied.out, "checkpoints/2", file)
+        whole = path.read_bytes()
+        path.write_bytes(whole[:len(whole) // 2])
+        with pytest.raises(env.UserError, match=r"checkpoints/2: does not load .*\['1'\].*/last"):
+            sft.main(copied)
+        path.write_bytes(whole)
+    Path(copied.out, "last").write_text("1")
+    sft.main(copied)
+    assert [entry["step"] for entry in sft.read_log(copied.out)] == [0, 1]
+
+
+def test_missing_inputs(chain, tmp_path):
+    """Every stage names what is missing and the flag that helps, before it writes anything."""
+    scenes, model = chain["data"][0].out, chain["rppo"][0].model
+    out = f"{tmp_path}/out"
+    for stage, values, words in (
+            (sft, dict(data="nowhere"), "nowhere/sft.jsonl.*data.py.*--data"),
+            (rppo, dict(data="nowhere", model=model), "nowhere/train.jsonl.*--data"),
+            (rppo, dict(data=scenes, model=model, eval_rows=9), "train.jsonl.*--eval_rows=9"),
+            (rppo, dict(data=scenes, model=model, eval_rows=12), "train.jsonl.*--eval_rows=12"),
+            (sft, dict(data=scenes, model="nowhere"), "nowhere.*--model"),
+            (evaluation, dict(data=scenes), "--model"),
+            (data, dict(task="huge"), "--task=huge.*tiny"),
+            (data, dict(images=f"{tmp_path}/none"), "--images=.*none")):
+        with pytest.raises(env.UserError, match=words) as error:
+            stage.main(stage.Config(**values, out=out))
+        assert "\n" not in str(error.value)
+        shutil.rmtree(out, ignore_errors=True)
+
+
+def test_hold_out():
+    """The last n rows; who shares an image with them is on neither side. n = 0 holds none out."""
+    rows = [{"images": [path]} for path in "abcabd"]
+    assert rppo.hold_out(rows, 2) == ([rows[0], rows[2], rows[3]], rows[4:])
+    assert rppo.hold_out(rows, 0) == (rows, [])
+    for n in (6, 7, 99):
+        assert rppo.hold_out(rows, n)[0] == []
+
+
+def test_pruning_and_the_best(tmp_path):
+    """Kept are the newest and the best: the first with the highest accuracy among those that are there."""
+    entries = [dict(step=3)]
+    for step, accuracy in ((0, 0.9), (1, 0.5), (2, 0.7), (4, 0.7), (5, 0.1)):
+        entries.append(dict(step=step, held_out=dict(accuracy=accuracy)))
+    text = "".join(json.dumps(entry) + "\n" for entry in entries)
+    (tmp_path / "log.jsonl").write_text(text + '{"step": 6, "held_out": {"accu')     # half a line of a kill
+    for name in ("2", "3", "4", "5", "6", "7.tmp", "10"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    best = rppo.mark_best(str(tmp_path))
+    assert best == 3 and json.loads((tmp_path / "best.json").read_text()) == {"step": 3, "accuracy": 0.7}
+    sft.prune(sft.Config(out=str(tmp_path), keep=2), best)
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"3", "6", "10"}
+    shutil.rmtree(tmp_path / "checkpoints")
+    assert rppo.mark_best(str(tmp_path)) is None
+
+
+# --- What must not be learned, and what cannot be -------------------------------------------------------
+
+def test_the_last_turn_may_only_answer(policy, rows):
+    """A conversation that calls the tool in it is not trained at all, and is counted."""
+    cfg = sft.Config(max_crops=1, micro_batch=5)
+    calls = sum(len(row["turns"]) > 2 for row in rows[:20])
+    batches, left_out = sft.render_batches(policy.proc, rows[:20], cfg)
+    trained = torch.cat([batch["mask"].sum(1) for batch in batches])
+    assert 0 < calls == left_out == (trained == 0).sum() < 20
+    cfg = sft.Config(micro_batch=5)
+    assert sft.render_batches(policy.proc, rows[:20], cfg)[1] == 0
+
+
+@pytest.mark.parametrize("greedy", [False, True])
+def test_a_policy_of_nan(greedy, policy, rows):
+    """One line, with the step in training; in an evaluation no step that there never was."""
+    broken = copy.deepcopy(policy)
+    torch.nn.init.constant_(broken.vlm.model.language_model.norm.weight, math.nan)
+    cfg = rppo.Config(**SHORT)
+    with pytest.raises(env.UserError, match="step 7.*not finite") as error:
+        evaluation.rollout(broken, rows[:2], cfg, 2, (0, 7), greedy=greedy)
+    assert "\n" not in str(error.value)
+    with pytest.raises(env.UserError, match="not finite") as error:
+        evaluation.evaluate(broken, rows[:2], cfg, 0, 1, greedy=greedy)
+    assert str(2 ** 31) not in str(error.value)
+
+
+# --- The files ------------------------------------------------------------------------------------------
+
+def test_imports():
+    """A chain: each file imports only those before it, and at import nothing heavy beside torch."""
+    light = {*sys.stdlib_module_names, "numpy", "PIL", "torch", "tqdm"} - {"pickle", "subprocess"}
+    for i, name in enumerate(FILES):
+        for node in ast.walk(tree(name)):
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                modules = [node.module]
+            for module in modules:
+                root = module.split(".")[0]
+                inside = node.col_offset > 0       # of a function: loaded when it is called
+                assert root in light or root in FILES[:i] or inside and root in ("transformers", "tokenizers", "safetensors")
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_every_field_is_read(name):
+    """No dead settings: the stage's file or one before it reads cfg.FIELD."""
+    read = {"annotator", "annotator_name", "policy", "policy_name"} if name == "data" else set()   # by getattr
+    for file in FILES[:FILES.index(name) + 1]:
+        for node in ast.walk(tree(file)):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                owner = getattr(node.value, "id", getattr(node.value, "attr", ""))
+                if owner == "cfg":
+                    read.add(node.attr)
+    unread = {f.name for f in fields(STAGES[name].Config)} - read
+    assert not unread
+
+
+def test_one_definition(policy, rows, monkeypatch):
+    """Training and evaluation use the same functions: each is defined once, and both reach it."""
+    count = {}
+    for file in FILES:
+        for node in tree(file).body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                count.setdefault(node.name, []).append(file)
+    for name in ("parse_action", "resolve_box", "step", "reset", "respond", "match", "rewards", "redundancy", "iou",
+                 "covers", "rollout", "collate", "measure", "load_rows", "Policy", "Trajectory"):
+        assert len(count[name]) == 1, name
+    cfg = rppo.Config(**SHORT)
+    learner = amplify(copy.deepcopy(policy), 3.0)
+    train = partial(rppo.collect, learner, rows[:1], [0], 0, cfg)
+    measure = partial(evaluation.evaluate, learner, rows[:1], cfg, 0, 1)
+    imitate = partial(sft.render_batches, learner.proc, rows[:1], cfg)
+    for module, name, users in ((evaluation, "rollout", (train, measure)), (env, "is_right", (train, measure)),
+                                (env, "reset", (train, measure, imitate)), (env, "step", (train, measure, imitate)),
+                                (env, "parse_action", (train, measure, imitate))):
+        used = []
+        function = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, f=function, **k: (used.append(1), f(*a, **k))[1])
+        for user in users:
+            used.clear()
+            user()
+            assert used, (name, user)
