@@ -56,7 +56,7 @@ class Config(sft.TrainConfig, evaluation.RolloutConfig, env.RewardConfig):
     eval_rows: int = 128             # ... on the last rows of train.jsonl; their images are never trained on
     show_every: int = 25             # steps between printed trajectories
     save_every: int = 50
-    n_score: int = 768               # test rows scored at the end; 0 leaves scoring to eval.py
+    n_score: int = 512               # test rows scored at the end; 0 leaves scoring to eval.py
 
 
 REAL = dict(env.REAL_EPISODE, in_flight=16, steps=200, prompts=32, samples=8, micro_batch=1, lr=1e-6,

@@ -70,8 +70,10 @@ class TrainConfig(env.EpisodeConfig):
 class Config(TrainConfig):
     """Imitation."""
     out: str = "runs/sft"
-    steps: int = 420
-    batch: int = 48                  # conversations per step, over all ranks
+    steps: int = 500
+    batch: int = 24                  # conversations per step, over all ranks
+    micro_batch: int = 24
+    warmup: int = 50
     lr: float = 4e-3
     muon_lr: float = 0.03            # Muon's peak rate, for matrices that are not embeddings; 0: AdamW alone
     log_every: int = 25              # steps between printed lines; log.jsonl has every step
