@@ -417,14 +417,18 @@ class Job:
                 pass
 
 
+def image_url(image):
+    """An RGB image as a data URL (JPEG of quality 95)."""
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=95)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
 def part(seen):
-    """A part of a chat message: a text, or an image (env.Shown, as JPEG of quality 95)."""
+    """A part of a chat message: a text or an image (env.Shown)."""
     if isinstance(seen, str):
         return {"type": "text", "text": seen}
-    buffer = io.BytesIO()
-    seen.resized(FACTOR).save(buffer, "JPEG", quality=95)
-    encoded = base64.b64encode(buffer.getvalue()).decode()
-    return {"type": "image_url", "image_url": {"url": "data:image/jpeg;base64," + encoded}}
+    return {"type": "image_url", "image_url": {"url": image_url(seen.resized(FACTOR))}}
 
 
 def messages_of(traj, episode):
@@ -684,24 +688,32 @@ def read_vstar(path):
 
 def read_benches(spec, image_root, limit):
     """FORK: {name: rows} of spec, "NAME:PATH,NAME:PATH"; of each at most limit rows (0: all). A .tsv is read
-    as VLMEvalKit's, a folder as V*Bench, anything else as a file of rows (VisualProbe's val.json is one).
-    Raises UserError for a path or an image that does not exist, another layout, no questions."""
-    benches = {}
+    as VLMEvalKit's, a folder as V*Bench or as VisualProbe (its three levels, each under its own name),
+    anything else as a file of rows. Raises UserError for a path or an image that does not exist, another
+    layout, no questions."""
+    entries = []
     for entry in spec.split(","):
         name, _, path = entry.partition(":")
-        if name in benches or not os.path.exists(path):
-            raise UserError(f"--bench: {entry!r} is not NAME:PATH of a file or folder, each name once")
+        if not os.path.exists(path):
+            raise UserError(f"--bench: {entry!r} is not NAME:PATH of a file or folder")
+        levels = sorted(Path(path).glob("VisualProbe_*/val.json"))
+        for level in levels:
+            entries.append((level.parent.name.lower(), str(level), path))
+        if not levels:
+            entries.append((name, path, image_root))
+    benches = {}
+    for name, path, root in entries:
         try:
             if path.endswith(".tsv"):
-                rows = read_tsv(path, image_root)
+                rows = read_tsv(path, root)
             elif os.path.isdir(path):
                 rows = read_vstar(path)
             else:
-                rows = env.load_rows(path, image_root)
+                rows = env.load_rows(path, root)
         except Exception as e:               # whatever a damaged file makes a parser raise
             raise UserError(f"{path}: damaged or not as {name} is published ({type(e).__name__}: {e})")
-        if not rows:
-            raise UserError(f"{path}: no questions; give the file or folder as it is published")
+        if not rows or name in benches:
+            raise UserError(f"{path}: no questions, or {name} is given twice")
         benches[name] = rows[:limit or None]
         for row in benches[name]:
             image = os.path.abspath(row["images"][0])

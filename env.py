@@ -723,7 +723,7 @@ def check_row(row, where):
     for key in ("images", "problem", "solution"):
         if not isinstance(row, dict) or row.get(key) in (None, "", []):
             raise UserError(f"{where} has no `{key}`; a row needs images (a list of paths), problem and "
-                            "solution; conversations of other projects: `python data.py --convert=FILE`")
+                            "solution; conversations of other projects: `python tests/convert.py FILE`")
     if not isinstance(row["images"], list) or len(row["images"]) != 1:
         raise UserError(f"{where}: `images` is not a list of one image; several images are not supported")
     solution = row["solution"][0] if isinstance(row["solution"], list) else row["solution"]

@@ -49,7 +49,7 @@ class Config(RolloutConfig):
     model: str = ""                  # a run folder, a checkpoint or a hub id
     data: str = "data/scenes-{seed}" # its test.jsonl is scored, unless there is a benchmark or an image
     image_root: str = ""             # where the images of rows lie; empty: relative to the file of the rows
-    bench: str = ""                  # NAME:PATH,NAME:PATH; the names are the keys of data.BENCHES
+    bench: str = ""                  # NAME:PATH,NAME:PATH; see data.read_benches
     image: str = ""                  # a picture to ask the question about
     question: str = ""
     report: str = ""                 # FOLDER,FOLDER: only write the page of these runs
@@ -565,7 +565,7 @@ def data_url(image, max_side):
     """An image as JPEG data of the size shown, at most max_side pixels a side."""
     small = image.copy()
     small.thumbnail((max_side, max_side))
-    return data.image_part(small)["image_url"]["url"]
+    return data.image_url(small)
 
 
 def trajectory_html(record, max_side=340):
@@ -633,7 +633,7 @@ def comparison(before, after, n):
 def questions_html(folder):
     """Questions made from photographs, with boxes from coarse to fine, and the funnel they came through."""
     card = sft.read_json(f"{folder}/data_card.json", {})
-    parts = f'<p>{escape(json.dumps(card["funnel"]))}</p>{SWITCH}<div class="pairs">'
+    parts = table([["proposals", "n"], *card["proposals"].items()]) + SWITCH + '<div class="pairs">'
     for row in env.load_rows(f"{folder}/train.jsonl")[:40]:
         turns = [{"text": "", "error": None, "box": box} for box in row["chain"]]
         parts += trajectory_html({

@@ -1,19 +1,13 @@
-"""What an episode is (env.py): parser, boxes, tools, tokens and mask, positions, rewards, images, rows."""
-import ast
+"""What an episode is (env.py): parser, boxes, tools, tokens and mask, positions, rewards."""
 import collections
 import copy
 import doctest
-import io
 import json
 import math
-import os
 import random
 import re
-import struct
 import sys
 import types
-import warnings
-import zlib
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -24,7 +18,6 @@ from PIL import Image
 import env
 import eval as evaluation
 import rppo
-from conftest import ROOT
 from env import EpisodeConfig, Shown, Trajectory, parse_action
 
 # An original of up to 96 x 96 pixels and crops of up to 64 x 64, as the model sees them.
@@ -34,14 +27,12 @@ ANSWER = "<think>At A1 green.</think>\n<answer>green</answer>"
 
 
 def call(arguments):
-    """The text of a crop call with these arguments: a dict, or a text that should be one."""
-    if not isinstance(arguments, str):
-        arguments = json.dumps(arguments)
+    """The text of a crop call; arguments is the text of its JSON object."""
     return f"<tool_call>\n{CALL % arguments}\n</tool_call>"
 
 
 def crop(*bbox, img_idx=0):
-    return call({"bbox_2d": bbox, "img_idx": img_idx})
+    return call('{"bbox_2d": %s, "img_idx": %d}' % (list(bbox), img_idx))
 
 
 def picture(width, height, seed=0):
@@ -81,13 +72,12 @@ TURNS = {
                  ' | <tool_call>{"name": "rm", "arguments": {"bbox_2d": [1, 2, 3, 4]}}</tool_call>'
                  ' | <tool_call>{"bbox_2d": [1, 2, 3, 4]}</tool_call>'
                  ' | <tool_call>{"name": "image_zoom_in_tool"}</tool_call>'}
-# Arguments of a call.
-TAKEN = "[0.5, 2, 3.25, 1000] | [-5, 2, 3000, 4] | [1, 2, 3, 4], \"img_idx\": 99 | [1, 2, 3, 4], \"label\": [5]"
-REFUSED = ('null | [1, 2, 3] | [1, 2, 3, 4, 5] | "1234" | {"x1": 1} | [[1, 2], [3, 4]] | [1, 2, "3", 4]'
-           " | [1, 2, null, 4] | [true, 2, 3, 4] | [1, 2, NaN, 4] | [1, 2, Infinity, 4] | [1, 2, -Infinity, 4]"
-           f" | [1, 2, 1e999, 4] | [1, 2, 1{'0' * 400}, 4] | [1, 2, {'9' * 5000}, 4] | [1, 2, 3, 4]"
-           ', "img_idx": 1.0 | [1, 2, 3, 4], "img_idx": "1" | [1, 2, 3, 4], "img_idx": true'
-           f' | [1, 2, 3, 4], "img_idx": null | {"[" * 100_000}').replace("4]\n,", "4],")
+# Values of bbox_2d, some with another argument.
+TAKEN = """[0.5, 2, 3.25, 1000] | [-5, 2, 3000, 4] | [1, 2, 3, 4], "img_idx": 99 | [1, 2, 3, 4], "label": 5"""
+REFUSED = """null | [1, 2, 3] | [1, 2, 3, 4, 5] | "1234" | {"x1": 1} | [[1, 2], [3, 4]] | [1, 2, "3", 4]
+ | [1, 2, null, 4] | [true, 2, 3, 4] | [1, 2, NaN, 4] | [1, 2, Infinity, 4] | [1, 2, -Infinity, 4]
+ | [1, 2, 1e999, 4] | [1, 2, 3, 4], "img_idx": 1.0 | [1, 2, 3, 4], "img_idx": "1"
+ | [1, 2, 3, 4], "img_idx": true | [1, 2, 3, 4], "img_idx": null"""
 
 
 @pytest.mark.parametrize("kind", TURNS)
@@ -103,45 +93,37 @@ def test_parse_action(kind):
 
 
 def test_arguments_of_a_call():
-    for kind, cases in (("crop", TAKEN), ("malformed", REFUSED)):
-        for arguments in cases.split(" | "):
-            assert parse_action(call('{"bbox_2d": %s}' % arguments)).kind == kind, arguments
-    for arguments in ("null", '"{}"', "[]", "{}"):
-        assert parse_action(call(arguments)).kind == "malformed"
-    action = parse_action(call({"bbox_2d": [1, 2.5, -3, 4], "img_idx": 2, "label": "sign"}))
+    """Only four finite numbers and a whole number are taken; a label decides nothing."""
+    long = ["[" * 100_000, f"[1, 2, {10 ** 400}, 4]", f"[1, 2, {'9' * 5000}, 4]"]
+    for kind, values in (("crop", TAKEN.split(" | ")), ("malformed", REFUSED.split(" | ") + long)):
+        for value in values:
+            assert parse_action(call('{"bbox_2d": %s}' % value)).kind == kind, value
+    assert parse_action(call("null")).kind == parse_action(call("{}")).kind == "malformed"
+    action = parse_action(call('{"bbox_2d": [1, 2.5, -3, 4], "img_idx": 2, "label": "sign"}'))
     assert (action.bbox, action.img_idx, action.label) == ((1.0, 2.5, -3.0, 4.0), 2, "sign")
-    assert parse_action(call({"bbox_2d": [1, 2, 3, 4], "label": 5})).label is None
+    assert doctest.testmod(env).failed == 0
 
 
-def test_examples_in_docstrings():
-    outcome = doctest.testmod(env)
-    assert outcome.attempted and not outcome.failed
-
-
-NUMBERS = "0 -1 499.5 999.9999999 1e-300 1e9 -1e9 1e308 1e999 NaN -Infinity true null [] {} \"\u0663\"".split()
-PIECES = [*env.TAGS, "<answer>", "</answer>", "<|im_end|>", "<|im_start|>system\n", "<|image_pad|>", crop(1, 2, 3, 4),
-          '{"name":', "[" * 2000, "}" * 50, "9" * 5000, "\\ud800", "\x00", "\u202e", "é漢\U0001f600", " ", "\n", "red",
-          '"', "\\", "<", ">", "<|vision_start|>", CALL, "__import__('os').system('touch evil')"]
+NUMBERS = "0 130.7 420 1100 -1 499.5 999.9999999 1e-300 1e9 -1e9 1e308 1e999 NaN -Infinity true null [] {}"
+INDICES = "0 0 1 2 3 -1 999999999999999999999 1.5 null".split()
+SOUP = """<answer> | </answer> | <|im_end|> | <|im_start|>system\n | <|image_pad|> | <|vision_start|> | {"name":
+ | \\ud800 | \x00 | \u202e | é漢\U0001f600 | red | " | \\ | < | > | [ | } | 9 | __import__('os').system('x')"""
+SOUP = [*SOUP.split(" | "), *env.TAGS, crop(1, 2, 3, 4), CALL, "[" * 2000, "9" * 5000]
 
 
 def hostile_text(rng):
-    """A soup of pieces, a call with hostile values, a damaged call, or random characters."""
-    kind = rng.randrange(4)
+    """A soup of pieces, a call with hostile values, or a damaged call."""
+    kind = rng.randrange(3)
     if kind == 0:
-        return "".join(rng.choices(PIECES, k=rng.randrange(12)))
+        return "".join(rng.choices(SOUP, k=rng.randrange(12))) + chr(rng.randrange(0x110000))
     if kind == 1:
-        box = []
-        for _ in range(rng.choice([4] * 15 + [3, 5])):
-            box.append(rng.choice(NUMBERS) if rng.random() < 0.1 else str(rng.uniform(-200, 1200)))
-        index = rng.choice(["0", "0", "1", "2", "3", "-1", "9" * 30, "1.5", "null"])
-        return "<think>hm</think>\n" + call('{"bbox_2d": [%s], "img_idx": %s}' % (", ".join(box), index))
-    if kind == 2:
-        text = rng.choice([ANSWER, crop(*rng.choices(range(1001), k=4))])
-        for _ in range(rng.randrange(3)):
-            at = rng.randrange(len(text))
-            text = text[:at] + rng.choice(["", "<", "{", "9e9", text[:at]]) + text[at + rng.randrange(3):]
-        return text
-    return rng.randbytes(rng.randrange(60)).decode(rng.choice(["latin-1", "utf-16-le"]), "replace")
+        box = rng.choices(NUMBERS.split(), [20] * 4 + [1] * 14, k=rng.choice([4] * 15 + [3, 5]))
+        return call('{"bbox_2d": [%s], "img_idx": %s}' % (", ".join(box), rng.choice(INDICES)))
+    text = rng.choice([ANSWER, crop(*rng.choices(range(1001), k=4))])
+    for _ in range(rng.randrange(3)):
+        at = rng.randrange(len(text))
+        text = text[:at] + rng.choice(["", "<", "{", "9e9", text[:at]]) + text[at + rng.randrange(3):]
+    return text
 
 
 def test_hostile_texts():
@@ -201,7 +183,7 @@ EXECUTED = """0: 100 250 600 750 -> 100 200 600 600
 1: -500 500 200 5000 -> 100 400 200 600  and at the parent
 0: 100.1 50 100.9 500 -> 86 40 114 400   outwards, then enlarged about its centre
 0: 999 999 1000 1000 -> 972 772 1000 800 and moved inside
-1: 990 990 1000 1000 -> 584 584 612 612  beyond its parent if need be
+1: 990 990 1000 1000 -> 583 584 611 612  beyond its parent if need be
 0: 1100 0 1200 500 -> outside
 0: 0 -20 500 0 -> outside
 0: 5 5 5 100 -> empty
@@ -222,12 +204,9 @@ def test_executed_box(line):
     assert [str(value) for value in got] == expected.split()[:len(got)]
 
 
-def test_extreme_boxes():
-    """Neither rounding of floats nor a small or a thin image moves a box: 0.2 * 35 is 7, not 7.000000000000001."""
-    for box, size, side, expected in (((0, 750, 200, 1000), (35, 36), 1, (0, 27, 7, 36)),
-                                      ((400, 500, 600, 501), (10, 300), 28, (0, 136, 10, 164)),
-                                      ((0, 500, 1000, 500.1), (4000, 1000), 28, (0, 480, 4000, 520))):
-        assert env.resolve_box(box, (0, 0, *size), size, side) == expected
+def test_a_box_is_not_moved_by_rounding():
+    """200 thousandths of 35 pixels are 7, though floats say 7.000000000000001."""
+    assert env.resolve_box((0, 750, 200, 1000), (0, 0, 35, 36), (35, 36), 1) == (0, 27, 7, 36)
 
 
 def test_crops_show_the_pixels_of_the_original(policy):
@@ -240,15 +219,6 @@ def test_crops_show_the_pixels_of_the_original(policy):
     assert np.array_equal(traj.shown[2].view, np.asarray(image)[96:128, 96:128])
     first = np.asarray(image.crop(traj.crops[0]).resize((32, 32), Image.BICUBIC)).astype(float)
     assert np.abs(traj.shown[1].view.numpy() - first).mean() < 2
-
-
-def test_iou():
-    """Equal boxes moved sideways by a share s have (1 - s) / (1 + s); boxes without a common area have 0."""
-    for share in (0, 0.1, 0.25, 0.5, 1, 2):
-        moved = (400 * share, 0, 400 + 400 * share, 300)
-        expected = max(0, (1 - share) / (1 + share))
-        assert env.iou((0, 0, 400, 300), moved) == pytest.approx(expected)
-    assert env.iou((3, 4, 30, 40), (5, 5, 5, 9)) == env.iou((5, 5, 5, 5), (5, 5, 5, 5)) == 0
 
 
 NESTED = [(0, 0, 1600, 1600), (400, 400, 1200, 1200), (600, 600, 1000, 1000), (700, 700, 900, 900)]
@@ -337,25 +307,23 @@ def test_fork_of_a_trajectory(row):
     assert len(first.turns) == len(first.crops) == 1 and first.shown[0] is second.shown[0]
 
 
-@pytest.mark.parametrize("said, status, crops, errors", [
-    ("crop crop crop", "over_turns", 2, "None None None"),
-    ("crop crop answer", "answered", 2, "None None None"),
-    ("crop bad crop", "over_turns", 1, "None malformed None"),
-    ("idle bad answer", "answered", 0, "none malformed None"),
-    ("flat missing idle", "over_turns", 0, "empty index None"),
-    ("answer", "answered", 0, "None"),
-    ("crop", "open", 1, "None")])
-def test_turn_limit(said, status, crops, errors, row):
-    """Two tool turns, errors included, then one that may only answer: its call is not executed."""
+@pytest.mark.parametrize("said, ends", [
+    ("crop crop crop", "over_turns 2 None None None"), ("crop crop answer", "answered 2 None None None"),
+    ("crop bad crop", "over_turns 1 None malformed None"), ("idle bad answer", "answered 0 none malformed None"),
+    ("flat missing idle", "over_turns 0 empty index None"), ("answer", "answered 0 None"), ("crop", "open 1 None")])
+def test_turn_limit(said, ends, row):
+    """Two tool turns, errors included, then one that may only answer: its call is not executed. Expected are
+    status, number of crops, and each turn's error."""
     texts = dict(crop=crop(0, 0, 500, 500), bad=crop(1), idle="hm", answer=ANSWER, flat=crop(5, 5, 5, 9),
                  missing=crop(1, 1, 2, 2, img_idx=1))
-    cfg = replace(ROOMY, max_crops=2)
-    traj = env.begin(row, cfg)
+    traj = env.begin(row, ROOMY)
     for name in said.split():
-        env.step(traj, texts[name], cfg)
-    assert (traj.status, len(traj.crops)) == (status, crops)
-    assert [str(turn.error) for turn in traj.turns] == errors.split()
-    assert traj.answer == ("green" if status == "answered" else None)
+        env.step(traj, texts[name], replace(ROOMY, max_crops=2))
+    got = [traj.status, len(traj.crops)]
+    for turn in traj.turns:
+        got.append(turn.error)
+    assert " ".join(map(str, got)) == ends
+    assert traj.answer == ("green" if traj.status == "answered" else None)
 
 
 # --- Tokens and mask ------------------------------------------------------------------------------------
@@ -370,8 +338,7 @@ GRIDS = (28, 12, 12)                         # image tokens of the original and 
 def expand(text):
     """Repeat the one image token of each image as often as its grid needs it."""
     counts = iter(GRIDS)
-    text = re.sub(re.escape("<|image_pad|>"), lambda found: found[0] * next(counts), text)
-    return text
+    return re.sub(r"<\|image_pad\|>", lambda found: found[0] * next(counts), text)
 
 
 def conversation():
@@ -425,23 +392,26 @@ def own_messages(row, image, text):
 
 
 def openai_messages(row, as_text, reasoning):
-    """SEARCH in OpenAI's form: tool_calls, whose arguments may be a text, and role tool."""
-    messages = [{"role": "user", "content": [IMAGE_PARTS[2], {"type": "text", "text": row["problem"]}]}]
-    for turn, seen in zip(SEARCH, (*SEEN, "")):
-        thought, body = turn.split("\n", 1)
-        message = {"role": "assistant", "content": thought}
+    """The same in OpenAI's form: tool_calls, whose arguments may be a text, and role tool."""
+    _, *messages = own_messages(row, IMAGE_PARTS[2], {"type": "text"})
+    for message in messages[1:]:
+        if message["role"] == "user":
+            message.update(role="tool", content=message["content"][1:2])
+            continue
+        thought, body = message["content"].removeprefix("<think>").split("</think>\n")
+        message["content"] = None
         if reasoning:
-            thought = thought.removeprefix("<think>").removesuffix("</think>")
-            message = {"role": "assistant", "content": None, "reasoning_content": thought}
-        messages.append(message)
-        if seen == "":
-            message["content"] = body if reasoning else turn
-            return messages
+            message["reasoning_content"] = thought
+        else:
+            message["content"] = f"<think>{thought}</think>"
+        if body.startswith("<answer>"):
+            message["content"] = body if reasoning else ANSWER
+            continue
         function = json.loads(body.split("\n")[1])
         if as_text:
             function["arguments"] = json.dumps(function["arguments"])
         message["tool_calls"] = [{"id": "1", "type": "function", "function": function}]
-        messages.append({"role": "tool", "tool_call_id": "1", "content": seen or IMAGE_PARTS[2:]})
+    return messages
 
 
 def template_ids(proc, messages, **more):
@@ -553,15 +523,14 @@ def test_positions(family, request):
 @pytest.mark.parametrize("cfg", [EpisodeConfig(), EpisodeConfig(**env.REAL_EPISODE)])
 def test_views_keep_to_their_budget(factor, cfg):
     """Sides are multiples of an image token's, the area is in the budget, also of small and of thin boxes."""
-    rng = random.Random(0)
-    least = min(cfg.min_crop_pixels, cfg.max_pixels)
-    for _ in range(100):
-        width = rng.randrange(1, 500)
-        height = rng.randrange(max(1, width // 100), min(500, 100 * width))
-        frame = Image.new("RGB", (width, height))
-        for low, high in ((least, cfg.max_pixels), (cfg.min_crop_pixels, cfg.max_crop_pixels)):
-            size = Shown(frame, (0, 0, width, height), low, high).resized(factor).size
-            assert size[0] % factor == size[1] % factor == 0 < size[0] * size[1] <= high, (width, height)
+    row = {"images": [Image.new("RGB", (500, 500))]}
+    for width, height in ((1, 1), (9, 7), (38, 14), (14, 38), (300, 3), (4, 400), (37, 500), (500, 500)):
+        box = (0, 0, width, height)
+        original = replace(env.begin(row, cfg).shown[0], box=box)
+        zoom = Shown(original.frame, box, cfg.min_crop_pixels, cfg.max_crop_pixels)
+        for shown in (original, zoom):
+            size = shown.resized(factor).size
+            assert size[0] % factor == size[1] % factor == 0 < size[0] * size[1] <= shown.max_pixels, shown
 
 
 @pytest.mark.parametrize("name", ["max_pixels", "max_crop_pixels"])
@@ -573,7 +542,8 @@ def test_a_view_under_one_token_is_a_line(name, policy, row):
 
 # --- What a trajectory is worth -------------------------------------------------------------------------
 
-BOXES = dict(A=(0, 0, 100, 100), B=(200, 200, 300, 300), C=(50, 0, 150, 100))      # IoU of A and C: 1/3
+# IoU of A and C: 1/3. W is a little more than a quarter of the image.
+BOXES = dict(A=(0, 0, 100, 100), B=(200, 200, 300, 300), C=(50, 0, 150, 100), W=(0, 0, 201, 200))
 
 
 def played(answer, crops, refused=False, boxes=None):
@@ -585,30 +555,25 @@ def played(answer, crops, refused=False, boxes=None):
 
 
 @pytest.mark.parametrize("answer, crops, cfg, worth", [
-    ("red", "", {}, {"accuracy": 1}),
+    ("red", "", {"tool_bonus": 0.2, "format_weight": 0.5}, {"accuracy": 1}),
+    ("red", "A", {"tool_bonus": 0.2}, {"accuracy": 1, "tool": 0.2}),
     ("red", "AAA", {}, {"accuracy": 1}),                               # right: never penalised
-    ("blue", "", {}, {}),
-    ("blue", "A", {}, {}),
+    ("blue", "A", {"tool_bonus": 0.2}, {}),
     ("blue", "AB", {}, {}),
     ("blue", "AA", {}, {"redundancy": -0.7 / 4}),
     ("blue", "AC", {}, {"redundancy": -(1 / 3 - 0.3) / 4}),
-    ("blue", "AC", {"eps": 0.4}, {}),
-    ("blue", "AAB", {}, {"redundancy": -0.7 / 9}),
+    ("blue", "AAB", {"eps": 0.4}, {"redundancy": -0.6 / 9}),
     ("blue", "AA", {"lam": 2.0, "eps": 0.0}, {"redundancy": -0.5}),
     ("blue", "AA", {"lam": 0.0}, {}),                                  # plain GRPO
     ("", "AA", {"format_weight": 0.5}, {"redundancy": -0.7 / 4, "format": -0.5}),
-    ("red", "A", {"tool_bonus": 0.2}, {"accuracy": 1, "tool": 0.2}),
-    ("red", "", {"tool_bonus": 0.2, "format_weight": 0.5}, {"accuracy": 1}),
-    ("blue", "A", {"tool_bonus": 0.2}, {}),
     ("red refused", "A", {}, {"accuracy": 1}),
     ("red refused", "A", {"format_weight": 0.5}, {"accuracy": 1, "format": -0.5})])
 def test_rewards(answer, crops, cfg, worth):
     """Right or wrong, apart or overlapping, well formed or not: the named parts, any other 0, and the total."""
     answer, _, refused = answer.partition(" ")
-    group = [played("red", "B"), played(answer or None, crops, refused)]
-    cfg = env.RewardConfig(**cfg)
-    first, scored = env.rewards(group, cfg)
-    assert first["total"] == 1 + cfg.tool_bonus and scored.pop("total") == pytest.approx(sum(worth.values()))
+    group = [played("red", ""), played(answer or None, crops, refused)]
+    first, scored = env.rewards(group, env.RewardConfig(**cfg))
+    assert first["total"] == 1 and scored.pop("total") == pytest.approx(sum(worth.values()))
     for name in {*scored, *worth}:
         assert scored[name] == pytest.approx(worth.get(name, 0)), name
 
@@ -634,195 +599,7 @@ def test_a_reward_that_sees_the_group(policy, monkeypatch):
     ("A", [(4, 4, 9, 9), (210, 210, 220, 220)], False),                # of two boxes one
     ("AB", [(4, 4, 9, 9), (210, 210, 220, 220)], True),                # each in another crop
     ("AC", [(30, 0, 125, 40)], False),                                 # no single crop holds it
-    ("W", [(4, 4, 9, 9)], False),                                      # more than a quarter of the image
-    ("", [(4, 4, 9, 9)], False)])
-def test_covers(crops, evidence, seen, monkeypatch):
+    ("W", [(4, 4, 9, 9)], False), ("", [(4, 4, 9, 9)], False)])
+def test_covers(crops, evidence, seen):
     """Evidence is seen if one fine crop holds it; every evidence box is asked for."""
-    monkeypatch.setitem(BOXES, "W", (0, 0, 201, 200))
     assert env.covers(played("red", crops, boxes=evidence)) is seen
-
-
-# --- Image files ----------------------------------------------------------------------------------------
-
-def png(width, height, body, depth=8):
-    """A PNG file by hand: its header may promise anything."""
-    file = b"\x89PNG\r\n\x1a\n"
-    header = struct.pack(">IIBBBBB", width, height, depth, 2, 0, 0, 0)
-    for name, content in ((b"IHDR", header), (b"IDAT", zlib.compress(body)), (b"IEND", b"")):
-        checksum = struct.pack(">I", zlib.crc32(name + content))
-        file += struct.pack(">I", len(content)) + name + content + checksum
-    return file
-
-
-def test_readable_images(tmp_path):
-    """RGB of 8 bits, upright, an animation's first frame, what is transparent on white."""
-    red, blue = Image.new("RGB", (60, 40), (200, 0, 0)), Image.new("RGB", (60, 40), "blue")
-    clear = red.convert("RGBA")
-    clear.paste((0, 0, 0, 0), (0, 0, 30, 40))
-    palette = clear.quantize(8)
-    exif = Image.Exif()
-    exif[274] = 6                                      # stored lying on its side
-    red.save(tmp_path / "plain.png")
-    red.save(tmp_path / "turned.jpg", exif=exif, quality=95)
-    red.convert("CMYK").save(tmp_path / "cmyk.jpg", quality=95)
-    for name in ("animated.gif", "animated.webp"):
-        red.save(tmp_path / name, save_all=True, append_images=[blue] * 3, lossless=True)
-    clear.save(tmp_path / "white.png")
-    palette.save(tmp_path / "white.gif", transparency=palette.getpixel((0, 0)))
-    Image.fromarray(np.full((40, 60), 51200, np.uint16)).save(tmp_path / "grey.png")      # 200 of 255
-    line = b"\0" + struct.pack(">HHH", 51200, 0, 0) * 60
-    (tmp_path / "rgb16.png").write_bytes(png(60, 40, line * 40, depth=16))
-    for path in tmp_path.iterdir():
-        assert env.open_image(path, header_only=True) is None
-        image = env.open_image(path)
-        size = (40, 60) if path.stem == "turned" else (60, 40)
-        colour = dict(white=(255, 255, 255), grey=(200, 200, 200)).get(path.stem, (200, 0, 0))
-        assert (image.mode, image.size) == ("RGB", size), path
-        assert np.abs(np.subtract(image.getpixel((3, 3)), colour)).max() <= 6, path
-
-
-@pytest.mark.parametrize("name, reason", [
-    ("bomb", "DecompressionBomb"), ("thin", "1x20000"), ("empty", "cannot identify"), ("half", "truncated"),
-    ("text", "cannot identify"), ("header", "cannot identify"), ("missing", "No such file")])
-def test_unreadable_images(name, reason, tmp_path):
-    """One line that names the file. All but a file that is cut short are refused by their header alone."""
-    picture(60, 40).save(tmp_path / "whole.png")
-    whole = (tmp_path / "whole.png").read_bytes()
-    files = dict(bomb=png(30_000, 30_000, b"\0"), thin=png(1, 20_000, bytes(80_000)), empty=b"",
-                 half=whole[:len(whole) // 2], text=b"not an image", header=whole[:24])
-    if name != "missing":
-        (tmp_path / name).write_bytes(files[name])
-    with pytest.raises(env.UserError, match=f"{name}: not a readable image.*{reason}") as e:
-        env.open_image(str(tmp_path / name))
-    assert "\n" not in str(e.value)
-    rows = [{"images": [str(tmp_path / "whole.png")]}, {"images": [str(tmp_path / name)]}]
-    if name == "half":
-        env.check_images(rows, 0, 1)
-    else:
-        with pytest.raises(env.UserError, match=name):
-            env.check_images(rows, 0, 1)
-
-
-def test_damaged_images(tmp_path):
-    """Bytes changed, cut out or cut off: an image or a UserError, whatever a decoder makes of them."""
-    rng = random.Random(0)
-    outcomes = collections.Counter()
-    warnings.simplefilter("ignore")
-    for kind in ("png", "jpeg", "gif", "webp", "tiff", "dds"):
-        buffer = io.BytesIO()
-        picture(60, 40).save(buffer, kind)
-        for _ in range(60):
-            body = bytearray(buffer.getvalue())
-            for _ in range(rng.randrange(1, 4)):
-                at = rng.choice([rng.randrange(len(body)), rng.randrange(60)])
-                body[at:at + rng.randrange(3)] = rng.randbytes(rng.randrange(3))
-            (tmp_path / "x").write_bytes(body[:rng.choice([None, rng.randrange(len(body))])])
-            try:
-                outcomes[env.open_image(tmp_path / "x").mode] += 1
-            except env.UserError:
-                outcomes["refused"] += 1
-    assert set(outcomes) == {"RGB", "refused"} and min(outcomes.values()) > 30
-
-
-def test_image_root(tmp_path):
-    """With a root a path cannot leave it: not by .., not absolutely, not by a link, not into a like name."""
-    root = tmp_path / "root"
-    (root / "a").mkdir(parents=True)
-    (tmp_path / "root2").mkdir()
-    for name in ("root/a/x.png", "root2/x.png", "x.png"):
-        (tmp_path / name).write_text("")
-    (root / "out.png").symlink_to(tmp_path / "x.png")
-    (root / "folder").symlink_to(tmp_path)
-    (tmp_path / "link").symlink_to(root)
-    inside = str(root / "a/x.png")
-    for path in ("a/x.png", "a/../a/x.png", inside, "folder/root/a/x.png"):
-        assert env.find_image(str(root), path, "row 5", True) == inside
-        assert env.find_image(str(tmp_path / "link"), path, "row 5", True) == inside
-    for path in ("../x.png", str(tmp_path / "x.png"), "out.png", "folder/x.png", "../root2/x.png", "/etc/passwd",
-                 "..", "a\0/../../x.png"):
-        with pytest.raises(env.UserError, match="row 5: .*outside"):
-            env.find_image(str(root), path, "row 5", True)
-    assert env.find_image(str(root), "../x.png", "row 5", False)
-
-
-# --- Rows -----------------------------------------------------------------------------------------------
-
-ROW = {"images": ["a.png"], "problem": "<image>Which?", "solution": "red", "extra": "é"}
-
-
-@pytest.fixture
-def load(tmp_path):
-    """load(text) reads it as the rows of a file beside a.png."""
-    picture(40, 40).save(tmp_path / "a.png")
-
-    def load(text, image_root=""):
-        (tmp_path / "x.json").write_text(text, encoding="utf-8")
-        return env.load_rows(str(tmp_path / "x.json"), image_root)
-    return load
-
-
-def test_rows(load, tmp_path):
-    """A JSON list and JSON Lines give the same rows: absolute paths, unknown fields, no <image>."""
-    line = json.dumps({**ROW, "problem": "<image>a\u2028b"}, ensure_ascii=False)
-    expected = [{**ROW, "images": [str(tmp_path / "a.png")], "problem": "a\u2028b"}] * 2
-    assert load(f"[{line},\n{line}]") == load(f"\ufeff{line}\n\n{line}\n") == expected
-    assert load(f"[{line}, {line}]", image_root=str(tmp_path)) == expected
-    assert load(json.dumps({**ROW, "solution": 0, "choices": None}))[0]["solution"] == 0
-    assert load(json.dumps({**ROW, "solution": "B", "choices": ["blue", "red"]}))
-
-
-@pytest.mark.parametrize("change, message", [
-    ({"images": None}, "row 1 has no `images`"), ({"images": []}, "row 1 has no `images`"),
-    ({"problem": ""}, "row 1 has no `problem`"), ({"solution": None}, "row 1 has no `solution`"),
-    ({"images": "a.png"}, "row 1: `images` is not a list"), ({"images": ["b.png"]}, "row 1: no image .*b.png"),
-    ({"images": ["a.png", "a.png"]}, "row 1: .*several images are not supported"),
-    ({"choices": ["blue", "green"]}, "row 1: its solution 'red' is none of its choices"),
-    ({"solution": "C", "choices": ["red", "blue"]}, "row 1: its solution 'C' is none of its choices")])
-def test_bad_rows(load, change, message):
-    """What is wrong is one line that names file and row."""
-    with pytest.raises(env.UserError, match=f"x.json: {message}") as e:
-        load(json.dumps([ROW, {**ROW, **change}]))
-    assert "\n" not in str(e.value)
-
-
-@pytest.mark.parametrize("text, message", [
-    ("{", "not JSON"), ("[1, 2", "not JSON"), ("", "no rows"), ("[]", "no rows"), ("[" * 100_000, "not JSON"),
-    ("5\n", "row 0 has no `images`"), ('["a.png"]', "row 0 has no `images`")])
-def test_files_without_rows(load, text, message):
-    with pytest.raises(env.UserError, match=f"x.json: {message}"):
-        load(text)
-
-
-def test_files_that_are_not_read(tmp_path):
-    with pytest.raises(env.UserError, match="x.parquet: Parquet is not read.*JSON Lines"):
-        env.load_rows(str(tmp_path / "x.parquet"))
-    with pytest.raises(env.UserError, match="nowhere.jsonl: .*python data.py"):
-        env.load_rows(str(tmp_path / "nowhere.jsonl"))
-
-
-HOSTILE = [5, -1.5, True, math.nan, "", "\x1b[2J\n", "\ud800", "../" * 9, "a\0b", [], [None], ["\ud800"], [[]], {"a": 1}]
-
-
-@pytest.mark.parametrize("key", [*ROW, "choices", "doc_id"])
-def test_hostile_rows(key, load, tmp_path):
-    """Any value in any field is a row or one printable line."""
-    for value in HOSTILE:
-        for root in ("", str(tmp_path)):
-            try:
-                load(json.dumps({**ROW, key: value}), image_root=root)
-            except env.UserError as e:
-                assert str(e).isprintable() and "x.json: row 0" in str(e)
-
-
-# --- Sources --------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("name", ["env", "sft", "eval", "data", "rppo"])
-def test_nothing_evaluates_or_unpickles(name):
-    """No file runs or unpickles what it reads."""
-    with open(os.path.join(ROOT, f"{name}.py")) as f:
-        source = f.read()
-    assert not re.search(r"^\s*(import|from) (pickle|marshal|shelve|subprocess|dill|joblib|yaml)\b", source, re.M)
-    assert "trust_remote_code=True" not in source
-    for node in ast.walk(ast.parse(source)):
-        called = ast.unparse(node.func) if isinstance(node, ast.Call) else None
-        assert called not in ("eval", "exec", "compile", "__import__", "os.system", "torch.load", "np.load")
