@@ -139,7 +139,7 @@ def test_hostile_text_stays_text(image, tmp_path):
 def test_constructed_questions_and_their_funnel(image, tmp_path):
     for side in ("train", "sft", "test"):
         (tmp_path / f"{side}.jsonl").write_text(ROW.replace("\n", " ") + "\n")
-    card = '{"funnel": [{"step": "ask", "entered": 9, "left": 1, "dropped": {"too long": 8}}]}'
+    card = '{"proposals": {"kept": 1, "ask: too long": 8}}'
     (tmp_path / "data_card.json").write_text(card)
     html = report_of(tmp_path)
     assert len(Page(html).find("rect", "crop")) == 2 and "too long" in html and "0.375" in html
