@@ -6,18 +6,11 @@
                    --policy=http://localhost:8000/v1 --policy_name=NAME    # questions about photographs
 
 A row is one JSON object a line, in the published schema of DRIM-VisualReasonHard and of Mini-o3's RL data,
-with a few optional fields:
+with a few optional fields. Image paths are relative to the file; `boxes` (the evidence) are pixels of the
+original. A cold-start row also has `turns`, the assistant's texts; what it saw is replayed through the tool.
 
     {"images": ["test/0.png"], "doc_id": "test-0-0", "problem": "...", "solution": "green",
      "data_source": "tiny", "boxes": [[117, 84, 133, 100]], "difficulty": 3}
-
-Image paths are relative to the file. `boxes` (the evidence) are pixels of the original. A cold-start row also
-has `turns`, the assistant's texts; what it saw is replayed through the tool.
-
-    write_scenes, make_tiny    the built-in tasks, and the small random model for them
-    construct                  questions about photographs
-    read_benches               published benchmarks as rows, for eval.py
-    chat                       other models over HTTP, here and in eval.py
 
 Writes to --out: {sft,train,test}.jsonl, config.json; for scenes their images and tiny/, the random model; for
 photographs answers.jsonl (all answers: the same command goes on where it was stopped and pays for nothing
@@ -57,6 +50,7 @@ class ScenesConfig:
     n_sft: int = 2000                # scenes; each asks two questions (a scene for RL or testing asks one)
     n_train: int = 1200
     n_test: int = 512
+    max_crops: int = 5               # what the demonstrations plan with
 
 
 @dataclass
@@ -143,8 +137,7 @@ def cell_name(cell):
 
 
 def halftone(kind, value, base, task):
-    """A mark in dots, as what it adds to a square of colour `base`: int16 (tile, tile, 3 or 1). Its mean over
-    every period of dots is 0."""
+    """A mark in dots: int16 (tile, tile, 3 or 1), to be added to a square of colour `base`. It has mean 0."""
     n = task.tile // task.period
     mark = Image.new("1", (n, n), kind == "colour")
     if kind != "colour":
@@ -225,13 +218,13 @@ def listing(question):
     return " ".join(words)
 
 
-def oracle(question, rng, task):
+def oracle(question, rng, task, max_crops):
     """The assistant's turns: list the boxes, look at those of the asked colour one by one, read, answer; with
     the flaws above. A thought states only what can be seen by then, and needs a short look back only."""
     marks, answer, cells = question["marks"], question["answer"], list(question["marks"])
     thought, verb = f"Boxes {listing(question)}.", "Look"
     turns, at = [], 0
-    while len(turns) < env.EpisodeConfig.max_crops:
+    while len(turns) < max_crops:
         name = cell_name(cells[at])
         corner = corner_of(cells[at], 1000 // GRID)
         if verb == "Again":                  # a fifth of its width nearer to the middle of the image
@@ -240,7 +233,7 @@ def oracle(question, rng, task):
         call = look(np.append(corner, corner + 1000 // GRID))
         turns.append(f"<think>{thought} {verb} {name}.</think>\n{call}")
         seen = marks[cells[at]]
-        if task.label and len(turns) == env.EpisodeConfig.max_crops:
+        if task.label and len(turns) == max_crops:
             seen = "too small"
         elif task.label:
             margin = task.tile // 10
@@ -282,21 +275,20 @@ def write_scenes(cfg):
                 if split != "sft":
                     rows.append(row)
                     break                    # the first question has more look-alikes
-                rows += [{**row, "turns": oracle(q, rng, task)} for _ in range(cfg.per_question)]
+                for _ in range(cfg.per_question):
+                    rows.append({**row, "turns": oracle(q, rng, task, cfg.max_crops)})
         if split == "sft":
             np.random.default_rng(cfg.seed).shuffle(rows)
         write_rows(cfg.out, split, rows)
 
 
 # --- The tiny model ----------------------------------------------------------------------------------------
-
 SPECIAL = ("<|endoftext|> <|im_start|> <|im_end|> <|vision_start|> <|vision_end|> <|vision_pad|> "
            "<|image_pad|> <|video_pad|>").split()              # their ids are 0 to 7
 
 
 def make_tokenizer(rows):
-    """A tokenizer trained on the texts of cold-start rows. A word is a token, and so are the system prompt
-    and the constant pieces of a call."""
+    """A tokenizer for cold-start rows. Words, system prompt and constant parts of calls are tokens."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
     _, call, _ = re.split("</?tool_call>", look(np.zeros(4)))
@@ -321,8 +313,7 @@ def make_tokenizer(rows):
 
 
 def make_tiny(rows, seed):
-    """A randomly initialised Qwen3-VL of 0.6 M parameters as a Policy on the CPU, for the format of the given
-    cold-start rows. A patch is 8 x 8 pixels, an image token 16 x 16."""
+    """A random Qwen3-VL of 0.6 M parameters for these rows. A patch is 8 x 8 pixels, a token 16 x 16."""
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
     tokenizer = make_tokenizer(rows)
     rope = dict(rope_theta=10000.0, mrope_section=[6, 5, 5], mrope_interleaved=True)
@@ -341,8 +332,7 @@ def make_tiny(rows, seed):
 
 
 def save_tiny(folder, seed):
-    """Write <folder>/tiny, a random model for the texts of <folder>/sft.jsonl, complete or not at all: what
-    sft.py starts from without --model. Raises UserError."""
+    """Write <folder>/tiny, whole or not at all: a random model for the texts of <folder>/sft.jsonl."""
     policy = make_tiny(env.read_lines(f"{folder}/sft.jsonl"), seed)
     unfinished = f"{folder}/tiny.tmp"
     sft.save_model(unfinished, policy, policy.vlm.state_dict(), env.EpisodeConfig(), "tiny")
@@ -350,7 +340,6 @@ def save_tiny(folder, seed):
 
 
 # --- Other models over HTTP: annotator and policy here, the judge in eval.py -------------------------------
-
 def chat(url, name, messages, temperature=0.0):
     """The reply (text) of an OpenAI-compatible endpoint; url ends before /chat/completions. The key, if one
     is needed, is OPENAI_API_KEY. What may pass (429, 5xx, a timeout, a reply that is no JSON) is tried five
@@ -546,8 +535,8 @@ def grade(job, row):
 
 
 def collect(job, row):
-    """6. Cold-start trajectories of the annotator (lists of texts): per_question of the faultless ones, first
-    those that recovered (looked where nothing of the evidence is, and then where it is). May be none."""
+    """6. Cold-start trajectories of the annotator (lists of texts): of the faultless ones first those that
+    recovered (looked where nothing of the evidence is, and then where it is). There may be none."""
     found = []
     for traj in converse(job, row, "annotator", job.episode, job.cfg.attempts):
         refused = any(turn.error for turn in traj.turns)
@@ -688,9 +677,8 @@ def read_vstar(path):
 
 def read_benches(spec, image_root, limit):
     """FORK: {name: rows} of spec, "NAME:PATH,NAME:PATH"; of each at most limit rows (0: all). A .tsv is read
-    as VLMEvalKit's, a folder as V*Bench or as VisualProbe (its three levels, each under its own name),
-    anything else as a file of rows. Raises UserError for a path or an image that does not exist, another
-    layout, no questions."""
+    as VLMEvalKit's, a folder as V*Bench or VisualProbe (its three levels, each under its own name), else a
+    file of rows. UserError for a path or an image that does not exist, another layout, no questions."""
     entries = []
     for entry in spec.split(","):
         name, _, path = entry.partition(":")
@@ -722,7 +710,6 @@ def read_benches(spec, image_root, limit):
 
 
 # --- The command -------------------------------------------------------------------------------------------
-
 def foreign(folder, images=""):
     """Does a folder hold rows that are not of these photographs (default: not of the built-in scenes)?"""
     made = sft.read_json(f"{folder}/config.json", {})

@@ -65,7 +65,6 @@ class RewardConfig:
 
 
 # --- Boxes ----------------------------------------------------------------------------------------------
-
 def area(box):
     return (box[2] - box[0]) * (box[3] - box[1])
 
@@ -124,7 +123,6 @@ def resolve_box(bbox, parent, full_size, min_side):
 
 
 # --- Tools. FORK: a new tool is an entry of TOOLS and the two functions that it names -------------------
-
 @dataclass
 class Shown:
     """One image that the policy was shown: `box` of `frame`, resized into a pixel budget."""
@@ -269,7 +267,6 @@ def parse_call(call):
 
 
 # --- Image files ----------------------------------------------------------------------------------------
-
 def open_image(path, header_only=False):
     """Decode an image file to RGB, upright, 8 bit; an animation's first frame, what is transparent on white.
 
@@ -297,7 +294,6 @@ def open_image(path, header_only=False):
 
 
 # --- Tokens. The mask is born with the token: 1 if the policy sampled it, 0 if it was given -------------
-
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 BEFORE_QUESTION = "<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n" + IMAGE
 AFTER_QUESTION = "<|im_end|>\n<|im_start|>assistant\n"
@@ -468,8 +464,8 @@ def reset(proc, row, cfg):
 
 
 def respond(traj, proc, ids, logp=None):
-    """Append the sampled tokens of an assistant's turn, and return its text. A turn that does not end with
-    <|im_end|>, because it was cut off or ended by another id, gets it as a given token (mask 0)."""
+    """Append the sampled tokens of a turn; returns its text. One that does not end with <|im_end|>, as it was
+    cut off or ended by another id, gets it as a given token (mask 0)."""
     traj.extend(proc, list(ids), sampled=True, logp=logp)
     if not ids or ids[-1] != proc.end:
         traj.extend(proc, [proc.end])
@@ -510,8 +506,7 @@ def step(traj, text, cfg, proc=None):
 
 
 def render(proc, row, turns, cfg):
-    """Replay the assistant's turns (texts) through the tools: an SFT example, made by the code of a
-    rollout."""
+    """Replay the assistant's turns (texts) through the tools: an SFT example, by the code of a rollout."""
     traj = reset(proc, row, cfg)
     for text in turns:
         if traj.status != "open":
@@ -522,7 +517,6 @@ def render(proc, row, turns, cfg):
 
 
 # --- Is an answer right by the rules? -------------------------------------------------------------------
-
 NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 OUTER = " .,;:!?\"'`*()[]"
 PLAIN = str.maketrans("‐‑‒–—−‘’“”", "------''\"\"")
@@ -545,8 +539,8 @@ LETTER = re.compile(r"(?<![\w.°-])(?<!not )(?!A (?!is\b|or\b|and\b|because\b|[A
 
 
 def unwrap(text):
-    """The answer in a text: of the last LaTeX box if there is one, without a lead-in such as "The answer is",
-    with plain spaces, hyphens and quotes."""
+    """The answer in a text: its last LaTeX box, without a lead-in ("The answer is"), quotes and hyphens
+    plain."""
     text = STYLED.sub(r"\1", str(text))
     boxed = BOXED.findall(text)
     if boxed:
@@ -614,8 +608,7 @@ def choice(text, choices):
 
 
 def same_answer(answer, solution):
-    """Do two short answers say the same? Whole numbers match exactly, others to 1e-4 of their size. A number
-    may come with what it counts ("2 cats" for 2)."""
+    """Whole numbers match exactly, others to 1e-4 of their size. A number may come with what it counts."""
     right = number(solution)
     said = number(answer)
     if right and not said and not right[1]:
@@ -653,7 +646,6 @@ def is_right(traj):
 
 
 # --- What a trajectory is worth -------------------------------------------------------------------------
-
 def rewards(group, cfg):
     """FORK: the reward. The G trajectories of one prompt -> for each its named parts and their `total`.
 
@@ -676,8 +668,7 @@ def rewards(group, cfg):
 
 
 def covers(traj):
-    """Was each evidence box of the row seen? It is, if one crop of at most a quarter of the image holds 90 %
-    of it."""
+    """Did, for each evidence box of the row, one crop of at most a quarter of the image hold 90 % of it?"""
     fine = [c for c in traj.crops if area(c) <= area(traj.shown[0].box) / 4]
     for evidence in traj.row["boxes"]:
         if not any(intersection(c, evidence) >= 0.9 * area(evidence) for c in fine):
@@ -706,7 +697,7 @@ def read_lines(path):
 
 
 def find_image(root, path, where, confined):
-    """The absolute path of an image. Raises UserError if it does not exist or, confined, if it lies outside
+    """The absolute path of an image. Raises UserError if there is none or, confined, if it is outside
     root."""
     full = os.path.join(root, path.replace("\0", ""))             # no file's name has a \0
     if confined:
@@ -751,8 +742,8 @@ def load_rows(path, image_root=""):
 
 
 def check_images(rows, rank, world_size):
-    """Read the header of every image, shared out over the ranks, before hours are spent: raises UserError.
-    (An image that is cut short shows only when it is decoded.)"""
+    """Read the header of every image, shared out over the ranks, before hours are spent. Raises UserError. An
+    image that is cut short shows only when it is decoded."""
     paths = sorted({row["images"][0] for row in rows})[rank::world_size]
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda path: open_image(path, header_only=True), paths))

@@ -60,7 +60,7 @@ class Config(sft.TrainConfig, evaluation.RolloutConfig, env.RewardConfig):
 
 
 REAL = dict(env.REAL_EPISODE, in_flight=16, steps=200, prompts=32, samples=8, micro_batch=1, lr=1e-6,
-            lora_lr=1e-5, decay=0.0, eval_every=20, eval_rows=64, save_every=20, show_every=5, n_score=0,
+            decay=0.0, eval_every=20, eval_rows=64, save_every=20, show_every=5, n_score=0,
             train_vision=False, recompute=True, shard=True)
 
 
@@ -241,14 +241,14 @@ def mark_best(out):
     return best["step"]
 
 
-def print_step(cfg, entry, samples, proc, eta):
+def print_step(entry, samples, proc, first, cfg):
     """Print a step, and every show_every steps one of its trajectories."""
     if entry["step"] % 20 == 0:
         print(f"{'':10} reward {evaluation.HEADER} entrpy   norm roll_s  upd_s")
     text = f"step {entry['step']:5d} {entry['reward']:6.3f} {evaluation.line(entry)}"
     for name in ("entropy", "grad_norm", "rollout_s", "update_s"):
         text += f" {entry[name]:6.2f}"
-    print(text, eta, flush=True)
+    print(text, sft.eta(entry, first, cfg), flush=True)
     if "held_out" in entry:
         print(f"{'held-out':17} {evaluation.line(entry['held_out'])}", flush=True)
     if (entry["step"] + 1) % cfg.show_every == 0:
@@ -275,7 +275,7 @@ def train(policy, optimizers, rows, held_out, first, preset, cfg, rank, world_si
             lr = sft.set_lr(optimizers, step, cfg)
             stats = update(policy, optimizers, samples, cfg)
             entry = dict(step=step, **summarise(samples, cfg), **stats, lr=lr, rollout_s=rollout_s,
-                         update_s=time.time() - t)
+                         update_s=time.time() - t, seconds=time.time() - started)
 
             # 3. evaluate
             done = step + 1 == cfg.steps
@@ -288,8 +288,7 @@ def train(policy, optimizers, rows, held_out, first, preset, cfg, rank, world_si
             stopped = sft.all_sum([len(asked)], policy.device)[0]
             if rank == 0:
                 sft.append_log(cfg.out, entry)
-                eta = sft.eta(time.time() - started, entry, first, cfg)
-                print_step(cfg, entry, samples, policy.proc, eta)
+                print_step(entry, samples, policy.proc, first, cfg)
 
             # 5. save
             if (step + 1) % cfg.save_every == 0 or evaluates or done or stopped:
@@ -312,7 +311,7 @@ def cold_start(cfg, rank):
     if cfg.model:
         return cfg.model
     if not data.foreign(cfg.data):
-        data.main(data.Config(seed=cfg.seed, out=cfg.data, task=cfg.task))
+        data.main(data.Config(seed=cfg.seed, out=cfg.data, task=cfg.task, max_crops=cfg.max_crops))
     elif rank == 0:
         data.save_tiny(cfg.data, cfg.seed)
     out = f"{parent(cfg)}/sft"

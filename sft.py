@@ -127,8 +127,7 @@ def checked(values, Config, where):
 
 
 def load_episode(path):
-    """Preset ("tiny" or "real") and EpisodeConfig fields of a checkpoint. Nothing else is read from it: it
-    must not say where questions or keys are sent."""
+    """Preset ("tiny" or "real") and EpisodeConfig fields of a checkpoint; no address or key is read."""
     where = f"{path}/episode.json"
     saved = read_json(where, {})
     return saved.get("preset", "real"), checked(saved, env.EpisodeConfig, where)
@@ -185,9 +184,9 @@ def setup():
         store, rank, _ = next(dist.rendezvous("env://"))
         # torchrun keeps its store when it restarts the ranks, and with it the addresses of those that died.
         store = dist.PrefixStore("restart" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        # The usual ten minutes are too short for ranks that wait while rank 0 writes a large model.
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
-                                world_size=world_size, timeout=timedelta(hours=2))
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size,
+                                timeout=timedelta(hours=2))        # rank 0 may be writing a large model
     return rank, world_size, device
 
 
@@ -218,14 +217,12 @@ def leave():
 @contextmanager
 def deferred_signals():
     """Within it SIGTERM and Ctrl-C only fill the list that it yields: a step is finished and saved."""
-    asked, handlers = [], {}
-    for number in (signal.SIGTERM, signal.SIGINT):
-        handlers[number] = signal.signal(number, lambda number, frame: asked.append(number))
+    asked, numbers = [], (signal.SIGTERM, signal.SIGINT)
+    handlers = [signal.signal(number, lambda number, frame: asked.append(number)) for number in numbers]
     try:
         yield asked
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        list(map(signal.signal, numbers, handlers))
 
 
 def stop(step, rank):
@@ -294,8 +291,7 @@ def lock(folder):
 
 
 def same_settings(folder, cfg):
-    """Raise UserError if the folder holds what was made with other settings. A key that config.json lacks,
-    because a field is new, counts as its default."""
+    """UserError if a folder has other settings. A key that config.json lacks counts as its default."""
     old = read_json(f"{folder}/config.json", asdict(cfg))
     changes = []
     for f in fields(cfg):
@@ -433,8 +429,7 @@ class Policy(torch.nn.Module):
         return (self.vlm.lm_head(h).float() / temperature).masked_fill(self.banned, -torch.inf)
 
     def score(self, h, target, temperature):
-        """Of hidden states h (n, width): log-probability of each target and entropy (n,) of what is
-        sampled."""
+        """Of hidden states h (n, width): log-probability of each target, entropy of what is sampled (n,)."""
         logits = self.logits(h, temperature)                      # (n, V)
         total = logits.logsumexp(-1)
         with torch.no_grad():
@@ -482,8 +477,8 @@ def make_policy(vlm, tokenizer):
 
 def load_policy(path, device, train=False):
     """A Policy from a folder or a hub id; UserError. On CUDA its weights are bf16, enough for rollouts; to
-    train they are fp32, and still on the CPU. Weights come from safetensors only, and no code of the
-    checkpoint is run."""
+    train they are fp32, and still on the CPU. No code of the checkpoint is run, weights are safetensors
+    only."""
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
     from transformers.utils import logging
     logging.disable_progress_bar()
@@ -533,8 +528,7 @@ def shard(policy, device):
 
 
 def load_trainable(cfg, start, first, device):
-    """The policy of a training stage and its preset: of the checkpoint `start`, or of this run at step
-    `first`."""
+    """Policy and preset of a training stage: of the checkpoint `start`, or of this run's at step `first`."""
     policy = load_policy(newest(cfg.out) if first else start, device, train=True)
     policy.vlm.model.visual.requires_grad_(cfg.train_vision)
     if cfg.recompute:
@@ -573,18 +567,16 @@ def set_lr(optimizers, step, cfg):
 
 def sync_gradients(policy):
     """Sum over the ranks; each one's loss is divided by the global count. All ranks must reach this."""
-    if policy.sharded or not dist.is_initialized():        # FSDP2 has summed them already
-        return
     for p in policy.parameters():
-        if p.requires_grad:
+        if p.requires_grad and dist.is_initialized() and not policy.sharded:   # FSDP2 has summed them
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             dist.all_reduce(p.grad)
 
 
 def optimizer_step(policy, optimizers, loss_sum, cfg, rest=False):
     """Sum and clip the gradients and step, unless loss or norm is not finite or the caller says `rest`.
-    Returns the loss over all ranks, the norm before clipping, and if the step was skipped (1 or 0), the same
-    on all ranks."""
+    Returns the loss over all ranks, the norm before clipping, and if the step was skipped: the same on all
+    ranks."""
     sync_gradients(policy)
     loss_sum = all_sum([loss_sum], policy.device)[0]
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.clip_norm)
@@ -619,8 +611,7 @@ def save_model(folder, policy, weights, cfg, preset):
 
 def save_checkpoint(step, policy, optimizers, cfg, preset):
     """Write cfg.out/checkpoints/<step>. All ranks must reach this; rank 0 writes, and holds the weights, then
-    the optimizers' state. Complete or absent: what is on the disk is renamed, and only then cfg.out/last
-    names it."""
+    the optimizers' state. It is renamed when it is on the disk, and only then does cfg.out/last name it."""
     from safetensors.torch import save_file
     from torch.distributed.checkpoint import state_dict
     options = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True,    # to rank 0; {} elsewhere
@@ -643,8 +634,7 @@ def save_checkpoint(step, policy, optimizers, cfg, preset):
         shutil.rmtree(folder, ignore_errors=True)          # of a run that was killed before `last` named it
         os.replace(tmp, folder)
         write_text(f"{cfg.out}/last", str(step))
-    if dist.is_initialized():
-        dist.barrier()                                     # it is there before anyone reads it
+    all_sum([0], policy.device)                            # it is there before anyone reads it
 
 
 def load_training_state(folder, policy, optimizers):
@@ -665,12 +655,11 @@ def load_training_state(folder, policy, optimizers):
 
 def prune(cfg, best=None):
     """Keep the newest checkpoints and that of step `best`, nothing that killed runs left half-written."""
-    folder = f"{cfg.out}/checkpoints"
-    names = os.listdir(folder)
-    steps = sorted(int(name) for name in names if name.isdigit())
-    kept = {str(step) for step in (*steps[-cfg.keep:], best)}
-    for name in set(names) - kept:
-        shutil.rmtree(f"{folder}/{name}")
+    paths = list(Path(cfg.out, "checkpoints").iterdir())
+    steps = sorted(int(path.name) for path in paths if path.name.isdigit())
+    for path in paths:
+        if path.name not in map(str, (*steps[-cfg.keep:], best)):
+            shutil.rmtree(path)
 
 
 # --- Imitation ------------------------------------------------------------------------------------------
@@ -704,9 +693,9 @@ def train_step(policy, optimizers, batches, step, cfg):
     return dict(step=step, loss=loss_sum, tokens=n_tokens, grad_norm=norm, skipped=skipped, lr=lr)
 
 
-def eta(seconds, entry, first, cfg):
-    """Time that is left, as minutes:seconds; `first` is the first step of the `seconds` so far."""
-    left = seconds / (entry["step"] + 1 - first) * (cfg.steps - entry["step"] - 1)
+def eta(entry, first, cfg):
+    """Time that is left, as minutes:seconds, after entry["seconds"] since the step `first`."""
+    left = entry["seconds"] / (entry["step"] + 1 - first) * (cfg.steps - entry["step"] - 1)
     return f"eta {int(left) // 60:3d}:{int(left) % 60:02d}"
 
 
@@ -731,7 +720,6 @@ def main(cfg):
     def prepare(step):
         chosen = [rows[i % len(rows)] for i in range(step * cfg.batch, (step + 1) * cfg.batch)]
         return render_batches(policy.proc, chosen[rank::world_size], cfg)
-
     started = time.time()
     with deferred_signals() as asked, ThreadPoolExecutor(1) as pool:
         pending = pool.submit(prepare, first)
@@ -748,9 +736,8 @@ def main(cfg):
             if rank == 0:
                 append_log(cfg.out, entry)
                 if step % cfg.log_every == 0 or done or entry["skipped"]:
-                    print(f"step {step:5d} loss {entry['loss']:7.4f} norm {entry['grad_norm']:6.3f} tokens "
-                          f"{entry['tokens']:6d} left out {left_out:.0f} skipped {entry['skipped']} "
-                          f"{entry['seconds']:7.1f}s {eta(entry['seconds'], entry, first, cfg)}", flush=True)
+                    print(f"step {step:5d} loss {entry['loss']:7.4f} norm {entry['grad_norm']:6.3f} left out "
+                          f"{left_out:.0f} skipped {entry['skipped']}", eta(entry, first, cfg), flush=True)
             # 4. save
             if (step + 1) % cfg.save_every == 0 or done or stopped:
                 save_checkpoint(step + 1, policy, optimizers, cfg, preset)

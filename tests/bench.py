@@ -32,6 +32,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 import transformers
+from PIL import Image
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import data  # noqa: E402
@@ -391,11 +392,15 @@ def main(cfg):
     with tempfile.TemporaryDirectory() as folder:
         with redirect_stdout(None):
             data.main(data.Config(out=folder + "/words", n_sft=40, n_train=0, n_test=0))
-            data.main(data.Config(out=folder, n_sft=0, n_train=cfg.prompts, n_test=0, task="tiny" if cfg.shape == "main-job" else "large"))
+            data.main(data.Config(out=folder, n_sft=0, n_train=cfg.prompts, n_test=0))
         policy = make_policy(cfg, env.load_rows(folder + "/words/sft.jsonl"), torch.device("cuda" if cuda else "cpu"))
         policy.banned.zero_()  # the plain side bans nothing
         rows = env.load_rows(folder + "/train.jsonl")
-        for row in rows:  # the system prompt is one token of the tiny tokenizer, and hundreds of a real one's
+        for row in rows:
+            if cfg.shape != "main-job":
+                side = 2048 if real else 1024
+                Image.open(row["images"][0]).resize((side, side)).save(row["images"][0])
+            # the system prompt is one token of the tiny tokenizer, and hundreds of a real one's
             row["problem"] += " black" * (0 if cfg.shape == "main-job" else 300 // (cfg.shrink if real else 8))
         plain, task, upd = without_patches(policy.vlm), settings(cfg), {}
         script = Script(policy, task)

@@ -171,7 +171,7 @@ def test_printed(chain):
     for line in lines:
         columns = [found.end() for found in re.finditer(r"\S+", line)]
         assert columns[2:-2] == [found.end() for found in re.finditer(r"\S+", heading)]
-    assert re.search(r"(?m)^  > '.*<\|im_end\|>", chain["rppo"][1]) and "\n  | " in chain["rppo"][1]
+    assert "\n  > " in chain["rppo"][1] and "\n  | " in chain["rppo"][1]
 
 
 # --- The main job from nothing --------------------------------------------------------------------------
@@ -258,8 +258,10 @@ def test_unknown_flags(name, argv, capsys):
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_bad_values(name, capsys):
+def test_bad_values(name, capsys, monkeypatch):
     """A value of another type is refused with the name of the flag; for every field."""
+    parser = sft.make_parser(STAGES[name].Config, {})
+    monkeypatch.setattr(sft, "make_parser", lambda *_: parser)       # making it takes longest
     bad = {int: ("x", "", "1.5", "nan", "true"), float: ("x", "", "nan", "inf"), bool: ("x", "yes", "1", "null")}
     for f in fields(STAGES[name].Config):
         for value in bad.get(f.type, ()):
@@ -277,7 +279,7 @@ def test_ranges(name, flag, words, capsys):
 
 @pytest.mark.parametrize("name, words", [
     (dict(max_pixels=200), "--max_pixels"), (dict(min_crop_pixels=99, max_crop_pixels=200), "--max_crop_pixels"),
-    (dict(max_tokens=64), "--max_tokens")])
+    (dict(max_tokens=24), "--max_tokens")])
 def test_budgets(name, words, policy, rows):
     """A view of less than one token and a prompt that does not fit are one line with the flag."""
     with pytest.raises(env.UserError, match=words):
@@ -292,7 +294,8 @@ def test_help(name, monkeypatch):
     text = sft.make_parser(stage.Config, DEFAULTS[name]).format_help()
     assert stage.__doc__.strip() in text
     for f in fields(stage.Config):
-        shown = re.search(rf"(?m)^  --{f.name} .*\(default: {re.escape(str(f.default))}\)(.*)$", text)
+        default = re.escape(f"(default: {f.default})")
+        shown = re.search(rf"(?m)^  --{f.name} [A-Z_]+\s.*{default}(.*)$", text)
         preset = DEFAULTS[name].get(f.name, f.default)
         assert shown[1] == ("" if preset == f.default else f" [{preset}]")
     for cls in stage.Config.__mro__[:-1]:
@@ -388,7 +391,7 @@ def test_a_damaged_checkpoint(copied):
         path = Path(copied.out, "checkpoints/2", file)
         whole = path.read_bytes()
         path.write_bytes(whole[:len(whole) // 2])
-        with pytest.raises(env.UserError, match=r"checkpoints/2: does not load .*\['1'\].*/last"):
+        with pytest.raises(env.UserError, match=r"checkpoints/2: does not load .*'1'.*/last"):
             sft.main(copied)
         path.write_bytes(whole)
     Path(copied.out, "last").write_text("1")
@@ -403,10 +406,8 @@ def test_missing_inputs(chain, tmp_path):
     for stage, values, words in (
             (sft, dict(data="nowhere"), "nowhere/sft.jsonl.*data.py.*--data"),
             (rppo, dict(data="nowhere", model=model), "nowhere/train.jsonl.*--data"),
-            (rppo, dict(data=scenes, model=model, eval_rows=9), "train.jsonl.*--eval_rows=9"),
-            (rppo, dict(data=scenes, model=model, eval_rows=12), "train.jsonl.*--eval_rows=12"),
-            (sft, dict(data=scenes, model="nowhere"), "nowhere.*--model"),
-            (evaluation, dict(data=scenes), "--model"),
+            (rppo, dict(data=scenes, model=model, eval_rows=9, steps=0), "train.jsonl.*--eval_rows=9"),
+            (sft, dict(data=scenes, model=str(tmp_path)), f"{tmp_path}: .*--model"),
             (data, dict(task="huge"), "--task=huge.*tiny"),
             (data, dict(images=f"{tmp_path}/none"), "--images=.*none")):
         with pytest.raises(env.UserError, match=words) as error:
@@ -487,7 +488,9 @@ def test_imports():
 @pytest.mark.parametrize("name", STAGES)
 def test_every_field_is_read(name):
     """No dead settings: the stage's file or one before it reads cfg.FIELD."""
-    read = {"annotator", "annotator_name", "policy", "policy_name"} if name == "data" else set()   # by getattr
+    read = {"annotator", "annotator_name", "policy", "policy_name"}        # by getattr
+    if name == "sft":
+        read = {"turn_tokens"}           # of a checkpoint's episode.json, for the stages after it
     for file in FILES[:FILES.index(name) + 1]:
         for node in ast.walk(tree(file)):
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):

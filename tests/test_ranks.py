@@ -1,0 +1,249 @@
+"""Several ranks are one process: the same rollouts, gradients, weights and scores, copied and sharded.
+
+    python -m pytest -m slow tests/test_ranks.py
+
+Run by torchrun this file is the worker: `work` on every rank, which leaves a record. The policy is random;
+what it writes counts as actions by chance, so that there are crops, errors and answers.
+"""
+import contextlib
+import json
+import math
+import os
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))     # torchrun knows no conftest
+import data  # noqa: E402
+import env  # noqa: E402
+import eval as evaluation  # noqa: E402
+import rppo  # noqa: E402
+import sft  # noqa: E402
+from conftest import amplify  # noqa: E402
+
+pytestmark = pytest.mark.slow
+SHORT = dict(max_crops=2, turn_tokens=6)
+STAGE = dict(SHORT, steps=3, micro_batch=3, warmup=1, lr=1e-3, save_every=9)
+parse_action = env.parse_action
+optimizer_step = sft.optimizer_step
+sync_gradients = sft.sync_gradients
+collect = rppo.collect
+rewards = env.rewards
+
+
+# --- What is done by one process, and by each of two ranks ----------------------------------------------
+
+def acting(text):
+    """Read gibberish as an action, by its checksum."""
+    n = zlib.crc32(text.encode())
+    if parse_action(text).kind != "none":
+        return parse_action(text)
+    if n % 4 == 0:
+        return env.Action("answer", answer=list(data.COLOURS)[n // 4 % 6])
+    if n % 4 == 1:
+        return env.Action("malformed", error="by chance")
+    x, y = n // 4 % 5 * 100.0, n // 64 % 5 * 100.0
+    return env.Action("crop", bbox=(x, y, x + 400, y + 500))
+
+
+def by_chance(group, cfg):
+    """The rewards, and a part that differs from sample to sample."""
+    scored = rewards(group, cfg)
+    for traj, parts in zip(group, scored):
+        parts["luck"] = zlib.crc32(str(traj.ids).encode()) % 101 / 101
+        parts["total"] += parts["luck"]
+    return scored
+
+
+def whole(tensor):
+    """A copy of a tensor, gathered if it is sharded. All ranks must reach this."""
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
+
+
+def weights(policy):
+    return {name: whole(p) for name, p in policy.named_parameters()}
+
+
+def moved(before, policy):
+    after = weights(policy)
+    return [name for name in before if not torch.equal(before[name], after[name])]
+
+
+class Record:
+    """What this rank did: ids of the rollouts, and each stage's first gradient after the sum over the ranks."""
+
+    def __init__(self):
+        self.stage = "sft"
+        self.ids, self.gradients, self.notes = {}, {}, {}
+
+    def collect(self, policy, rows, prompt_ids, step, cfg):
+        """In the third step only prompts with odd numbers have a gradient: with two ranks rank 0 has none."""
+        samples = collect(policy, rows, prompt_ids, step, cfg)
+        for i, sample in enumerate(samples):
+            prompt = prompt_ids[i // cfg.samples]
+            self.ids.setdefault(f"{step}/{prompt}", []).append(sample.traj.ids)
+            if step == 2 and prompt % 2 == 0:
+                sample.advantage = 0.0
+        return samples
+
+    def sync(self, policy):
+        sync_gradients(policy)
+        gradients = [whole(p.grad).flatten() for p in policy.parameters() if p.grad is not None]
+        if self.stage not in self.gradients and gradients:
+            self.gradients[self.stage] = torch.cat(gradients)
+
+
+def work(rows, model, out, shard):
+    """Three steps of sft.py and rppo.py, eval.py, then single batches. Returns nothing; leaves out/RANK.*."""
+    rank, world_size, _ = sft.setup()
+    record = Record()
+    how = dict(shard=shard, recompute=shard, train_vision=not shard)
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(sys.stderr):
+        patch.setattr(env, "parse_action", acting)
+        patch.setattr(env, "rewards", by_chance)
+        patch.setattr(sft, "sync_gradients", record.sync)
+        patch.setattr(rppo, "collect", record.collect)
+        muon = {"muon_lr": 0.0} if out.endswith("adam") else {}
+        sft.main(sft.Config(**STAGE, **how, **muon, batch=8, data=rows, model=model, out=f"{out}/sft"))
+        record.stage = "rppo"
+        cfg = rppo.Config(**STAGE, **how, prompts=4, samples=4, eval_every=3, eval_rows=5, in_flight=2, n_score=0,
+                          data=rows, model=model, out=f"{out}/rppo")
+        policy = rppo.main(cfg)
+        for limit, k in ((7, 3), (1, 2)):
+            evaluation.main(evaluation.Config(**SHORT, data=rows, model=model, out=f"{out}/eval{limit}",
+                                              limit=limit, k=k))
+        record.stage = "single"
+        single_batches(record, policy, rows, cfg, rank, world_size)
+    save_file(record.gradients, f"{out}/{rank}.safetensors")
+    Path(f"{out}/{rank}.json").write_text(json.dumps([record.ids, record.notes]))
+
+
+def single_batches(record, policy, path, cfg, rank, world_size):
+    """A batch of which the second rank's part has no image; a flat step after one with a gradient; NaN on the
+    last rank alone."""
+    row = env.load_rows(f"{path}/sft.jsonl")[0]
+    blind = env.Trajectory(row)
+    blind.extend(policy.proc, policy.proc.encode("what is it?"))
+    blind.extend(policy.proc, policy.proc.encode("nothing"), sampled=True)
+    seen = env.render(policy.proc, row, row["turns"], env.EpisodeConfig())
+    policy.train()
+    for traj in [seen, blind][rank::world_size]:
+        logp, _ = policy(sft.collate([traj], policy.proc))
+        (-logp.sum() / 50).backward()
+    optimizers = [torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], 1e-3, weight_decay=0.0)]
+    sft.optimizer_step(policy, optimizers, 0.0, cfg)          # one with a gradient: now there is momentum
+    rows = env.load_rows(f"{path}/test.jsonl")[rank:8:world_size]
+    samples = collect(policy, rows, list(range(rank, 8, world_size)), 9, cfg)
+    for name, advantage, loss in (("moves", 1.0, 0.0), ("flat", 0.0, 0.0), ("nan", 1.0, math.nan)):
+        for sample in samples:
+            sample.advantage = advantage
+        before = weights(policy)
+        with pytest.MonkeyPatch.context() as patch:
+            if rank == world_size - 1:
+                patch.setattr(sft, "optimizer_step", lambda p, o, value, *a, **k: optimizer_step(p, o, value + loss, *a, **k))
+            stats = rppo.update(policy, optimizers, samples, cfg)
+        record.notes[name] = [bool(moved(before, policy)), stats["skipped"]]
+
+
+# --- One process and two ranks --------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def model(policy, tmp_path_factory):
+    """A checkpoint of the tiny policy, with weights large enough that its choices differ."""
+    import copy
+    out = str(tmp_path_factory.mktemp("model"))
+    large = copy.deepcopy(policy)
+    amplify(large.vlm, 3.0)
+    sft.save_model(out, large, large.vlm.state_dict(), env.EpisodeConfig(**SHORT), "tiny")
+    return out
+
+
+@pytest.fixture(scope="module", params=["copied", "sharded"])
+def ranks(request, scenes, model, tmp_path_factory):
+    """The folders of the same work, by this process and by two ranks of torchrun."""
+    shard = request.param == "sharded"
+    one, two = (str(tmp_path_factory.mktemp(name) / ("adam" if shard else "muon")) for name in ("one", "two"))
+    for out in (one, two):
+        os.makedirs(out)
+    reference = Path(one, "reference.py")
+    reference.write_text("")
+    with pytest.MonkeyPatch.context() as patch:
+        if shard:                        # one process has nothing to shard
+            patch.setattr(sft, "shard", lambda policy, device: None)
+        work(scenes, model, one, shard)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__]
+    done = subprocess.run([*command, scenes, model, two, str(shard)], env={**os.environ, "OMP_NUM_THREADS": "1"},
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-3000:]
+    return one, two
+
+
+def read(out, rank):
+    return json.loads(Path(f"{out}/{rank}.json").read_text())
+
+
+def flat(tensors):
+    return torch.cat([tensors[name].flatten().double() for name in sorted(tensors)])
+
+
+def test_rollouts(ranks):
+    """The two ranks together sample exactly the ids of one process, each its own half."""
+    one, first, second = read(ranks[0], 0)[0], read(ranks[1], 0)[0], read(ranks[1], 1)[0]
+    step0 = sorted(name for name in one if name.startswith("0/"))
+    assert len(step0) == 4 and not first.keys() & second.keys()
+    both = {**first, **second}
+    assert [both[name] for name in step0] == [one[name] for name in step0]
+    assert len({str(ids) for name in step0 for ids in one[name]}) == 16
+    assert sum(name in first for name in step0) == sum(name in second for name in step0) == 2
+
+
+@pytest.mark.parametrize("stage", ["sft", "rppo", "single"])
+def test_gradients(ranks, stage):
+    """The first step's, and that of a batch of which one rank's part has no image."""
+    one = load_file(f"{ranks[0]}/0.safetensors")[stage].double()
+    first, second = (load_file(f"{ranks[1]}/{rank}.safetensors")[stage].double() for rank in (0, 1))
+    assert torch.equal(first, second) and one.norm() > 1e-3
+    assert (first - one).norm() <= 1e-5 * one.norm()
+
+
+@pytest.mark.parametrize("stage", ["sft", "rppo"])
+def test_weights_and_logs(ranks, model, stage):
+    """After three steps the weights differ by less than 1 % of their way. (In the last step of RPPO rank 0 has
+    nothing to do.)"""
+    folders = [model, *[sft.newest(f"{out}/{stage}") for out in ranks]]
+    start, one, two = [flat(load_file(f"{folder}/model.safetensors")) for folder in folders]
+    assert 0 < (one - two).norm() + 1e-30 < 0.01 * (one - start).norm()
+    logs = [sft.read_log(f"{out}/{stage}") for out in ranks]
+    assert len(logs[0]) == 3
+    for a, b in zip(*logs, strict=True):
+        assert a["tokens"] == b["tokens"] and 0 < a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+        for name in ("loss", "reward", "flat_groups", "entropy"):
+            assert a.get(name) == pytest.approx(b.get(name), rel=1e-4)
+
+
+@pytest.mark.parametrize("n", [7, 1])
+def test_scores(ranks, n):
+    """Seven rows shared out over two ranks, and one, of which rank 1 has none; the held-out ones too."""
+    one, two = (json.loads(Path(f"{out}/eval{n}/eval.json").read_text()) for out in ranks)
+    for scores in (one, two):
+        del scores["seconds"], scores["config"]
+    assert one == two and one["greedy"]["n"] == n and one["unanswered_rate"] is not None
+    held_out = [sft.read_log(f"{out}/rppo")[2]["held_out"] for out in ranks]
+    assert held_out[0] == pytest.approx(held_out[1]) and held_out[0]["n"] == 5
+
+
+def test_steps_without_an_update(ranks):
+    """A flat step moves no weight though there is momentum; a loss of NaN on one rank is skipped by all."""
+    for out, rank in ((ranks[0], 0), (ranks[1], 0), (ranks[1], 1)):
+        assert read(out, rank)[1] == {"moves": [True, 0], "flat": [False, 0], "nan": [False, 1]}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    work(*sys.argv[1:4], sys.argv[4] == "True")
+    sft.leave()
