@@ -93,7 +93,7 @@ GRID = 4
 # Every channel is 12 more than a multiple of 24: what a dot adds, the pixels around it give back unrounded.
 COLOURS = {"red": (204, 36, 36), "green": (36, 180, 60), "blue": (36, 84, 204),
            "yellow": (204, 204, 36), "purple": (156, 36, 204), "cyan": (36, 204, 204)}
-BLACK, GROUND, PALE = 36, 156, 180
+BLACK, GREY = 36, 156
 CODES = ["".join(letters) for letters in product("ACEFHKLMNPRTUVWXY3479", repeat=3)]
 # What is asked for -> the question, what the look-alikes bear, the possible answers.
 KINDS = {
@@ -115,15 +115,19 @@ class Task:
     """A built-in task. Lengths are pixels of the scene."""
     size: int                        # of the scene
     blotch: int                      # side of a blotch of the noise on it: a pixel of the whole view or more
-    period: int                      # from dot to dot; there are two pixels between dots
+    dot: np.ndarray                  # one period of the dots, (n, n): shares of the ink, of mean 0
     tile: int                        # side of the square that holds the mark
-    label: bool                      # the square is pale: a first zoom finds it, a second one reads it
+    label: bool                      # the square is grey: a first zoom finds it, a second one reads it
     kinds: tuple                     # what is asked for
 
 
+# tiny: shrinking by 6 begins with means of 2 x 2 pixels, and in those the dots are gone. large: a dot is a
+# second difference in both directions; shrinking by about 3 leaves next to nothing of it, even at edges.
+SQUARE = np.pad(np.ones((2, 2)) * 4 / 3, 1) - 1 / 3
+POINT = np.outer((-0.5, 1, -0.5), (-0.5, 1, -0.5))
 # FORK: the built-in tasks. Another one is a line here and, with a new kind of question, one in KINDS.
-TASKS = {"tiny": Task(192, 6, 4, 24, False, ("colour",)),
-         "large": Task(4096, 3, 3, 192, True, tuple(KINDS))}
+TASKS = {"tiny": Task(192, 6, SQUARE, 24, False, ("colour",)),
+         "large": Task(4096, 3, POINT, 192, True, ("shape", "count", "text"))}
 
 
 def corner_of(cell, side):
@@ -138,15 +142,13 @@ def cell_name(cell):
 
 def halftone(kind, value, base, task):
     """A mark in dots: int16 (tile, tile, 3 or 1), to be added to a square of colour `base`. It has mean 0."""
-    n = task.tile // task.period
+    n = task.tile // len(task.dot)
     mark = Image.new("1", (n, n), kind == "colour")
     if kind != "colour":
         font = ImageFont.load_default(n // 3)
         ImageDraw.Draw(mark).text((n // 2, n // 2), SIGNS.get(value, value), 1, font, "mm")
-    dot = np.pad(np.ones((task.period - 2,) * 2), 1)
-    dot = (dot - dot.mean()) / (1 - dot.mean())
     ink = np.subtract(COLOURS.get(value, BLACK), base)
-    return np.rint(np.kron(mark, dot)[..., None] * ink).astype(np.int16)
+    return np.rint(np.kron(mark, task.dot)[..., None] * ink).astype(np.int16)
 
 
 def square(pixels, corner, side):
@@ -162,11 +164,11 @@ def draw_box(rng, pixels, cell, colour, kind, value, task):
     corner = corner_of(cell, width) + rng.integers(0, width - side + 1, 2)
     base = np.array(COLOURS[colour]) // 32 * 24 + 36     # of middle brightness: nothing is clipped
     square(pixels, corner, side)[:] = base
-    corner += rng.integers(task.period, side - task.tile + 1, 2)
-    corner -= corner % task.period                       # the dots are in line with the scene
+    corner += rng.integers(len(task.dot), side - task.tile + 1, 2)
+    corner -= corner % len(task.dot)                     # the dots are in line with the scene
     tile = square(pixels, corner, task.tile)
     if task.label:
-        base = PALE
+        base = GREY
         tile[:] = base
     tile += halftone(kind, value, base, task)
     return np.append(corner, corner + task.tile).tolist()
@@ -176,7 +178,7 @@ def make_scene(rng, task):
     """One image and its two questions, dicts: problem, answer, answers (the possible ones), scene (cell ->
     colour, of all boxes), marks (cell -> what its box bears, of those of the asked colour in reading order),
     tiles (cell -> box of that mark), evidence (the one with the answer)."""
-    pixels = np.full((task.size, task.size, 3), GROUND, np.int16)
+    pixels = np.full((task.size, task.size, 3), GREY, np.int16)
     colours = rng.permutation(list(COLOURS)).tolist()
     free = rng.permutation(GRID * GRID).tolist()
     questions, scene = [], {}

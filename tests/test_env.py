@@ -203,8 +203,10 @@ def test_executed_box(line):
     assert [str(value) for value in got] == expected.split()[:len(got)]
 
 
-def test_a_box_is_not_moved_by_rounding():
-    """200 thousandths of 35 pixels are 7, though floats say 7.000000000000001."""
+def test_extreme_boxes():
+    """200 thousandths of 35 pixels are 7, though floats say 7.000000000000001. No side is over 100 times the
+    other."""
+    assert env.resolve_box((0, 500, 1000, 501), (0, 0, 4000, 1000), (4000, 1000), 28) == (0, 480, 4000, 520)
     assert env.resolve_box((0, 750, 200, 1000), (0, 0, 35, 36), (35, 36), 1) == (0, 27, 7, 36)
 
 

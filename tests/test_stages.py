@@ -9,6 +9,7 @@ import ast
 import contextlib
 import copy
 import fcntl
+import inspect
 import io
 import json
 import math
@@ -16,7 +17,7 @@ import re
 import shutil
 import sys
 import zlib
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -61,6 +62,20 @@ def tree(name):
     return ast.parse((ROOT / f"{name}.py").read_text())
 
 
+@pytest.fixture(scope="module", autouse=True)
+def parsers():
+    """Parsers are kept: making one takes longer than all else that a test of flags does."""
+    make, kept = sft.make_parser, {}
+
+    def cached(Config, REAL):
+        if Config not in kept:
+            kept[Config] = make(Config, REAL)
+        return kept[Config]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sft, "make_parser", cached)
+        yield
+
+
 # --- The stages, one after the other --------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
@@ -100,19 +115,6 @@ def test_folders(chain):
     for name in ("data", "sft", "rppo"):
         cfg = chain[name][0]
         assert json.loads(Path(cfg.out, "config.json").read_text()) == asdict(cfg)
-
-
-def test_checkpoint(chain):
-    """A checkpoint loads into plain transformers; RL moved its weights; it was all that was needed to go on."""
-    from transformers import AutoModelForImageTextToText, AutoTokenizer
-    start, end = (sft.newest(chain[name][0].out) for name in ("sft", "rppo"))
-    assert chain["rppo"][0].model == start
-    before, after = map(AutoModelForImageTextToText.from_pretrained, (start, end))
-    moved = 0.0
-    for old, new in zip(before.parameters(), after.parameters(), strict=True):
-        moved += (old - new).abs().sum().item()
-    assert 0 < moved < math.inf
-    assert AutoTokenizer.from_pretrained(end).chat_template == env.CHAT_TEMPLATE
 
 
 def test_logs(chain):
@@ -188,7 +190,7 @@ def made(folder):
     """When each file of weights or rows was made, and the logs."""
     found = {}
     for path in folder.rglob("*"):
-        if path.suffix in (".safetensors", ".jsonl") and "tiny" not in str(path):
+        if path.suffix in (".safetensors", ".jsonl") and "results-" not in path.name:
             found[path] = path.stat().st_mtime_ns if path.suffix == ".safetensors" else path.read_text()
     return found
 
@@ -205,9 +207,7 @@ def test_main_job(small, tmp_path):
     before = made(tmp_path)
     small.setattr(sft, "append_log", lambda *_: pytest.fail("a finished run made a step"))
     rppo.main(cfg)
-    after = made(tmp_path)
-    assert {path: after[path] for path in before if "results" not in path.name} == \
-        {path: text for path, text in before.items() if "results" not in path.name}
+    assert made(tmp_path) == before
 
 
 def test_main_job_on_foreign_rows(small, scenes, tmp_path):
@@ -251,17 +251,15 @@ def test_values():
 
 
 @pytest.mark.parametrize("name", STAGES)
-@pytest.mark.parametrize("argv", ["--nonsense=1", "seed=1", "--Seed=1", "--see=1", "--seed", "-s 1", "seed"])
-def test_unknown_flags(name, argv, capsys):
+def test_unknown_flags(name, capsys):
     """What is no flag of the stage, shortened ones among it, is refused and named."""
-    assert argv.split("=")[0].split()[0] in refusal(capsys, name, *argv.split())
+    for argv in ("--nonsense=1", "seed=1", "--Seed=1", "--see=1", "--seed", "-s 1", "seed"):
+        assert re.match(r"[\w-]+", argv)[0] in refusal(capsys, name, *argv.split())
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_bad_values(name, capsys, monkeypatch):
+def test_bad_values(name, capsys):
     """A value of another type is refused with the name of the flag; for every field."""
-    parser = sft.make_parser(STAGES[name].Config, {})
-    monkeypatch.setattr(sft, "make_parser", lambda *_: parser)       # making it takes longest
     bad = {int: ("x", "", "1.5", "nan", "true"), float: ("x", "", "nan", "inf"), bool: ("x", "yes", "1", "null")}
     for f in fields(STAGES[name].Config):
         for value in bad.get(f.type, ()):
@@ -290,7 +288,7 @@ def test_budgets(name, words, policy, rows):
 def test_help(name, monkeypatch):
     """--help is the file's docstring and every field: with default, preset and comment, in named groups."""
     monkeypatch.setenv("COLUMNS", "1000")
-    stage = STAGES[name]
+    stage, comments = STAGES[name], {}
     text = sft.make_parser(stage.Config, DEFAULTS[name]).format_help()
     assert stage.__doc__.strip() in text
     for f in fields(stage.Config):
@@ -300,10 +298,12 @@ def test_help(name, monkeypatch):
         assert shown[1] == ("" if preset == f.default else f" [{preset}]")
     for cls in stage.Config.__mro__[:-1]:
         assert f"\n{cls.__doc__.splitlines()[0]}" in text
-    source = "".join((ROOT / f"{file}.py").read_text() for file in FILES[:FILES.index(name) + 1])
-    for f in fields(stage.Config):
-        comments = re.findall(rf"(?m)^    {f.name}: .*?# (.*)", source)
-        assert not comments or any(comment in text for comment in comments)
+    for cls in stage.Config.__mro__[-2::-1]:
+        for field, comment in re.findall(r"(?m)^    (\w+): [^#\n]*# (.*)$", inspect.getsource(cls)):
+            comments[field] = comment
+    assert len(comments) > 10
+    for field, comment in comments.items():
+        assert re.search(rf"(?m)^  --{field} [A-Z_]+\s+{re.escape(comment)} ", text), field
 
 
 def test_presets(chain):
@@ -327,18 +327,6 @@ def test_seed_in_paths():
     assert configure("sft", "--seed=7").data == configure("data", "--seed=7").out == "data/scenes-7"
 
 
-def test_a_checkpoint_decides_nothing_else(tmp_path):
-    """episode.json passes the checks of flags, and what is no field of an episode is not read from it."""
-    episode = tmp_path / "episode.json"
-    episode.write_text('{"preset": "tiny", "max_crops": 2, "judge_url": "http://x", "temperature": 0, "lam": 9}')
-    cfg = configure("rppo", f"--model={tmp_path}")
-    assert (cfg.max_crops, cfg.judge_url, cfg.temperature, cfg.lam) == (2, "", 1.0, 1.0)
-    for text in ('{"max_crops": "2"}', '{"max_pixels": 0}', '{"max_tokens": 1e999}', "[1]", "{", '{"max_crops": true}'):
-        episode.write_text(text)
-        with pytest.raises(env.UserError, match="episode.json"):
-            configure("rppo", f"--model={tmp_path}")
-
-
 # --- What exists is reused, refused or named ------------------------------------------------------------
 
 @pytest.fixture
@@ -346,7 +334,7 @@ def copied(chain, tmp_path):
     """The config of a copy of the finished cold start."""
     cfg = chain["sft"][0]
     shutil.copytree(cfg.out, tmp_path / "run")
-    return sft.Config(**{**asdict(cfg), "out": str(tmp_path / "run")})
+    return replace(cfg, out=str(tmp_path / "run"))
 
 
 def test_a_run_is_reused_or_refused(copied, monkeypatch):
@@ -360,14 +348,11 @@ def test_a_run_is_reused_or_refused(copied, monkeypatch):
         del settings[name]
     config.write_text(json.dumps(settings))
     sft.main(copied)
-    for change in (dict(lr=0.1), dict(seed=1), dict(recompute=True)):
-        name, value = next(iter(change.items()))
-        words = f"{re.escape(copied.out)} .*{name}: {settings.get(name, False)} -> {value}"
+    for name, value, words in (("lr", 0.1, "lr: 0.004 -> 0.1"), ("recompute", True, "recompute: False -> True"),
+                               ("resume", False, "--resume=false.*holds a run")):
         with pytest.raises(env.UserError, match=words):
-            sft.main(sft.Config(**{**asdict(copied), **change}))
-    with pytest.raises(env.UserError, match="--resume=false.*holds a run"):
-        sft.main(sft.Config(**{**asdict(copied), "resume": False}))
-    sft.main(sft.Config(**{**asdict(copied), "keep": 9, "log_every": 7}))     # these do not change results
+            sft.main(replace(copied, **{name: value}))
+    sft.main(replace(copied, keep=9, log_every=7))           # these do not change results
     assert made(Path(copied.out)) == before
 
 
@@ -383,20 +368,6 @@ def test_a_folder_in_use(copied, monkeypatch):
             with pytest.raises(env.UserError, match="run is in use by process 7 on elsewhere; .*--out") as error:
                 sft.main(copied)
     assert "\n" not in str(error.value) and made(Path(copied.out)) == before
-
-
-def test_a_damaged_checkpoint(copied):
-    """It is one line with its name, the reason and the checkpoints that are left; following it works."""
-    for file in ("model.safetensors", "training/optimizer.safetensors"):
-        path = Path(copied.out, "checkpoints/2", file)
-        whole = path.read_bytes()
-        path.write_bytes(whole[:len(whole) // 2])
-        with pytest.raises(env.UserError, match=r"checkpoints/2: does not load .*'1'.*/last"):
-            sft.main(copied)
-        path.write_bytes(whole)
-    Path(copied.out, "last").write_text("1")
-    sft.main(copied)
-    assert [entry["step"] for entry in sft.read_log(copied.out)] == [0, 1]
 
 
 def test_missing_inputs(chain, tmp_path):
@@ -427,10 +398,9 @@ def test_hold_out():
 
 def test_pruning_and_the_best(tmp_path):
     """Kept are the newest and the best: the first with the highest accuracy among those that are there."""
-    entries = [dict(step=3)]
+    text = '{"step": 3}\n'
     for step, accuracy in ((0, 0.9), (1, 0.5), (2, 0.7), (4, 0.7), (5, 0.1)):
-        entries.append(dict(step=step, held_out=dict(accuracy=accuracy)))
-    text = "".join(json.dumps(entry) + "\n" for entry in entries)
+        text += json.dumps(dict(step=step, held_out=dict(accuracy=accuracy))) + "\n"
     (tmp_path / "log.jsonl").write_text(text + '{"step": 6, "held_out": {"accu')     # half a line of a kill
     for name in ("2", "3", "4", "5", "6", "7.tmp", "10"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
@@ -455,18 +425,18 @@ def test_the_last_turn_may_only_answer(policy, rows):
     assert sft.render_batches(policy.proc, rows[:20], cfg)[1] == 0
 
 
-@pytest.mark.parametrize("greedy", [False, True])
-def test_a_policy_of_nan(greedy, policy, rows):
+def test_a_policy_of_nan(policy, rows):
     """One line, with the step in training; in an evaluation no step that there never was."""
     broken = copy.deepcopy(policy)
     torch.nn.init.constant_(broken.vlm.model.language_model.norm.weight, math.nan)
     cfg = rppo.Config(**SHORT)
     with pytest.raises(env.UserError, match="step 7.*not finite") as error:
-        evaluation.rollout(broken, rows[:2], cfg, 2, (0, 7), greedy=greedy)
+        rppo.collect(broken, rows[:2], [0, 1], 7, cfg)
     assert "\n" not in str(error.value)
-    with pytest.raises(env.UserError, match="not finite") as error:
-        evaluation.evaluate(broken, rows[:2], cfg, 0, 1, greedy=greedy)
-    assert str(2 ** 31) not in str(error.value)
+    for greedy in (True, False):
+        with pytest.raises(env.UserError, match="not finite") as error:
+            evaluation.evaluate(broken, rows[:2], cfg, 0, 1, greedy=greedy)
+        assert str(2 ** 31) not in str(error.value)
 
 
 # --- The files ------------------------------------------------------------------------------------------
@@ -488,9 +458,9 @@ def test_imports():
 @pytest.mark.parametrize("name", STAGES)
 def test_every_field_is_read(name):
     """No dead settings: the stage's file or one before it reads cfg.FIELD."""
-    read = {"annotator", "annotator_name", "policy", "policy_name"}        # by getattr
-    if name == "sft":
-        read = {"turn_tokens"}           # of a checkpoint's episode.json, for the stages after it
+    read = {"turn_tokens"}               # of a checkpoint's episode.json, for the stages after sft.py
+    if name == "data":                   # getattr
+        read = {"annotator", "annotator_name", "policy", "policy_name", "n_sft", "n_train", "n_test"}
     for file in FILES[:FILES.index(name) + 1]:
         for node in ast.walk(tree(file)):
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
