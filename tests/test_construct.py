@@ -18,92 +18,28 @@ from PIL import Image
 import data
 import env
 
-SIZE = (2000, 1000)
-EVIDENCE = (1120, 560, 1280, 640)   # where ZOOMS ends, in pixels
+EVIDENCE = (560, 280, 640, 320)     # where ZOOMS ends, in pixels of a photograph of 1000 x 500
 ZOOMS = [([400, 400, 800, 800], 0), ([250, 250, 750, 750], 1), ([300, 300, 700, 700], 2)]
 FINDS = [([400, 400, 800, 800], 0), ([350, 350, 650, 650], 1)]    # covers the evidence by another way
 RECOVERS = [([0, 0, 300, 300], 0), ([500, 500, 700, 700], 0)]     # after a look elsewhere
-ELSEWHERE = [([0, 0, 300, 300], 0), ([600, 0, 900, 300], 0)]
 EMPTY = ([900, 900, 900, 1000], 0)
-LEAVES = "a zoom leaves the crop before it, or is hardly finer"
-LONG = "empty, too long or unprintable"
-GOOD = {0: "green", 1: "heron", 10: "12", 17: "7", 18: "EXIT"}      # the answers of those that pass grade
-ANSWERS = {**GOOD, 16: "green " * 19}
-# What becomes of the other photographs: the step that drops them, and why.
-FATE = {2: "propose: too few zooms", 3: "ask: malformed", 4: "verify: given away by its text",
-        5: "verify: answered without zooming", 6: "verify: answer not confirmed",
-        7: "grade: solved too often", 8: "grade: never solved", 9: "grade: solved with one crop or none",
-        11: "propose: no question", 12: "propose: " + LEAVES, 13: "propose: " + LEAVES,
-        14: "propose: the last view is too large", 15: "propose: no question", 16: "ask: " + LONG}
-# Which of the four conversations of a stage are right, by stage or by stage and photograph.
-RIGHT = {"propose": (0,), "blind": (0,), "whole": (), "evidence": (0, 2, 3), "grade": (0, 2),
-         "collect": (0, 1, 3), ("blind", 4): (0, 1), ("whole", 5): (1, 3), ("evidence", 6): (0, 1),
-         ("grade", 7): (0, 1, 2, 3), ("grade", 8): (), ("grade", 9): (0,), ("collect", 10): (1, 2, 3)}
-# The calls of a proposal, and of the four conversations of the others.
-PROPOSED = {2: ZOOMS[:1], 15: [*ZOOMS, *ZOOMS], 11: ["zoom!"] * 9, 14: ZOOMS[:2],
-            12: [([100, 100, 900, 900], 0), *ZOOMS[1:]],
-            13: [*ZOOMS[:2], ([300, 300, 340, 340], 0)]}
-CALLS = {"grade": [FINDS, FINDS, RECOVERS + FINDS, [EMPTY] * 9],
-         "collect": [FINDS, RECOVERS, FINDS, ["zoom!", *FINDS]],
-         ("grade", 7): [FINDS] * 4, ("grade", 9): [FINDS[:1]] * 4,
-         ("collect", 10): [["zoom!"], [EMPTY, *FINDS], RECOVERS[1:] * 3, ELSEWHERE]}
+# What becomes of the photographs 0 to 13: all but the first three are dropped.
+FATES = ["kept", "kept", "kept", "propose: too few zooms", "ask: malformed",
+         "verify: given away by its text", "verify: answered without zooming", "verify: answer not confirmed",
+         "grade: solved too often", "grade: never solved", "grade: solved with one crop or none",
+         "propose: no question", "propose: the last view is too large",
+         "propose: a zoom leaves the crop before it, or is hardly finer"]
+# Which of the conversations of a stage are right, by stage or by stage and photograph.
+RIGHT = {"propose": (0,), "blind": (0,), "whole": (), "evidence": (0, 2), "grade": (0,), "collect": (0, 1, 2),
+         ("blind", 5): (0, 1), ("whole", 6): (1, 2), ("evidence", 7): (0,),
+         ("grade", 8): (0, 1), ("grade", 9): ()}
+# The calls of the conversations of a stage, likewise. Photograph 2 gets no faultless one.
+CALLS = {"propose": [ZOOMS], ("propose", 3): [ZOOMS[:1]], ("propose", 11): [["zoom!"] * 9],
+         ("propose", 12): [ZOOMS[:2]], ("propose", 13): [[([100, 100, 900, 900], 0), *ZOOMS[1:]]],
+         "grade": [FINDS, [EMPTY]], ("grade", 10): [FINDS[:1], []],
+         "collect": [FINDS, RECOVERS, ["zoom!", *FINDS]],
+         ("collect", 2): [["zoom!"], [EMPTY, *FINDS], RECOVERS[:1]]}
 
-
-class Script:
-    """What the endpoint says. A photograph tells its number by its colour, a question by its text, and a
-    conversation by the number that its first turn thinks of: nth counts equal requests, modulo 4."""
-
-    def __init__(self, faults=False):
-        self.faults = faults
-        self.broken = {}                  # stage -> HTTP status
-        self.seen = Counter()
-        self.log = []                     # (stage, photograph, is it right?) of the answered requests
-        self.lock = threading.Lock()
-
-    def read(self, body):
-        """(stage, photograph, turns so far) of a request, which shows what env.step's tokens show."""
-        system, user, *rest = body["messages"]
-        image, text = user["content"][0]["image_url"]["url"], user["content"][1]["text"]
-        image = Image.open(io.BytesIO(base64.b64decode(image.partition("base64,")[2])))
-        turns = [m["content"] for m in rest[::2]]
-        for answer, observation in zip(turns, rest[1::2]):
-            before, seen, after = observation["content"]
-            shown = env.ERRORS["malformed" if "zoom!" in answer else "empty"]
-            assert seen.get("text", shown) == shown
-            assert ("text" in seen) == ("zoom!" in answer or "1000]" in answer)
-            assert (before["text"], after["text"]) == ("<tool_response>\n", "\n</tool_response>")
-        assert 0 < image.width * image.height <= 400_000
-        if "eyesight" in text:
-            return "propose", round(image.getpixel((2, 2))[0] / 12), turns
-        i = int(text.split("house ")[1].split("?")[0])
-        if system["content"] == env.SYSTEM:
-            return "grade" if body["model"] == "policy" else "collect", i, turns
-        assert system["content"] == env.SYSTEM_NO_TOOL
-        if text.startswith(data.BLIND):
-            return "blind", i, turns
-        return "whole" if image.width > 600 else "evidence", i, turns
-
-    def __call__(self, body):
-        stage, i, turns = self.read(body)
-        key = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-        with self.lock:
-            if stage in self.broken:
-                return self.broken[stage]
-            if self.faults and not self.seen[key, "fault"]:        # the first try of every request
-                self.seen[key, "fault"] = 1
-                return (429, 500, "drop", "no json", "cut")[int(key[:4], 16) % 5]
-            nth = int(turns[0].split("try ")[1][0]) if turns else self.seen[key] % 4
-            self.seen[key] += 1
-            right = nth in RIGHT.get((stage, i), RIGHT.get(stage, ()))
-            self.log.append((stage, i, right))
-        calls = CALLS.get((stage, i)) or CALLS.get(stage) or [[]] * 4
-        calls = PROPOSED.get(i, ZOOMS) if stage == "propose" else calls[nth]
-        answer = ANSWERS.get(i, "green") if right else "violet"
-        if stage == "propose":
-            made = {"question": f"What is on the sign of house {i}?", "answer": answer}
-            answer = "a sign, green" if i == 3 else f"```json\n{json.dumps(made)}\n```"
-        said = call(calls[len(turns)]) if len(turns) < len(calls) else f"<answer>{answer}</answer>"
-        return f"<think>try {nth}</think>\n{said}"
 
 def call(what):
     if isinstance(what, str):
@@ -112,13 +48,68 @@ def call(what):
     return f"<tool_call>\n{json.dumps({'name': 'image_zoom_in_tool', 'arguments': arguments})}\n</tool_call>"
 
 
+class Script:
+    """What the endpoint says. A photograph tells its number by its colour, a question by its text, and a
+    conversation by the number that its first turn thinks of: it counts equal requests."""
+
+    def __init__(self, faults=False, broken=()):
+        self.faults = faults              # the first try of every request fails
+        self.broken = dict(broken)        # stage -> HTTP status
+        self.seen = Counter()
+        self.stages = []                  # of the answered requests
+        self.lock = threading.Lock()
+
+    def read(self, body):
+        """(stage, photograph, turns so far) of a request, which shows what env.step's tokens show."""
+        system, user, *rest = body["messages"]
+        image, text = user["content"][0]["image_url"]["url"], user["content"][1]["text"]
+        image = Image.open(io.BytesIO(base64.b64decode(image.partition("base64,")[2])))
+        turns = [message["content"] for message in rest[::2]]
+        for answer, observation in zip(turns, rest[1::2]):
+            error = env.ERRORS["malformed"] if "zoom!" in answer else None
+            if "1000]" in answer:
+                error = env.ERRORS["empty"]
+            assert observation["content"][1].get("text") == error
+        assert image.width * image.height <= 100_000
+        if "eyesight" in text:
+            return "propose", round(image.getpixel((2, 2))[0] / 12), turns
+        i = int(text.split("house ")[1].split("?")[0])
+        if system["content"] == env.SYSTEM:
+            return "grade" if body["model"] == "policy" else "collect", i, turns
+        assert system["content"] == env.SYSTEM_NO_TOOL
+        if text.startswith(data.BLIND):
+            return "blind", i, turns
+        return "whole" if image.width > 300 else "evidence", i, turns
+
+    def __call__(self, body):
+        stage, i, turns = self.read(body)
+        key = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+        with self.lock:
+            if stage in self.broken:
+                return self.broken[stage]
+            if self.faults and not self.seen[key, "fault"]:
+                self.seen[key, "fault"] = 1
+                return (429, 500, "drop", "no json", "cut")[int(key[:4], 16) % 5]
+            nth = int(turns[0].split("try ")[1][0]) if turns else self.seen[key]
+            self.seen[key] += 1
+            self.stages.append(stage)
+        right = nth in RIGHT.get((stage, i), RIGHT[stage])
+        answer = f"sign {i}" if right else "violet"
+        if stage == "propose":
+            made = {"question": f"What is on the sign of house {i}?", "answer": answer}
+            answer = "a sign" if i == 4 else f"```json\n{json.dumps(made)}\n```"
+        calls = CALLS.get((stage, i)) or CALLS.get(stage)
+        calls = calls[nth] if calls else []
+        said = call(calls[len(turns)]) if len(turns) < len(calls) else f"<answer>{answer}</answer>"
+        return f"<think>try {nth}</think>\n{said}"
+
+
 @contextmanager
 def serving(script):
-    """Yields the address of an endpoint that answers by the script."""
+    """Yields the address of an endpoint that says script(body): a text, an HTTP status or a fault."""
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            reply = script(body)
+            reply = script(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
             if reply == "drop":
                 self.close_connection = True
                 return
@@ -137,109 +128,90 @@ def serving(script):
     server.server_close()
 
 
-@pytest.fixture(autouse=True)
-def no_waiting(monkeypatch):
-    monkeypatch.setattr(data.time, "sleep", lambda seconds: None)
+@pytest.fixture(scope="module", autouse=True)
+def no_waiting():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data.time, "sleep", lambda seconds: None)
+        patch.setenv("OPENAI_API_KEY", "sk-not-to-be-written")
+        yield
 
 
-def photograph(folder, i, size=SIZE, name=None):
-    """One that the script knows as i, with an evidence that stands out."""
-    image = Image.new("RGB", size, (12 * i, 120, 90))
-    image.paste((250, 250, 250), EVIDENCE)
-    folder.mkdir(parents=True, exist_ok=True)
-    image.save(folder / (name or f"{i:02}.png"), compress_level=1)
+def photographs(folder, numbers):
+    """Those that the script knows by these numbers, with an evidence that stands out."""
+    folder.mkdir()
+    for i in numbers:
+        image = Image.new("RGB", (1000, 500), (12 * i, 120, 90))
+        image.paste((250, 250, 250), EVIDENCE)
+        image.save(folder / f"{i:02}.png", compress_level=1)
+    return folder
 
 
 def settings(folder, address, out, **more):
     """Every photograph with trajectories goes to sft."""
     cfg = data.Config(images=str(folder), annotator=address, annotator_name="teacher", policy=address, seed=1,
-                      policy_name="policy", out=str(out), per_image=1, samples=4, parallel=4,
-                      max_pixels=400_000, share_sft=1.0, share_test=0.0)
+                      policy_name="policy", out=str(out), per_image=1, votes=3, agree=2, samples=2, attempts=3,
+                      parallel=4, max_pixels=100_000, share_sft=1.0, share_test=0.0)
     return replace(cfg, **more)
 
 
 def files(out):
-    return {path.name: path.read_bytes() for path in Path(out).glob("*.json*")}
+    """The contents of what a run made, but for its answers, which come in any order, and its settings."""
+    return {path.name: path.read_bytes() for path in Path(out).glob("[dst]*.json*")}
 
 
 def fates(out):
-    """{fate: number of proposals}, without those that were kept."""
-    counts = json.loads((Path(out) / "data_card.json").read_text())["proposals"]
-    counts.pop("kept", None)
-    return counts
-
-
-def rows_of(out, side):
-    path = Path(out) / f"{side}.jsonl"
-    return env.load_rows(str(path)) if path.read_text() else []
+    return json.loads((Path(out) / "data_card.json").read_text())["proposals"]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Nineteen photographs, one for every fate; four of them also in the folder few beside it."""
-    folder = tmp_path_factory.mktemp("photos") / "all"
-    for i in range(19):
-        photograph(folder / "deeper" if i == 18 else folder, i)
-        if i in (0, 1, 7, 17):
-            photograph(folder / "../few", i)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def few(folder):
-    return folder.parent / "few"
-
-
-@pytest.fixture(scope="module")
-def done(folder, tmp_path_factory):
-    """The whole command, against an endpoint whose first tries all fail: (out, script, config)."""
-    out = tmp_path_factory.mktemp("made") / "mine"
+def done(tmp_path_factory):
+    """The whole command, against an endpoint whose first tries all fail: (config, script)."""
+    base = tmp_path_factory.mktemp("made")
+    folder = photographs(base / "photos", range(14))
+    (folder / "text.jpg").write_text("no image")
+    (folder / "notes.txt").write_text("left out without a word")
+    (folder / "cut.png").write_bytes((folder / "00.png").read_bytes()[:2000])
     script = Script(faults=True)
-    with pytest.MonkeyPatch.context() as patch, serving(script) as address:
-        patch.setattr(data.time, "sleep", lambda seconds: None)
-        patch.setenv("OPENAI_API_KEY", "sk-not-to-be-written")
-        cfg = settings(folder, address, out)
+    with serving(script) as address:
+        cfg = settings(folder, address, base / "mine")
         data.main(cfg)
-        yield out, script, cfg
+        yield cfg, script
 
 
-def test_fates(done):
-    """Every photograph goes as far as the script lets it, and the card says why. The key is in no file."""
-    out, script, _ = done
-    assert fates(out) == Counter(FATE.values())
-    assert not any(b"sk-not-to-be-written" in content for content in files(out).values())
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    return photographs(tmp_path_factory.mktemp("few") / "photos", (0, 1, 9))
 
 
-def test_rows(done, policy):
-    """Rows break none of the steps by the endpoint's account. Every cold-start row replays to a right answer,
-    without an error, to the evidence; those that recovered come first."""
-    out, script, _ = done
-    rows = rows_of(out, "sft") + rows_of(out, "train")
-    numbers = [int(Path(row["images"][0]).name[:2]) for row in rows]
-    assert set(numbers) == set(GOOD) and not rows_of(out, "test")
-    for i, row in zip(numbers, rows):
-        right = Counter((stage, ok) for stage, j, ok in script.log if j == i)
-        assert row["solution"] == ANSWERS[i] and f"house {i}?" in row["problem"]
-        assert right["blind", True] <= 1 and right["whole", True] <= 1 and right["evidence", True] >= 3
+def test_fates_and_rows(done, policy):
+    """Every photograph goes as far as the script lets it, and the card says why. Every cold-start row replays
+    to a right answer, without an error, to the evidence; one that recovered comes first."""
+    cfg, _ = done
+    assert fates(cfg.out) == Counter(FATES + ["select: unreadable"] * 2)
+    for path in Path(cfg.out).iterdir():
+        assert b"sk-not-to-be-written" not in path.read_bytes()
+    rows = env.load_rows(f"{cfg.out}/sft.jsonl")
+    for row in rows:
+        traj = env.render(policy.proc, row, row["turns"], env.EpisodeConfig(max_tokens=4096))
+        assert env.is_right(traj) and env.covers(traj) and not any(turn.error for turn in traj.turns)
+    assert [row["turns"][0].split("try ")[1][0] for row in rows] == ["1", "0", "1", "0"]
+    rows += env.load_rows(f"{cfg.out}/train.jsonl")
+    for i, row in zip((0, 0, 1, 1, 2), rows, strict=True):
+        assert row["solution"] == f"sign {i}" and f"house {i}?" in row["problem"]
         assert row["solve_rate"] == 0.5 and row["difficulty"] == 2
         assert row["boxes"] == [list(EVIDENCE)] == row["chain"][-1:] and len(row["chain"]) == 3
-        if i != 10:
-            traj = env.render(policy.proc, row, row["turns"], env.EpisodeConfig(max_tokens=4096))
-            assert env.is_right(traj) and env.covers(traj) and not any(turn.error for turn in traj.turns)
-            assert env.redundancy(traj.crops, 0.3) <= 0.1 and len(traj.turns) == len(row["turns"])
-    assert [row["turns"][0].split("try ")[1][0] for row in rows[:8]] == ["1", "0"] * 4
 
 
-def test_again(done):
+def test_again(done, capsys):
     """A second run asks nothing and leaves every byte as it was; a bound is judged anew without asking."""
-    out, script, cfg = done
-    before, asked = files(out), len(script.log)
+    cfg, script = done
+    before, asked = files(cfg.out), len(script.stages)
     data.main(cfg)
-    assert files(out) == before and len(script.log) == asked
+    printed = str(capsys.readouterr())
+    assert "text.jpg" in printed and "cut.png" in printed and "notes" not in printed
+    assert files(cfg.out) == before and len(before) == 4
     data.main(replace(cfg, max_rate=0.25))
-    assert len(script.log) == asked and not rows_of(out, "sft")
-    data.main(cfg)
-    assert files(out) == before
+    assert len(script.stages) == asked and not files(cfg.out)["sft.jsonl"]
 
 
 def test_killed_anywhere(few, tmp_path, monkeypatch):
@@ -248,11 +220,11 @@ def test_killed_anywhere(few, tmp_path, monkeypatch):
     whole, script = Script(), Script()
     with serving(whole) as address:
         data.main(settings(few, address, tmp_path / "whole"))
-    ask, calls, runs = data.chat, [0], 0
+    ask, calls, runs = data.chat, [], 0
 
     def dying(*args, **more):
-        calls[0] += 1
-        if calls[0] % 25 == 0:
+        calls.append(1)
+        if len(calls) % 15 == 0:
             raise KeyboardInterrupt
         return ask(*args, **more)
 
@@ -266,69 +238,42 @@ def test_killed_anywhere(few, tmp_path, monkeypatch):
             except KeyboardInterrupt:
                 with open(tmp_path / "killed/answers.jsonl", "a") as f:
                     f.write('\n["0123456789abcdef0123456789abcdef", "answ')
-    assert runs > 5 and script.seen == whole.seen
-    for name in ("sft.jsonl", "train.jsonl", "test.jsonl", "data_card.json"):
-        assert files(tmp_path / "killed")[name] == files(tmp_path / "whole")[name]
+    assert runs > 3 and script.seen == whole.seen
+    assert files(tmp_path / "killed") == files(tmp_path / "whole")
 
 
 def test_endpoint_fails_for_good(few, tmp_path):
     """A request that fails for good drops its question and is not recorded; mended, it is asked again.
     A refusal ends the run with one line, and the other photographs under way do not go on."""
-    script = Script()
-    script.broken = {"collect": 500}
+    script = Script(broken={"collect": 500})
     with serving(script) as address:
         cfg = settings(few, address, tmp_path / "out")
         data.main(cfg)
-        assert fates(cfg.out)["collect: endpoint failed"] == 3 and not rows_of(cfg.out, "sft")
-        asked, script.broken = len(script.log), {}
+        assert fates(cfg.out)["collect: endpoint failed"] == 2 and not files(cfg.out)["sft.jsonl"]
+        asked, script.broken = len(script.stages), {}
         data.main(cfg)
-    assert {stage for stage, _, _ in script.log[asked:]} == {"collect"} and len(rows_of(cfg.out, "sft")) == 6
-    script = Script()
-    script.broken = {"evidence": 403}
-    with serving(script) as address, pytest.raises(env.UserError, match="403"):
-        data.main(settings(few, address, tmp_path / "refused", parallel=2))
-    assert len(script.log) < 60 and not (tmp_path / "refused/train.jsonl").exists()
-
-
-def test_images_that_are_no_good(tmp_path, capsys):
-    """Each is used or left out for a reason that is counted, and a line names what could not be read."""
-    folder = tmp_path / "photos"
-    photograph(folder, 0)
-    photograph(folder, 0, name="copy.png")
-    (folder / "text.jpg").write_text("no image")
-    (folder / "notes.txt").write_text("left out without a word")
-    (folder / "cut.png").write_bytes((folder / "00.png").read_bytes()[:2000])
-    with serving(Script()) as address:
-        data.main(settings(folder, address, tmp_path / "out", parallel=1))
-    assert fates(tmp_path / "out") == {"select: unreadable": 2}
-    printed = str(capsys.readouterr())
-    assert "text.jpg" in printed and "cut.png" in printed and "notes" not in printed
-    names = Counter(Path(row["images"][0]).name for row in rows_of(tmp_path / "out", "sft"))
-    assert names == {"00.png": 2, "copy.png": 2}
+        assert set(script.stages[asked:]) == {"collect"} and fates(cfg.out)["kept"] == 2
+        script.broken = {"evidence": 403}
+        with pytest.raises(env.UserError, match="403"):
+            data.main(settings(few, address, tmp_path / "refused", parallel=2))
+    assert script.stages.count("grade") == 0 or not (tmp_path / "refused/train.jsonl").exists()
 
 
 def test_nothing_to_use(few, scenes, tmp_path):
     """What cannot work is said in one line that names the cure; rows of others stay as they are."""
     (tmp_path / "empty").mkdir()
-    (tmp_path / "theirs").mkdir()
-    (tmp_path / "theirs/train.jsonl").write_text("{}")
     for folder, more, words in ((tmp_path / "empty", {}, "a folder of photographs"),
                                 (few, {"annotator": ""}, "an endpoint begins with"),
-                                (few, {"out": str(tmp_path / "theirs")}, "did not make"),
                                 (few, {"out": scenes}, "did not make")):
         cfg = settings(folder, "http://127.0.0.1:9/v1", tmp_path / "out")
-        with pytest.raises(env.UserError, match=words) as e:
+        with pytest.raises(env.UserError, match=words):
             data.main(replace(cfg, **more))
-        assert "\n" not in str(e.value)
-    assert (tmp_path / "theirs/train.jsonl").read_text() == "{}" and not data.foreign(scenes)
 
 
 @pytest.mark.parametrize("text, reason", [
-    ('so: {"question": "How many?", "answer": "3"} done', None), ("[1, 2]", "malformed"),
-    ('{"question": "How many?", "answer": 3}', None), ('{"question": "How many?"}', "malformed"),
-    ('{"question": 3, "answer": "3"}', "malformed"), ('{"a":' * 9999 + "}" * 9999, "malformed"),
-    ('{"question": "How\\ud800", "answer": "3"}', LONG), ('{"question": "How?", "answer": " "}', LONG),
-    ('{"question": "' + "why " * 101 + '", "answer": "3"}', LONG)])
+    ('so: {"question": "How many?", "answer": 3} done', None), ('{"question": "How many?"}', "malformed"),
+    ('{"a":' * 9999 + "}" * 9999, "malformed"),
+    ('{"question": "How\\ud800", "answer": "3"}', "empty, too long or unprintable")])
 def test_questions(text, reason):
     """What a question must be."""
     row = {"problem": text}
