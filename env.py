@@ -65,6 +65,10 @@ class RewardConfig:
 
 
 # --- Boxes ----------------------------------------------------------------------------------------------
+def is_box(value):
+    return isinstance(value, list) and len(value) == 4 and all(type(v) in (int, float) for v in value)
+
+
 def area(box):
     return (box[2] - box[0]) * (box[3] - box[1])
 
@@ -134,12 +138,15 @@ class Shown:
     view: torch.Tensor | None = None # uint8 (height, width, 3), what the model saw; see Processor.look
 
     def resized(self, factor):
-        """The region as an RGB image, its sides multiples of `factor` pixels."""
+        """The region as an RGB image, its sides multiples of `factor` pixels, within the budget."""
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
         x0, y0, x1, y1 = self.box
-        height, width = smart_resize(y1 - y0, x1 - x0, factor, self.min_pixels, self.max_pixels)
-        most = self.max_pixels // factor ** 2 * factor   # smart_resize lets a thin box be too long
-        size = (min(width, most), min(height, most))
+        for least in (self.min_pixels, 0):       # rounded up to min_pixels, a small box can exceed max_pixels
+            height, width = smart_resize(y1 - y0, x1 - x0, factor, least, self.max_pixels)
+            if height * width <= self.max_pixels:
+                break
+        most = self.max_pixels // factor ** 2 * factor       # a thin box can be too long
+        size = [min(max(side, factor), most) for side in (width, height)]
         return self.frame.resize(size, Image.BICUBIC, box=self.box, reducing_gap=3.0)
 
 
@@ -164,7 +171,7 @@ class Tool:
 def parse_crop(arguments):
     """The crop that the arguments of a call ask for. Raises ValueError."""
     bbox, index, label = arguments.get("bbox_2d"), arguments.get("img_idx", 0), arguments.get("label")
-    if not isinstance(bbox, list) or len(bbox) != 4 or any(type(v) not in (int, float) for v in bbox):
+    if not is_box(bbox):
         raise ValueError("bbox_2d is not four numbers")
     if not all(abs(v) <= 1e9 for v in bbox):   # also NaN; Python compares its big integers exactly
         raise ValueError("bbox_2d is not finite")
@@ -269,11 +276,8 @@ def parse_call(call):
 # --- Image files ----------------------------------------------------------------------------------------
 def open_image(path, header_only=False):
     """Decode an image file to RGB, upright, 8 bit; an animation's first frame, what is transparent on white.
-
-    header_only reads the header and returns None. Raises UserError naming the file when it cannot be read,
-    when one side is over 100 times the other, and above 179 megapixels (Pillow's limit for decompression
-    bombs).
-    """
+    header_only reads the header and returns None. UserError names a file that cannot be read, with a side
+    over 100 times the other, or above 179 megapixels (Pillow's limit for decompression bombs)."""
     try:
         with Image.open(path) as image:
             if max(image.size) > 100 * min(image.size):
@@ -304,7 +308,7 @@ OBSERVATION = "\n<|im_start|>user\n<tool_response>\n{seen}\n</tool_response>" + 
 CHAT_TEMPLATE = (
     "{%- macro parts(content) -%}{%- if content is string -%}{{ content }}{%- else -%}"
     "{%- for c in content or [] -%}"
-    "{%- if 'image' in c or 'image_url' in c or c.type in ('image', 'image_url') -%}{{ '" + IMAGE + "' }}"
+    "{%- if c.image or c.image_url or c.type in ('image', 'image_url') -%}{{ '" + IMAGE + "' }}"
     "{%- else -%}{{ c.text }}{%- endif -%}{%- endfor -%}{%- endif -%}{%- endmacro -%}"
     "{%- set first = parts(messages[0].content) if messages[0].role == 'system' else '' -%}"
     "{%- set add_tools = tools and '<tools>' not in first -%}"
@@ -473,11 +477,9 @@ def respond(traj, proc, ids, logp=None):
 
 
 def step(traj, text, cfg, proc=None):
-    """Act on one assistant turn: end the episode, or run the tool and enter what it shows.
-
-    With a processor the observation is entered as tokens too. One that does not fit into max_tokens is not
-    entered at all, neither ids nor image, and the episode ends unanswered.
-    """
+    """Act on one assistant turn: end the episode, or run the tool and enter what it shows. With a processor
+    the observation is entered as tokens too. One that does not fit into max_tokens is not entered at all,
+    neither ids nor image, and the episode ends unanswered."""
     action = parse_action(text)
     turn = Turn(text, action)
     traj.turns.append(turn)
@@ -511,7 +513,11 @@ def render(proc, row, turns, cfg):
     for text in turns:
         if traj.status != "open":
             break
-        respond(traj, proc, proc.encode_data(text, keep=TAGS) + [proc.end])
+        ids = proc.encode_data(text, keep=TAGS) + [proc.end]
+        if len(traj.ids) + len(ids) > cfg.max_tokens:
+            traj.status = "over_tokens"
+            break
+        respond(traj, proc, ids)
         step(traj, text, cfg, proc)
     return traj
 
@@ -539,8 +545,7 @@ LETTER = re.compile(r"(?<![\w.°-])(?<!not )(?!A (?!is\b|or\b|and\b|because\b|[A
 
 
 def unwrap(text):
-    """The answer in a text: its last LaTeX box, without a lead-in ("The answer is"), quotes and hyphens
-    plain."""
+    """The answer in a text: its last LaTeX box, without a lead-in, with plain spaces, quotes and hyphens."""
     text = STYLED.sub(r"\1", str(text))
     boxed = BOXED.findall(text)
     if boxed:
@@ -559,8 +564,8 @@ def normalise(text):
 
 
 def number(text):
-    """(value, unit) of a number as people write it (3, 3,000, -0.5, $5, 12 %, three), or None. The unit is a
-    currency sign, "%" or "". More than 15 digits give None: a float would round them, text is exact."""
+    """(value, unit) of a number as people write it, or None; unit is a currency sign, "%" or "". Above 15
+    digits it is None: a float would round them, text is exact."""
     words = normalise(text).replace(" percent", "%")
     if words in NUMBERS:
         return float(NUMBERS.index(words)), ""
@@ -625,19 +630,12 @@ def same_answer(answer, solution):
 def match(answer, row):
     """Is the answer right by the rules? Options by letter or words, numbers by value, anything else as
     normalised text. A solution that is a list accepts each of its entries."""
-    solutions = row["solution"]
-    if not isinstance(solutions, list):
-        solutions = [solutions]
+    solutions = row["solution"] if isinstance(row["solution"], list) else [row["solution"]]
     choices = row.get("choices")
-    named = choice(answer, choices) if choices else None
-    for solution in solutions:
-        if choices:
-            right = named is not None and named == choice(solution, choices)
-        else:
-            right = same_answer(answer, solution)
-        if right:
-            return True
-    return False
+    if not choices:
+        return any(same_answer(answer, solution) for solution in solutions)
+    named = choice(answer, choices)
+    return named is not None and named in [choice(solution, choices) for solution in solutions]
 
 
 def is_right(traj):
@@ -681,9 +679,6 @@ def covers(traj):
 
 def read_lines(path):
     """The objects of a JSON list or of a JSON Lines file. Raises UserError."""
-    if path.endswith(".parquet"):
-        raise UserError(f"{path}: Parquet is not read; write its images to files and its rows to JSON Lines "
-                        "(pandas: read_parquet, then to_json(orient='records', lines=True))")
     try:
         with open(path, encoding="utf-8-sig") as f:
             text = f.read()
@@ -699,7 +694,7 @@ def read_lines(path):
 def find_image(root, path, where, confined):
     """The absolute path of an image. Raises UserError if there is none or, confined, if it is outside
     root."""
-    full = os.path.join(root, path.replace("\0", ""))             # no file's name has a \0
+    full = os.path.join(root, path.replace("\0", "").encode(errors="replace").decode())   # a name can be that
     if confined:
         root, full = os.path.realpath(root), os.path.realpath(full)
         if os.path.commonpath([root, full]) != root:
@@ -717,18 +712,20 @@ def check_row(row, where):
                             "solution; conversations of other projects: `python tests/convert.py FILE`")
     if not isinstance(row["images"], list) or len(row["images"]) != 1:
         raise UserError(f"{where}: `images` is not a list of one image; several images are not supported")
+    choices, turns, boxes = [row.get(key) or [] for key in ("choices", "turns", "boxes")]
+    if any(not isinstance(values, list) for values in (choices, turns, boxes)):
+        raise UserError(f"{where}: `choices`, `turns` or `boxes` is not a list")
+    if not all(map(is_box, boxes)) or any(not isinstance(turn, str) for turn in turns):
+        raise UserError(f"{where}: `boxes` are not four numbers each, or `turns` not texts")
     solution = row["solution"][0] if isinstance(row["solution"], list) else row["solution"]
-    if row.get("choices") and not match(solution, row):
-        raise UserError(f"{where}: its solution {solution!r} is none of its choices {row['choices']}")
+    if choices and not match(solution, row):
+        raise UserError(f"{where}: its solution {solution!r} is none of its choices {choices}")
 
 
 def load_rows(path, image_root=""):
     """FORK: the data set. The rows of a file, with absolute image paths, relative to image_root or to the
-    file.
-
-    Raises UserError naming file and row when a field is missing or an image does not exist or lies outside
-    image_root.
-    """
+    file. UserError names file and row if a field is missing, or if an image does not exist or lies outside
+    image_root."""
     rows = read_lines(path)
     if not rows:
         raise UserError(f"{path}: no rows")

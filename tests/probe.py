@@ -50,9 +50,12 @@ class Probe(torch.nn.Module):
     def forward(self, images, asked):
         x = images.permute(0, 3, 1, 2).float() / 64 - 2.5
         asked = asked[..., None, None].expand(-1, -1, *x.shape[2:])
-        x = F.relu(self.first(torch.cat([x, asked], 1)))
-        x = F.max_pool2d(F.relu(self.second(x)), 2)
-        x = F.adaptive_max_pool2d(F.relu(self.third(x)), self.pooled)
+        x = torch.cat([x, asked], 1)
+        x = self.first(x).relu()
+        x = self.second(x).relu()
+        x = F.max_pool2d(x, 2)
+        x = self.third(x).relu()
+        x = F.adaptive_max_pool2d(x, self.pooled)
         x = F.unfold(x, self.parts, stride=self.parts).mT          # (B, cells, features)
         cell = self.cell(x)[..., 0]
         letter = self.letter(x) * cell.softmax(1)[..., None]
@@ -85,7 +88,8 @@ def large_example(image, question):
     view = seen(whole, 8)
     labels = np.zeros((6, 64, 64, 3), np.uint8)
     for i, box in enumerate(question["tiles"].values()):
-        x, y = np.round(np.multiply(box[:2], 440 / 1280)).astype(int) + 1
+        corner = np.multiply(box[:2], 440 / 1280)
+        x, y = np.rint(corner).astype(int) + 1
         labels[i] = view[y:y + 64, x:x + 64]       # the label has 66 pixels
         if box == question["evidence"]:
             target = i
@@ -141,8 +145,9 @@ def right(model, images, asked, target, letter):
     found = told = 0
     for at in torch.arange(len(images)).split(128):
         cell_logits, letter_logits = model(images[at], asked[at])
-        found += (cell_logits.argmax(1) == target[at]).sum().item()
-        told += (letter_logits.argmax(1) == letter[at]).sum().item()
+        cells, letters = cell_logits.argmax(1), letter_logits.argmax(1)
+        found += (cells == target[at]).sum().item()
+        told += (letters == letter[at]).sum().item()
     return found / len(images), told / len(images)
 
 
@@ -160,7 +165,7 @@ def main(name, train=8192):
     guess = guess.mean().item()
     seconds = time.perf_counter() - start
     print(f"{name}, {train} scenes, seed {SEED}, {seconds:.0f} s: from the whole view target "
-          f" {found:.3f} (chance {chance:.3f}), answer {told:.3f} (chance {guess:.3f}); "
+          f"{found:.3f} (chance {chance:.3f}), answer {told:.3f} (chance {guess:.3f}); "
           f"from the crop answer {read:.3f}")
     if train == 8192:
         assert abs(found - chance) < 0.03, "the whole view tells the target, or the CNN is too weak"

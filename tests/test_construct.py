@@ -1,7 +1,6 @@
 """Questions about photographs (data.py --images): the whole command against a scripted endpoint, killed and
 started again, and on images and answers that are no good."""
 import base64
-import hashlib
 import http.server
 import io
 import json
@@ -10,7 +9,6 @@ from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -18,11 +16,17 @@ from PIL import Image
 import data
 import env
 
+
+def zoom(box, k):
+    call = {"name": "image_zoom_in_tool", "arguments": {"bbox_2d": box, "img_idx": k}}
+    return f"<tool_call>\n{json.dumps(call)}\n</tool_call>"
+
+
 EVIDENCE = (560, 280, 640, 320)     # where ZOOMS ends, in pixels of a photograph of 1000 x 500
-ZOOMS = [([400, 400, 800, 800], 0), ([250, 250, 750, 750], 1), ([300, 300, 700, 700], 2)]
-FINDS = [([400, 400, 800, 800], 0), ([350, 350, 650, 650], 1)]    # covers the evidence by another way
-RECOVERS = [([0, 0, 300, 300], 0), ([500, 500, 700, 700], 0)]     # after a look elsewhere
-EMPTY = ([900, 900, 900, 1000], 0)
+ZOOMS = [zoom([400, 400, 800, 800], 0), zoom([250, 250, 750, 750], 1), zoom([300, 300, 700, 700], 2)]
+FINDS = [zoom([400, 400, 800, 800], 0), zoom([350, 350, 650, 650], 1)]    # the evidence, by another way
+RECOVERS = [zoom([0, 0, 300, 300], 0), zoom([500, 500, 700, 700], 0)]     # after a look elsewhere
+BAD = "<tool_call>zoom!</tool_call>"
 # What becomes of the photographs 0 to 13: all but the first three are dropped.
 FATES = ["kept", "kept", "kept", "propose: too few zooms", "ask: malformed",
          "verify: given away by its text", "verify: answered without zooming", "verify: answer not confirmed",
@@ -33,30 +37,21 @@ FATES = ["kept", "kept", "kept", "propose: too few zooms", "ask: malformed",
 RIGHT = {"propose": (0,), "blind": (0,), "whole": (), "evidence": (0, 2), "grade": (0,), "collect": (0, 1, 2),
          ("blind", 5): (0, 1), ("whole", 6): (1, 2), ("evidence", 7): (0,),
          ("grade", 8): (0, 1), ("grade", 9): ()}
-# The calls of the conversations of a stage, likewise. Photograph 2 gets no faultless one.
-CALLS = {"propose": [ZOOMS], ("propose", 3): [ZOOMS[:1]], ("propose", 11): [["zoom!"] * 9],
-         ("propose", 12): [ZOOMS[:2]], ("propose", 13): [[([100, 100, 900, 900], 0), *ZOOMS[1:]]],
-         "grade": [FINDS, [EMPTY]], ("grade", 10): [FINDS[:1], []],
-         "collect": [FINDS, RECOVERS, ["zoom!", *FINDS]],
-         ("collect", 2): [["zoom!"], [EMPTY, *FINDS], RECOVERS[:1]]}
-
-
-def call(what):
-    if isinstance(what, str):
-        return f"<tool_call>{what}</tool_call>"
-    arguments = {"bbox_2d": what[0], "img_idx": what[1]}
-    return f"<tool_call>\n{json.dumps({'name': 'image_zoom_in_tool', 'arguments': arguments})}\n</tool_call>"
+# Their calls, likewise. Photograph 2 gets no faultless trajectory.
+CALLS = {"propose": [ZOOMS], ("propose", 3): [ZOOMS[:1]], ("propose", 11): [[BAD] * 9],
+         ("propose", 12): [ZOOMS[:2]], ("propose", 13): [[zoom([100, 100, 900, 900], 0), *ZOOMS[1:]]],
+         "grade": [FINDS, FINDS], ("grade", 10): [FINDS[:1], []],
+         "collect": [FINDS, RECOVERS, [BAD, *FINDS]], ("collect", 2): [[], [BAD, *FINDS], RECOVERS[:1]]}
 
 
 class Script:
     """What the endpoint says. A photograph tells its number by its colour, a question by its text, and a
     conversation by the number that its first turn thinks of: it counts equal requests."""
 
-    def __init__(self, faults=False, broken=()):
-        self.faults = faults              # the first try of every request fails
-        self.broken = dict(broken)        # stage -> HTTP status
+    def __init__(self):
+        self.faults = True                # the first try of every request fails
+        self.broken = {}                  # stage -> HTTP status
         self.seen = Counter()
-        self.stages = []                  # of the answered requests
         self.lock = threading.Lock()
 
     def read(self, body):
@@ -64,59 +59,53 @@ class Script:
         system, user, *rest = body["messages"]
         image, text = user["content"][0]["image_url"]["url"], user["content"][1]["text"]
         image = Image.open(io.BytesIO(base64.b64decode(image.partition("base64,")[2])))
-        turns = [message["content"] for message in rest[::2]]
-        for answer, observation in zip(turns, rest[1::2]):
-            error = env.ERRORS["malformed"] if "zoom!" in answer else None
-            if "1000]" in answer:
-                error = env.ERRORS["empty"]
-            assert observation["content"][1].get("text") == error
         assert image.width * image.height <= 100_000
+        turns = [message["content"] for message in rest[::2]]
+        for turn, observation in zip(turns, rest[1::2]):
+            error = env.ERRORS["malformed"] if BAD in turn else None
+            assert observation["content"][1].get("text") == error
         if "eyesight" in text:
             return "propose", round(image.getpixel((2, 2))[0] / 12), turns
         i = int(text.split("house ")[1].split("?")[0])
         if system["content"] == env.SYSTEM:
             return "grade" if body["model"] == "policy" else "collect", i, turns
-        assert system["content"] == env.SYSTEM_NO_TOOL
         if text.startswith(data.BLIND):
             return "blind", i, turns
-        return "whole" if image.width > 300 else "evidence", i, turns
+        return "whole" if image.getpixel((2, 2))[0] < 200 else "evidence", i, turns
 
     def __call__(self, body):
         stage, i, turns = self.read(body)
-        key = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+        key = json.dumps(body)
         with self.lock:
             if stage in self.broken:
                 return self.broken[stage]
             if self.faults and not self.seen[key, "fault"]:
                 self.seen[key, "fault"] = 1
-                return (429, 500, "drop", "no json", "cut")[int(key[:4], 16) % 5]
+                return (429, 500, "cut")[len(key) % 3]
             nth = int(turns[0].split("try ")[1][0]) if turns else self.seen[key]
             self.seen[key] += 1
-            self.stages.append(stage)
-        right = nth in RIGHT.get((stage, i), RIGHT[stage])
-        answer = f"sign {i}" if right else "violet"
-        if stage == "propose":
+            self.seen[stage] += 1
+        calls = CALLS.get((stage, i)) or CALLS.get(stage, [[]] * 3)
+        calls = calls[nth]
+        if len(turns) < len(calls):
+            return f"<think>try {nth}</think>\n{calls[len(turns)]}"
+        answer = f"sign {i}" if nth in RIGHT.get((stage, i), RIGHT[stage]) else "violet"
+        if stage == "propose" and i != 4:
             made = {"question": f"What is on the sign of house {i}?", "answer": answer}
-            answer = "a sign" if i == 4 else f"```json\n{json.dumps(made)}\n```"
-        calls = CALLS.get((stage, i)) or CALLS.get(stage)
-        calls = calls[nth] if calls else []
-        said = call(calls[len(turns)]) if len(turns) < len(calls) else f"<answer>{answer}</answer>"
-        return f"<think>try {nth}</think>\n{said}"
+            answer = f"```json\n{json.dumps(made)}\n```"
+        return f"<think>try {nth}</think>\n<answer>{answer}</answer>"
 
 
 @contextmanager
 def serving(script):
-    """Yields the address of an endpoint that says script(body): a text, an HTTP status or a fault."""
+    """Yields the address of an endpoint that says script(body): a text, an HTTP status or "cut"."""
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_POST(self):
             reply = script(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            if reply == "drop":
-                self.close_connection = True
-                return
             self.send_response(reply if isinstance(reply, int) else 200)
             self.end_headers()
             text = json.dumps({"choices": [{"message": {"role": "assistant", "content": reply}}]})
-            self.wfile.write({"cut": text[:20], "no json": "<html>"}.get(reply, text).encode())
+            self.wfile.write(text[:20 if reply == "cut" else None].encode())
 
         def log_message(self, *_):
             pass
@@ -128,14 +117,6 @@ def serving(script):
     server.server_close()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def no_waiting():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data.time, "sleep", lambda seconds: None)
-        patch.setenv("OPENAI_API_KEY", "sk-not-to-be-written")
-        yield
-
-
 def photographs(folder, numbers):
     """Those that the script knows by these numbers, with an evidence that stands out."""
     folder.mkdir()
@@ -143,53 +124,51 @@ def photographs(folder, numbers):
         image = Image.new("RGB", (1000, 500), (12 * i, 120, 90))
         image.paste((250, 250, 250), EVIDENCE)
         image.save(folder / f"{i:02}.png", compress_level=1)
-    return folder
 
 
-def settings(folder, address, out, **more):
-    """Every photograph with trajectories goes to sft."""
-    cfg = data.Config(images=str(folder), annotator=address, annotator_name="teacher", policy=address, seed=1,
-                      policy_name="policy", out=str(out), per_image=1, votes=3, agree=2, samples=2, attempts=3,
-                      parallel=4, max_pixels=100_000, share_sft=1.0, share_test=0.0)
-    return replace(cfg, **more)
+def files(cfg):
+    """The rows and the card, but not the answers, which come in any order."""
+    return {path.name: path.read_text() for path in Path(cfg.out).glob("[dst]*.json*")}
 
 
-def files(out):
-    """The contents of what a run made, but for its answers, which come in any order, and its settings."""
-    return {path.name: path.read_bytes() for path in Path(out).glob("[dst]*.json*")}
-
-
-def fates(out):
-    return json.loads((Path(out) / "data_card.json").read_text())["proposals"]
+def fates(cfg):
+    return json.loads(files(cfg)["data_card.json"])["proposals"]
 
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    """The whole command, against an endpoint whose first tries all fail: (config, script)."""
+    """The whole command, against an endpoint whose first tries all fail: (script, settings)."""
     base = tmp_path_factory.mktemp("made")
-    folder = photographs(base / "photos", range(14))
-    (folder / "text.jpg").write_text("no image")
-    (folder / "notes.txt").write_text("left out without a word")
-    (folder / "cut.png").write_bytes((folder / "00.png").read_bytes()[:2000])
-    script = Script(faults=True)
-    with serving(script) as address:
-        cfg = settings(folder, address, base / "mine")
+    photographs(base / "all", range(2, 14))
+    photographs(base / "all/few", (0, 1))
+    (base / "all/few/text.jpg").write_text("no image")
+    script = Script()
+    with serving(script) as address, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data.time, "sleep", lambda seconds: None)
+        patch.setenv("OPENAI_API_KEY", "sk-not-to-be-written")
+        cfg = data.Config(images=f"{base}/all", annotator=address, annotator_name="teacher", policy=address,
+                          policy_name="policy", out=f"{base}/out", per_image=1, votes=3, agree=2, samples=2,
+                          attempts=3, parallel=4, max_pixels=100_000, share_sft=1.0, share_test=0.0)
         data.main(cfg)
-        yield cfg, script
+        script.faults = False
+        yield script, cfg
 
 
-@pytest.fixture(scope="module")
-def few(tmp_path_factory):
-    return photographs(tmp_path_factory.mktemp("few") / "photos", (0, 1, 9))
+@pytest.fixture
+def few(done, tmp_path):
+    """For another run, on two of the photographs."""
+    script, cfg = done
+    script.seen.clear()
+    return script, replace(cfg, images=cfg.images + "/few", out=f"{tmp_path}/out")
 
 
 def test_fates_and_rows(done, policy):
     """Every photograph goes as far as the script lets it, and the card says why. Every cold-start row replays
     to a right answer, without an error, to the evidence; one that recovered comes first."""
-    cfg, _ = done
-    assert fates(cfg.out) == Counter(FATES + ["select: unreadable"] * 2)
-    for path in Path(cfg.out).iterdir():
-        assert b"sk-not-to-be-written" not in path.read_bytes()
+    _, cfg = done
+    assert fates(cfg) == Counter(FATES + ["select: unreadable"])
+    for path in Path(cfg.out).glob("*.*"):
+        assert "sk-not-to-be-written" not in path.read_text()
     rows = env.load_rows(f"{cfg.out}/sft.jsonl")
     for row in rows:
         traj = env.render(policy.proc, row, row["turns"], env.EpisodeConfig(max_tokens=4096))
@@ -203,91 +182,61 @@ def test_fates_and_rows(done, policy):
 
 
 def test_again(done, capsys):
-    """A second run asks nothing and leaves every byte as it was; a bound is judged anew without asking."""
-    cfg, script = done
-    before, asked = files(cfg.out), len(script.stages)
+    """A second run asks nothing and leaves every byte as it was; other bounds and shares ask nothing."""
+    script, cfg = done
+    before, asked = files(cfg), script.seen.total()
     data.main(cfg)
-    printed = str(capsys.readouterr())
-    assert "text.jpg" in printed and "cut.png" in printed and "notes" not in printed
-    assert files(cfg.out) == before and len(before) == 4
+    assert "text.jpg" in str(capsys.readouterr()) and files(cfg) == before and len(before) == 4
     data.main(replace(cfg, max_rate=0.25))
-    assert len(script.stages) == asked and not files(cfg.out)["sft.jsonl"]
+    assert fates(cfg)["grade: solved too often"] == 5
+    data.main(replace(cfg, share_test=1.0))
+    assert len(files(cfg)["test.jsonl"].splitlines()) == 3 and script.seen.total() == asked
 
 
 def test_killed_anywhere(few, tmp_path, monkeypatch):
     """Killed again and again, with half a line left behind, it asks nothing twice and ends with the
     files of a run that was never killed, which asked four photographs at a time."""
-    whole, script = Script(), Script()
-    with serving(whole) as address:
-        data.main(settings(few, address, tmp_path / "whole"))
-    ask, calls, runs = data.chat, [], 0
+    script, cfg = few
+    data.main(cfg)
+    whole, script.seen = script.seen, Counter()
+    killed = replace(cfg, out=f"{tmp_path}/killed", parallel=1)
+    ask, calls = data.chat, []
 
     def dying(*args, **more):
-        calls.append(1)
+        calls.append(args)
         if len(calls) % 15 == 0:
             raise KeyboardInterrupt
         return ask(*args, **more)
 
     monkeypatch.setattr(data, "chat", dying)
-    with serving(script) as address:
-        cfg = settings(few, address, tmp_path / "killed", parallel=1)
-        while not (tmp_path / "killed/data_card.json").exists():
-            runs += 1
-            try:
-                data.main(cfg)
-            except KeyboardInterrupt:
-                with open(tmp_path / "killed/answers.jsonl", "a") as f:
-                    f.write('\n["0123456789abcdef0123456789abcdef", "answ')
-    assert runs > 3 and script.seen == whole.seen
-    assert files(tmp_path / "killed") == files(tmp_path / "whole")
+    while not files(killed):
+        try:
+            data.main(killed)
+        except KeyboardInterrupt:
+            with open(f"{killed.out}/answers.jsonl", "a") as f:
+                f.write('\n["0123456789abcdef0123456789abcdef", "answ')
+    assert len(calls) > 45 and script.seen == whole and files(killed) == files(cfg)
 
 
-def test_endpoint_fails_for_good(few, tmp_path):
+def test_endpoint_fails_for_good(few):
     """A request that fails for good drops its question and is not recorded; mended, it is asked again.
-    A refusal ends the run with one line, and the other photographs under way do not go on."""
-    script = Script(broken={"collect": 500})
-    with serving(script) as address:
-        cfg = settings(few, address, tmp_path / "out")
+    A refusal ends the run with one line."""
+    script, cfg = few
+    script.broken = {"evidence": 403}
+    with pytest.raises(env.UserError, match="403"):
         data.main(cfg)
-        assert fates(cfg.out)["collect: endpoint failed"] == 2 and not files(cfg.out)["sft.jsonl"]
-        asked, script.broken = len(script.stages), {}
-        data.main(cfg)
-        assert set(script.stages[asked:]) == {"collect"} and fates(cfg.out)["kept"] == 2
-        script.broken = {"evidence": 403}
-        with pytest.raises(env.UserError, match="403"):
-            data.main(settings(few, address, tmp_path / "refused", parallel=2))
-    assert script.stages.count("grade") == 0 or not (tmp_path / "refused/train.jsonl").exists()
+    script.broken = {"collect": 500}
+    data.main(cfg)
+    assert fates(cfg)["collect: endpoint failed"] == 2 and not files(cfg)["sft.jsonl"]
+    script.broken = {}
+    graded = script.seen["grade"]
+    data.main(cfg)
+    assert fates(cfg)["kept"] == 2 and script.seen["grade"] == graded
 
 
 def test_nothing_to_use(few, scenes, tmp_path):
     """What cannot work is said in one line that names the cure; rows of others stay as they are."""
-    (tmp_path / "empty").mkdir()
-    for folder, more, words in ((tmp_path / "empty", {}, "a folder of photographs"),
-                                (few, {"annotator": ""}, "an endpoint begins with"),
-                                (few, {"out": scenes}, "did not make")):
-        cfg = settings(folder, "http://127.0.0.1:9/v1", tmp_path / "out")
+    for change, words in (({"images": str(tmp_path)}, "a folder of photographs"),
+                          ({"annotator": ""}, "an endpoint begins with"), ({"out": scenes}, "did not make")):
         with pytest.raises(env.UserError, match=words):
-            data.main(replace(cfg, **more))
-
-
-@pytest.mark.parametrize("text, reason", [
-    ('so: {"question": "How many?", "answer": 3} done', None), ('{"question": "How many?"}', "malformed"),
-    ('{"a":' * 9999 + "}" * 9999, "malformed"),
-    ('{"question": "How\\ud800", "answer": "3"}', "empty, too long or unprintable")])
-def test_questions(text, reason):
-    """What a question must be."""
-    row = {"problem": text}
-    assert data.ask(None, row) == reason
-    assert ("solution" in row) == (reason is None)
-
-
-def test_sides(monkeypatch, tmp_path):
-    """In the shares asked for; a photograph without trajectories is not for sft."""
-    def made(job, row):
-        row.update(doc_id=hashlib.sha256(str(row["doc_id"]).encode()).hexdigest(), turns=job.turns)
-
-    monkeypatch.setattr(data, "STEPS", [made])
-    for turns, n_sft in (([["text"]], 800), ([], 0)):
-        job = SimpleNamespace(cfg=data.Config(out=str(tmp_path)), turns=turns)
-        counts = Counter(data.build(job, tmp_path, i)[1] for i in range(2000))
-        assert abs(counts["test"] - 200) < 50 and abs(counts["sft"] - n_sft) <= n_sft / 10
+            data.main(replace(few[1], **change))

@@ -340,15 +340,15 @@ def test_hostile_config_files(scenes, tmp_path):
         good = (folder / file).read_text()
         for key in keys:
             for value in HOSTILE:
-                if key == "vision_config" and type(value) in (dict, type(None)):
-                    continue                     # means the tower of the 4B model: takes long
+                if key.endswith("_config") and (not value or type(value) is dict):
+                    continue                     # means the default sizes, of 8B: takes long
                 (folder / file).write_text(json.dumps({**json.loads(good), key: value}))
                 one_line(lambda: sft.load_policy(str(folder), "cpu"))
         (folder / file).write_text(good)
     config = json.loads((folder / "config.json").read_text())
     for part, name in (("vision_config", "patch_size"), ("text_config", "hidden_size"),
                        ("text_config", "num_attention_heads"), ("text_config", "vocab_size")):
-        for value in HOSTILE[:-2]:
+        for value in HOSTILE:
             changed = {**config, part: {**config[part], name: value}}
             (folder / "config.json").write_text(json.dumps(changed))
             one_line(lambda: sft.load_policy(str(folder), "cpu"))

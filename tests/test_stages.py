@@ -61,15 +61,10 @@ def tree(name):
 
 @pytest.fixture(scope="module", autouse=True)
 def parsers():
-    """Parsers are kept: making one takes longer than all else that a test of flags does."""
-    make, kept = sft.make_parser, {}
-
-    def cached(Config, REAL):
-        if Config not in kept:
-            kept[Config] = make(Config, REAL)
-        return kept[Config]
+    """Parsers are made once: that takes longer than all else that a test of flags does."""
+    kept = {stage.Config: sft.make_parser(stage.Config, DEFAULTS[name]) for name, stage in STAGES.items()}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sft, "make_parser", cached)
+        patch.setattr(sft, "make_parser", lambda Config, REAL: kept[Config])
         yield
 
 
@@ -96,7 +91,7 @@ def chain(tmp_path_factory):
 
 
 def test_folders(chain):
-    """Every promised file is there, nothing half-written is, and config.json is the config."""
+    """Every promised file is there, nothing half-written is; the page shows both runs and their answers."""
     promised = "rows/sft.jsonl rows/train.jsonl rows/test.jsonl rows/test/0.png rows/tiny/model.safetensors "
     promised += "runs/summary.json runs/report.html runs/rppo/best.json runs/eval/own/eval.json "
     for run in ("runs/sft", "runs/rppo"):
@@ -105,6 +100,9 @@ def test_folders(chain):
         promised += f"{run}/last {run}/log.jsonl "
     assert not [path for path in promised.split() if not (chain["top"] / path).is_file()]
     assert not list(chain["top"].rglob("*.tmp"))
+    page = (chain["top"] / "runs/report.html").read_text()
+    assert page.startswith("<!DOCTYPE html>") and page.count("<figure>") > 5 and "<article>" in page
+    assert "runs/sft" in page and "runs/eval/rppo/results-sampled" in page and "<script" not in page
     for name in ("data", "sft", "rppo"):
         cfg = chain[name][0]
         assert json.loads(Path(cfg.out, "config.json").read_text()) == asdict(cfg)
@@ -141,18 +139,8 @@ def test_scores(chain):
     assert scores["config"] == asdict(chain["eval"][0]) and scores["config"]["turn_tokens"] == 6
     summary = json.loads((runs / "summary.json").read_text())
     assert {"rppo", "eval_sft", "eval_rppo", "total"} <= summary["seconds"].keys()
-    for name in ("sft", "rppo"):
-        assert summary[name] == json.loads((runs / f"eval/{name}/eval.json").read_text())
-        assert summary[name]["n"] == 4
-
-
-def test_report(chain):
-    """The page shows the curves of both runs and answers before and after; it fetches nothing."""
-    page = (chain["top"] / "runs/report.html").read_text()
-    assert page.startswith("<!DOCTYPE html>") and page.count("<figure>") > 5 and "<article>" in page
-    for name in ("runs/sft", "runs/rppo", "runs/eval/sft/eval.json", "runs/eval/rppo/results-sampled"):
-        assert name in page
-    assert not re.search(r"<script|(?:src|href)=.?http", page)
+    assert summary["rppo"] == json.loads((runs / "eval/rppo/eval.json").read_text())
+    assert summary["sft"]["n"] == summary["rppo"]["n"] == 4
 
 
 # --- The main job from nothing --------------------------------------------------------------------------
@@ -262,12 +250,10 @@ def test_help(name, monkeypatch):
         shown = re.search(rf"(?m)^  --{f.name} [A-Z_]+\s.*{default}(.*)$", text)
         preset = DEFAULTS[name].get(f.name, f.default)
         assert shown[1] == ("" if preset == f.default else f" [{preset}]")
-    for cls in stage.Config.__mro__[:-1]:
-        assert f"\n{cls.__doc__.splitlines()[0]}" in text
     for cls in stage.Config.__mro__[-2::-1]:
+        assert f"\n{cls.__doc__.splitlines()[0]}" in text
         for field, comment in re.findall(r"(?m)^    (\w+): [^#\n]*# (.*)$", inspect.getsource(cls)):
             comments[field] = comment
-    assert len(comments) > 10
     for field, comment in comments.items():
         assert re.search(rf"(?m)^  --{field} [A-Z_]+\s+{re.escape(comment)} ", text), field
 
@@ -388,10 +374,9 @@ def test_a_policy_of_nan(policy, rows):
     with pytest.raises(env.UserError, match="step 7.*not finite") as error:
         rppo.collect(broken, rows[:2], [0, 1], 7, cfg)
     assert "\n" not in str(error.value)
-    for greedy in (True, False):
-        with pytest.raises(env.UserError, match="not finite") as error:
-            evaluation.evaluate(broken, rows[:2], cfg, 0, 1, greedy=greedy)
-        assert str(2 ** 31) not in str(error.value)
+    with pytest.raises(env.UserError, match="not finite") as error:
+        evaluation.evaluate(broken, rows[:2], cfg, 0, 1)
+    assert str(2 ** 31) not in str(error.value)
 
 
 def test_imports():
@@ -424,15 +409,8 @@ def test_every_field_is_read(name):
     assert not unread
 
 
-def test_one_definition(policy, rows, monkeypatch):
-    """Training and evaluation use the same functions: each is defined once, and both reach it."""
-    count = {}
-    for file in FILES:
-        for node in tree(file).body:
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-                count.setdefault(node.name, []).append(file)
-    for name in "parse_action resolve_box step reset match rewards redundancy rollout measure".split():
-        assert len(count[name]) == 1, name
+def test_the_same_functions(policy, rows, monkeypatch):
+    """Training and evaluation go through the same functions, imitation through those of the episode."""
     cfg = rppo.Config(**SHORT)
     learner = amplify(copy.deepcopy(policy), 3.0)
     train = partial(rppo.collect, learner, rows[:1], [0], 0, cfg)
