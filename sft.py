@@ -347,8 +347,7 @@ def collate(trajs, proc):
     pos (3, B, T); from `pack` the views and the `feature` (N,) of all image tokens in reading order."""
     B, T = len(trajs), max(len(t.ids) for t in trajs)
     ids = torch.full((B, T), proc.end)
-    mask = torch.zeros(B, T)
-    logp = torch.zeros(B, T)
+    mask, logp = torch.zeros(B, T), torch.zeros(B, T)
     pos = torch.zeros(3, B, T, dtype=torch.long)
     views = []
     for b, t in enumerate(trajs):
@@ -469,16 +468,16 @@ def make_policy(vlm, tokenizer):
     images = Qwen2VLImageProcessorPil(do_resize=False, do_convert_rgb=False, patch_size=vision.patch_size,
                                       temporal_patch_size=2, merge_size=vision.spatial_merge_size,
                                       image_mean=list(mean), image_std=list(std))
-    ends = vlm.generation_config.eos_token_id or []
-    ends = [ends] if isinstance(ends, int) else ends
+    ends = vlm.generation_config.eos_token_id
+    ends = [i for i in (ends if isinstance(ends, list) else [ends]) if isinstance(i, int)]
     factor = vision.patch_size * vision.spatial_merge_size
     return Policy(vlm, env.Processor(tokenizer, factor, ends), images)
 
 
 def load_policy(path, device, train=False):
     """A Policy from a folder or a hub id; UserError. On CUDA its weights are bf16, enough for rollouts; to
-    train they are fp32, and still on the CPU. No code of the checkpoint is run, weights are safetensors
-    only."""
+    train they are fp32, still on the CPU. Weights come from safetensors, and no code of a checkpoint is
+    run."""
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
     from transformers.utils import logging
     logging.disable_progress_bar()
@@ -487,12 +486,13 @@ def load_policy(path, device, train=False):
         family = AutoConfig.from_pretrained(path, trust_remote_code=False).model_type
         if family not in PIXELS:
             raise UserError(f"{path}: a {family} model; --model takes Qwen3-VL or Qwen2.5-VL")
-        vlm = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, use_safetensors=True,
-                                                          trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        vlm, found = AutoModelForImageTextToText.from_pretrained(
+            path, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True)
+        if found["missing_keys"]:                # transformers would leave them random
+            raise ValueError(f"no weights of {sorted(found['missing_keys'])[:3]}")
+        policy = make_policy(vlm, AutoTokenizer.from_pretrained(path, trust_remote_code=False))
     except Exception as e:                       # a damaged folder can make a loader raise anything
         raise does_not_load(path, e)
-    policy = make_policy(vlm, tokenizer)
     return policy if train else policy.to(device)
 
 
@@ -501,7 +501,8 @@ def does_not_load(path, error):
     folder, step = os.path.split(path)
     cure = "give another --model, or make one with `torchrun sft.py`"
     if step.isdigit():
-        cure = f"write another of {os.listdir(folder)} into {os.path.dirname(folder)}/last"
+        others = sorted(set(os.listdir(folder)) - {step})
+        cure = f"write another step, of {others}, into {os.path.dirname(folder)}/last"
     return UserError(f"{path}: does not load ({type(error).__name__}: {str(error)[:200]}); {cure}")
 
 

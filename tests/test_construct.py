@@ -52,7 +52,6 @@ class Script:
         self.faults = True                # the first try of every request fails
         self.broken = {}                  # stage -> HTTP status
         self.seen = Counter()
-        self.lock = threading.Lock()
 
     def read(self, body):
         """(stage, photograph, turns so far) of a request, which shows what env.step's tokens show."""
@@ -64,27 +63,27 @@ class Script:
         for turn, observation in zip(turns, rest[1::2]):
             error = env.ERRORS["malformed"] if BAD in turn else None
             assert observation["content"][1].get("text") == error
+        red = image.getpixel((2, 2))[0]
         if "eyesight" in text:
-            return "propose", round(image.getpixel((2, 2))[0] / 12), turns
-        i = int(text.split("house ")[1].split("?")[0])
+            return "propose", round(red / 12), turns
         if system["content"] == env.SYSTEM:
-            return "grade" if body["model"] == "policy" else "collect", i, turns
-        if text.startswith(data.BLIND):
-            return "blind", i, turns
-        return "whole" if image.getpixel((2, 2))[0] < 200 else "evidence", i, turns
+            stage = "grade" if body["model"] == "policy" else "collect"
+        elif text.startswith(data.BLIND):
+            stage = "blind"
+        else:
+            stage = "whole" if red < 200 else "evidence"
+        return stage, int(text.split("house ")[1].split("?")[0]), turns
 
     def __call__(self, body):
         stage, i, turns = self.read(body)
-        key = json.dumps(body)
-        with self.lock:
-            if stage in self.broken:
-                return self.broken[stage]
-            if self.faults and not self.seen[key, "fault"]:
-                self.seen[key, "fault"] = 1
-                return (429, 500, "cut")[len(key) % 3]
-            nth = int(turns[0].split("try ")[1][0]) if turns else self.seen[key]
-            self.seen[key] += 1
-            self.seen[stage] += 1
+        key = stage, json.dumps(body)
+        if stage in self.broken:
+            return self.broken[stage]
+        if self.faults and not self.seen["fault", key]:
+            self.seen["fault", key] = 1
+            return (429, 500, "cut")[len(key[1]) % 3]
+        nth = int(turns[0].split("try ")[1][0]) if turns else self.seen[key]
+        self.seen[key] += 1
         calls = CALLS.get((stage, i)) or CALLS.get(stage, [[]] * 3)
         calls = calls[nth]
         if len(turns) < len(calls):
@@ -107,23 +106,10 @@ def serving(script):
             text = json.dumps({"choices": [{"message": {"role": "assistant", "content": reply}}]})
             self.wfile.write(text[:20 if reply == "cut" else None].encode())
 
-        def log_message(self, *_):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/v1"
-    server.shutdown()
-    server.server_close()
-
-
-def photographs(folder, numbers):
-    """Those that the script knows by these numbers, with an evidence that stands out."""
-    folder.mkdir()
-    for i in numbers:
-        image = Image.new("RGB", (1000, 500), (12 * i, 120, 90))
-        image.paste((250, 250, 250), EVIDENCE)
-        image.save(folder / f"{i:02}.png", compress_level=1)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/v1"
+        server.shutdown()
 
 
 def files(cfg):
@@ -131,21 +117,19 @@ def files(cfg):
     return {path.name: path.read_text() for path in Path(cfg.out).glob("[dst]*.json*")}
 
 
-def fates(cfg):
-    return json.loads(files(cfg)["data_card.json"])["proposals"]
-
-
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
     """The whole command, against an endpoint whose first tries all fail: (script, settings)."""
     base = tmp_path_factory.mktemp("made")
-    photographs(base / "all", range(2, 14))
-    photographs(base / "all/few", (0, 1))
+    (base / "all/few").mkdir(parents=True)
+    for i in range(len(FATES)):
+        image = Image.new("RGB", (1000, 500), (12 * i, 120, 90))
+        image.paste((250, 250, 250), EVIDENCE)
+        image.save(base / ("all/few" if i < 2 else "all") / f"{i}.png", compress_level=1)
     (base / "all/few/text.jpg").write_text("no image")
     script = Script()
     with serving(script) as address, pytest.MonkeyPatch.context() as patch:
         patch.setattr(data.time, "sleep", lambda seconds: None)
-        patch.setenv("OPENAI_API_KEY", "sk-not-to-be-written")
         cfg = data.Config(images=f"{base}/all", annotator=address, annotator_name="teacher", policy=address,
                           policy_name="policy", out=f"{base}/out", per_image=1, votes=3, agree=2, samples=2,
                           attempts=3, parallel=4, max_pixels=100_000, share_sft=1.0, share_test=0.0)
@@ -154,21 +138,12 @@ def done(tmp_path_factory):
         yield script, cfg
 
 
-@pytest.fixture
-def few(done, tmp_path):
-    """For another run, on two of the photographs."""
-    script, cfg = done
-    script.seen.clear()
-    return script, replace(cfg, images=cfg.images + "/few", out=f"{tmp_path}/out")
-
-
 def test_fates_and_rows(done, policy):
     """Every photograph goes as far as the script lets it, and the card says why. Every cold-start row replays
     to a right answer, without an error, to the evidence; one that recovered comes first."""
     _, cfg = done
-    assert fates(cfg) == Counter(FATES + ["select: unreadable"])
-    for path in Path(cfg.out).glob("*.*"):
-        assert "sk-not-to-be-written" not in path.read_text()
+    card = json.loads(files(cfg)["data_card.json"])
+    assert card["proposals"] == Counter(FATES + ["select: unreadable"])
     rows = env.load_rows(f"{cfg.out}/sft.jsonl")
     for row in rows:
         traj = env.render(policy.proc, row, row["turns"], env.EpisodeConfig(max_tokens=4096))
@@ -188,16 +163,28 @@ def test_again(done, capsys):
     data.main(cfg)
     assert "text.jpg" in str(capsys.readouterr()) and files(cfg) == before and len(before) == 4
     data.main(replace(cfg, max_rate=0.25))
-    assert fates(cfg)["grade: solved too often"] == 5
+    assert '"grade: solved too often": 5' in files(cfg)["data_card.json"]
     data.main(replace(cfg, share_test=1.0))
     assert len(files(cfg)["test.jsonl"].splitlines()) == 3 and script.seen.total() == asked
 
 
-def test_killed_anywhere(few, tmp_path, monkeypatch):
-    """Killed again and again, with half a line left behind, it asks nothing twice and ends with the
-    files of a run that was never killed, which asked four photographs at a time."""
-    script, cfg = few
+def test_endpoint_fails_and_run_is_killed(done, tmp_path, monkeypatch):
+    """A refusal ends the run with one line. A request that fails for good drops its question and is not
+    recorded; mended, it is asked again. Killed again and again, with half a line left behind, a run asks
+    nothing twice and ends with the same files."""
+    script, cfg = done
+    cfg = replace(cfg, images=f"{cfg.images}/few", out=f"{tmp_path}/whole")
+    script.seen.clear()
+    script.broken = {"evidence": 403}
+    with pytest.raises(env.UserError, match="403"):
+        data.main(cfg)
+    script.broken = {"collect": 500}
     data.main(cfg)
+    assert '"collect: endpoint failed": 2' in files(cfg)["data_card.json"] and not files(cfg)["sft.jsonl"]
+    script.broken = {}
+    data.main(cfg)
+    assert '"kept": 2' in files(cfg)["data_card.json"]
+
     whole, script.seen = script.seen, Counter()
     killed = replace(cfg, out=f"{tmp_path}/killed", parallel=1)
     ask, calls = data.chat, []
@@ -218,25 +205,10 @@ def test_killed_anywhere(few, tmp_path, monkeypatch):
     assert len(calls) > 45 and script.seen == whole and files(killed) == files(cfg)
 
 
-def test_endpoint_fails_for_good(few):
-    """A request that fails for good drops its question and is not recorded; mended, it is asked again.
-    A refusal ends the run with one line."""
-    script, cfg = few
-    script.broken = {"evidence": 403}
-    with pytest.raises(env.UserError, match="403"):
-        data.main(cfg)
-    script.broken = {"collect": 500}
-    data.main(cfg)
-    assert fates(cfg)["collect: endpoint failed"] == 2 and not files(cfg)["sft.jsonl"]
-    script.broken = {}
-    graded = script.seen["grade"]
-    data.main(cfg)
-    assert fates(cfg)["kept"] == 2 and script.seen["grade"] == graded
-
-
-def test_nothing_to_use(few, scenes, tmp_path):
+def test_nothing_to_use(done, scenes, tmp_path):
     """What cannot work is said in one line that names the cure; rows of others stay as they are."""
+    cfg = replace(done[1], out=f"{tmp_path}/out")
     for change, words in (({"images": str(tmp_path)}, "a folder of photographs"),
                           ({"annotator": ""}, "an endpoint begins with"), ({"out": scenes}, "did not make")):
         with pytest.raises(env.UserError, match=words):
-            data.main(replace(few[1], **change))
+            data.main(replace(cfg, **change))

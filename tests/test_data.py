@@ -227,3 +227,26 @@ def test_tiny_model_of_a_seed(scenes):
     for seed in (0, 1):
         made = data.make_tiny(rows, seed).vlm.state_dict()
         assert torch.equal(made["lm_head.weight"], saved["lm_head.weight"]) == (seed == 0)
+
+
+def test_the_whole_view_tells_nothing(monkeypatch):
+    """Without any marks the whole view of a tiny scene, as the policy sees it, is the same bit for bit; a crop
+    of the target's cell, as the policy makes it, is another one."""
+    cfg, task, halftone = env.EpisodeConfig(), data.TASKS["tiny"], data.halftone
+
+    def no_marks(*args):
+        return 0 * halftone(*args)
+
+    for i in range(100):
+        views, crops = [], []
+        for draw in (halftone, no_marks):
+            monkeypatch.setattr(data, "halftone", draw)
+            image, [question, _] = data.make_scene(np.random.default_rng(i), task)
+            shown = env.begin({"images": [image]}, cfg).shown
+            views.append(shown[0].resized(16).tobytes())
+            tiles = question["tiles"]
+            [cell] = [cell for cell in tiles if tiles[cell] == question["evidence"]]
+            corner = data.corner_of(cell, 1000 // data.GRID)
+            action = env.parse_action(data.look(np.append(corner, corner + 1000 // data.GRID)))
+            crops.append(env.crop(action, shown, cfg).resized(16).tobytes())
+        assert views[0] == views[1] and crops[0] != crops[1]

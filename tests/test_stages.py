@@ -68,8 +68,6 @@ def parsers():
         yield
 
 
-# --- The stages, one after the other --------------------------------------------------------------------
-
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory):
     """data -> sft -> rppo -> eval by command lines: their configs, what they printed, and the folder."""
@@ -138,12 +136,9 @@ def test_scores(chain):
     assert (scores["n"], scores["greedy"]["n"]) == (5 * 2, 5)
     assert scores["config"] == asdict(chain["eval"][0]) and scores["config"]["turn_tokens"] == 6
     summary = json.loads((runs / "summary.json").read_text())
-    assert {"rppo", "eval_sft", "eval_rppo", "total"} <= summary["seconds"].keys()
     assert summary["rppo"] == json.loads((runs / "eval/rppo/eval.json").read_text())
-    assert summary["sft"]["n"] == summary["rppo"]["n"] == 4
+    assert summary["sft"]["n"] == summary["rppo"]["n"] == 4 and summary["seconds"]["total"] > 0
 
-
-# --- The main job from nothing --------------------------------------------------------------------------
 
 @pytest.fixture
 def small(monkeypatch):
@@ -177,8 +172,7 @@ def test_main_job(small, tmp_path):
 
 def test_main_job_on_foreign_rows(small, scenes, tmp_path):
     """A folder of somebody's rows with their own sft.jsonl takes no scenes. The same command goes on."""
-    own = tmp_path / "own"
-    own.mkdir()
+    own = tmp_path
     for split in ("sft", "train", "test"):
         rows = env.load_rows(f"{scenes}/{split}.jsonl")
         (own / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -205,13 +199,11 @@ def refusal(capsys, name, *argv):
 
 
 def test_values():
-    """--key value and --key=value, true and false, an = in a value, whole numbers of any size."""
+    """--key value and --key=value, true and false, whole numbers of any size."""
     assert configure("rppo", "--steps", "5").steps == configure("rppo", "--steps=5").steps == 5
-    assert configure("sft", "--resume", "false", "--shard=true").resume is False
-    assert configure("eval", "--question=a=b c").question == "a=b c"
+    assert configure("sft", "--resume", "false").resume is False and configure("sft", "--shard=true").shard
     for seed in (2 ** 53 + 1, 2 ** 63 - 1):
         assert configure("data", f"--seed={seed}").seed == seed
-    assert configure("sft", "--lr=1").lr == 1 and configure("sft", "--lr", "1e-6").lr == 1e-6
 
 
 @pytest.mark.parametrize("name", STAGES)
