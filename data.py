@@ -10,7 +10,7 @@ with a few optional fields. Image paths are relative to the file; `boxes` (the e
 original. A cold-start row also has `turns`, the assistant's texts; what it saw is replayed through the tool.
 
     {"images": ["test/0.png"], "doc_id": "test-0-0", "problem": "...", "solution": "green",
-     "data_source": "tiny", "boxes": [[117, 84, 133, 100]], "difficulty": 3}
+     "data_source": "tiny", "boxes": [[116, 84, 140, 108]], "difficulty": 3}
 
 Writes to --out: {sft,train,test}.jsonl, config.json; for scenes their images and tiny/, the random model; for
 photographs answers.jsonl (all answers: the same command goes on where it was stopped and pays for nothing
@@ -105,7 +105,7 @@ SIGNS = dict(zip("cross plus ring dash 1 2 3 4 5".split(), "X + O - I II III III
 NUMBERS = (3, 4, 5, 6), (2, 3)       # boxes of a scene's two colours; only a cold start asks about the second
 NOISE = np.array([-12, -4, 4, 12], np.int16)
 # The flaws of the cold start, for RL to mend.
-MOST_BOXES = 3                       # no demonstration looks at more: if the target comes later, it gives up
+MOST_BOXES = 3                       # no demonstration looks at more; a later target means a guess after two
 GIVE_UP = 0.3                        # probability that it guesses after an empty box
 AGAIN = 0.3                          # probability that it looks at an empty box again, a little shifted
 

@@ -233,7 +233,7 @@ def rollout(policy, rows, cfg, samples=1, seed=(0, 0), prompt_ids=None, greedy=F
 
 
 def rollout_piece(policy, rows, cfg, samples, seed, prompt_ids, greedy):
-    """The part of `rollout` that is in the cache at once."""
+    """The part of `rollout` that is in the cache at once: at least one group."""
     proc = policy.proc
     prompts = [env.reset(proc, row, cfg) for row in rows]
     prompt_cache = Cache(policy, len(prompts), max(len(prompt.ids) for prompt in prompts))
@@ -424,8 +424,12 @@ def score(policy, name, rows, cfg, rank, world_size, greedy):
     free = dict.fromkeys(("out", "in_flight", "judge_url", "bench", "data", "image_root", "limit"))
     checksum = zlib.crc32(json.dumps(rows).encode())
     settings = {**vars(cfg), **free, "rows": checksum, "model": sft.newest(cfg.model)}
-    path = f"{cfg.out}/results-{name}-tool_{'on' if cfg.max_crops else 'off'}.jsonl"
-    done = read_records(path, settings) if cfg.bench else {}      # other rows are cheap to answer again
+    with_tool = f"{cfg.out}/results-{name}-tool_on.jsonl"
+    path = with_tool if cfg.max_crops else f"{cfg.out}/results-{name}-tool_off.jsonl"
+    done, tool = {}, {}
+    if cfg.bench:                                # other rows are cheap to answer again
+        done = read_records(path, settings)
+        tool = read_records(with_tool, {**settings, "max_crops": None})
     if rank == 0 and not done:
         sft.write_text(path, json.dumps({"settings": settings}))
     records = evaluate(policy, rows, cfg, rank, world_size, k, greedy, done, path)
@@ -436,12 +440,10 @@ def score(policy, name, rows, cfg, rank, world_size, greedy):
             groups[level].append(entry["metrics"])
     scores = metrics([entry["metrics"] for entry in records])
     scores["categories"] = {level: metrics(groups[level]) for level in sorted(groups) if level}
-    if cfg.bench and not cfg.max_crops:
-        with_tool = read_records(path.replace("tool_off", "tool_on"), {**settings, "max_crops": None})
-        gains = [with_tool[key]["right"] - other["right"] for key, other in zip(sorted(with_tool), records)]
-        if len(gains) == len(records):
-            scores["repaired"] = gains.count(1) / len(gains)
-            scores["broken"] = gains.count(-1) / len(gains)
+    gains = [tool[key]["right"] - other["right"] for key, other in zip(sorted(tool), records)]
+    if len(gains) == len(records) and not cfg.max_crops:
+        scores["repaired"] = gains.count(1) / len(gains)
+        scores["broken"] = gains.count(-1) / len(gains)
     return scores
 
 
@@ -542,7 +544,7 @@ def curves(runs):
         lines = []
         for i, (name, log) in enumerate(runs.items()):
             for key, kind in zip(keys.split(), ("", "dashed")):
-                points = [(entry["step"], entry[key]) for entry in log if entry.get(key) is not None]
+                points = [(e["step"], e[key]) for e in log if np.isfinite(np.float64(e.get(key)))]
                 if points:
                     lines.append((name, COLOURS[i % 8], kind, np.array(points, float)))
         if lines:
@@ -631,14 +633,14 @@ def comparison(before, after, n):
 
 
 def questions_html(folder):
-    """Questions made from photographs, with boxes from coarse to fine, and the funnel they came through."""
+    """40 questions from photographs, with boxes from coarse to fine, and what became of all proposals."""
     card = sft.read_json(f"{folder}/data_card.json", {})
     parts = table([["proposals", "n"], *card["proposals"].items()]) + SWITCH + '<div class="pairs">'
-    for row in env.load_rows(f"{folder}/train.jsonl")[:40]:
-        turns = [{"text": "", "error": None, "box": box} for box in row["chain"]]
-        parts += trajectory_html({
-            **row, "turns": turns, "answer": None, "status": f"solve rate {row['solve_rate']}", "right": None,
-            "metrics": {"evidence_coverage": (0, 0)}})
+    for row in env.read_lines(f"{folder}/train.jsonl")[:40]:
+        row["images"] = [f"{folder}/{row['images'][0]}"]
+        row["turns"] = [{"text": "", "error": None, "box": box} for box in row["chain"]]
+        row.update(status=f"solve rate {row['solve_rate']}", answer=None, right=None)
+        parts += trajectory_html({**row, "metrics": {"evidence_coverage": (0, 0)}})
     return parts + "</div>"
 
 
@@ -713,6 +715,8 @@ def main(cfg):
         return refresh_report(*cfg.report.split(",")) if rank == 0 else None
     policy = sft.load_policy(sft.newest(cfg.model), device)
     os.makedirs(cfg.out, exist_ok=True)
+    if rank == 0:
+        sft.lock(cfg.out)
     if cfg.image:
         return ask(policy, cfg) if rank == 0 else None
     if cfg.bench:
@@ -744,4 +748,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    sft.cli(main, Config, env.REAL_EPISODE)
+    sft.cli(main, Config, dict(env.REAL_EPISODE, in_flight=16))

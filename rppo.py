@@ -2,7 +2,7 @@
 
     torchrun rppo.py                              # from nothing: scenes, tiny model, cold start, RPPO, scores
     torchrun rppo.py --lam=0 --out=runs/grpo/rppo # plain GRPO, for comparison
-    torchrun --nproc-per-node=8 rppo.py --model=runs/sft --data=data/mine
+    torchrun --nproc-per-node=8 rppo.py --model=runs/real/sft --data=data/mine
 
 For each of P prompts, G trajectories are sampled; trajectory i makes T_i crops with boxes b_1 .. b_T
 (DRIM, arXiv 2512.17306):
@@ -14,8 +14,8 @@ For each of P prompts, G trajectories are sampled; trajectory i makes T_i crops 
     loss      = - sum_{i,t} mask * min(ratio * advantage, clip(ratio) * advantage) / n_tokens
 
 clip(ratio) lies in [1 - clip_low, 1 + clip_high]. mask is 1 on sampled tokens only; n_tokens is its sum over
-all trajectories of the step on all ranks. There is no KL term. Neighbours are numbers of the same config:
-lam=0 is GRPO, tool_bonus is DeepEyes', mask_over_turns is Mini-o3's.
+all trajectories of the step on all ranks. There is no KL term. Related methods are settings: lam=0 is GRPO,
+tool_bonus is DeepEyes', mask_over_turns is Mini-o3's.
 
 Reads <data>/train.jsonl. Writes <out>/{config.json, log.jsonl, checkpoints/<step>/, last, best.json}; the
 main job also ../eval/{sft,rppo}/, ../summary.json and ../report.html.
@@ -38,7 +38,7 @@ import sft
 class Config(sft.TrainConfig, evaluation.RolloutConfig, env.RewardConfig):
     """RPPO."""
     out: str = "runs/rppo"
-    task: str = "tiny"               # the built-in task (data.py) of the main job
+    task: str = "tiny"               # the built-in task (data.py) of the main job; large is for real models
     steps: int = 100
     prompts: int = 16                # P per step, over all ranks
     samples: int = 8                 # G per prompt
@@ -49,7 +49,7 @@ class Config(sft.TrainConfig, evaluation.RolloutConfig, env.RewardConfig):
     decay: float = 0.4
     weight_decay: float = 0.0
     clip_low: float = 0.2
-    clip_high: float = 0.28          # a wider upper clip, as the neighbours have it
+    clip_high: float = 0.28          # a wider upper clip, as in DAPO (arXiv 2503.14476)
     norm_std: bool = False           # divide advantages by the group's std
     mask_over_turns: bool = False    # no loss on trajectories that ran out of turns or tokens (Mini-o3)
     eval_every: int = 25             # steps between held-out evaluations ...
@@ -64,7 +64,7 @@ REAL = dict(env.REAL_EPISODE, in_flight=16, steps=200, prompts=32, samples=8, mi
             train_vision=False, recompute=True, shard=True)
 
 
-# --- The objective. FORK: the algorithm, in `group_advantages`, `has_gradient` and `policy_loss` --------
+# --- The objective. FORK: the algorithm, in the next four functions --------
 
 def group_advantages(rewards, norm_std):
     """rewards (P, G) -> advantages (P, G): minus the group's mean, divided by its unbiased std if asked.
@@ -86,7 +86,7 @@ def counts(sample, cfg):
 
 
 def has_gradient(sample, cfg):
-    """A trajectory without a gradient is not computed, though its tokens may count."""
+    """Is it in the forward pass? If not, its tokens may still count in the divisor."""
     return sample.advantage != 0 and counts(sample, cfg)
 
 
@@ -124,7 +124,7 @@ def collect(policy, rows, prompt_ids, step, cfg):
     parts = []
     for i in range(0, len(trajs), G):
         parts += env.rewards(trajs[i:i + G], cfg)
-    rewards = torch.tensor([p["total"] for p in parts]).view(-1, G)           # (P, G)
+    rewards = torch.tensor([p["total"] for p in parts], dtype=torch.float64).view(-1, G)   # (P, G)
     advantages = group_advantages(rewards, cfg.norm_std).flatten().tolist()   # P * G
     return list(map(Sample, trajs, parts, advantages))
 
@@ -158,7 +158,7 @@ def update(policy, optimizers, samples, cfg):
     if policy.sharded:   # ranks must pass equally often: some repeat a trajectory, with advantage 0
         idle = replace(min(samples, key=length), advantage=0.0)
         micro += [[idle]] * (max(sft.gather_objects(busy)) - busy)
-    old = [None] * len(micro)
+    old, skipped = [None] * len(micro), 0
     sums = torch.zeros(4, dtype=torch.float64, device=device)
     policy.train()
     for k in range(cfg.updates):
@@ -179,7 +179,8 @@ def update(policy, optimizers, samples, cfg):
                 sampled = batch["logp"][:, 1:].to(device)[mask > 0]
                 sums += log_sums(logp.detach(), old[j], sampled, entropy, cfg)
         # In a step of flat groups alone, the optimizers' momentum would still move the weights.
-        _, norm, skipped = sft.optimizer_step(policy, optimizers, loss_sum, cfg, rest=n_busy == 0)
+        _, norm, skip = sft.optimizer_step(policy, optimizers, loss_sum, cfg, rest=n_busy == 0)
+        skipped += skip
     trained, entropy, gap, clipped = sft.all_sum(sums.tolist(), device)
     trained = max(trained, 1)
     return dict(tokens=int(n_tokens), entropy=entropy / trained, log_ratio=gap / trained,
@@ -223,7 +224,7 @@ def prompts_of(step, cfg, n):
 
 def hold_out(rows, n):
     """(rows to train on, the last n rows). Rows that share an image with the last n are on neither side."""
-    held_out = rows[len(rows) - n:]
+    held_out = rows[max(len(rows) - n, 0):]
     images = {row["images"][0] for row in held_out}
     return [row for row in rows if row["images"][0] not in images], held_out
 
@@ -234,15 +235,16 @@ def mark_best(out):
     best = dict(step=None, accuracy=-1.0)
     for entry in sft.read_log(out):
         step = entry["step"] + 1
-        accuracy = entry.get("held_out", best)["accuracy"]
-        if accuracy > best["accuracy"] and os.path.exists(f"{out}/checkpoints/{step}"):
-            best = dict(step=step, accuracy=accuracy)
+        if "held_out" in entry and os.path.exists(f"{out}/checkpoints/{step}"):
+            accuracy = entry["held_out"]["accuracy"]
+            if accuracy > best["accuracy"]:
+                best = dict(step=step, accuracy=accuracy)
     sft.write_text(f"{out}/best.json", json.dumps(best))
     return best["step"]
 
 
 def print_step(entry, samples, proc, first, cfg):
-    """Print a step, and every show_every steps one of its trajectories."""
+    """Print a step, and every show_every steps the longest trajectory of rank 0."""
     if entry["step"] % 20 == 0:
         print(f"{'':10} reward {evaluation.HEADER} entrpy   norm roll_s  upd_s")
     text = f"step {entry['step']:5d} {entry['reward']:6.3f} {evaluation.line(entry)}"
@@ -294,14 +296,14 @@ def train(policy, optimizers, rows, held_out, first, preset, cfg, rank, world_si
             if (step + 1) % cfg.save_every == 0 or evaluates or done or stopped:
                 sft.save_checkpoint(step + 1, policy, optimizers, cfg, preset)
                 if rank == 0:
-                    sft.prune(cfg, mark_best(cfg.out))
+                    sft.prune(cfg, step + 1, mark_best(cfg.out))
                     evaluation.refresh_report(parent(cfg))
-            if stopped and not done:
+            if stopped:
                 sft.stop(step + 1, rank)
 
 
 def parent(cfg):
-    """The folder beside whose runs the main job puts its other results."""
+    """The folder that holds cfg.out; the main job's other results go there too."""
     return os.path.dirname(cfg.out.rstrip("/")) or "."
 
 
@@ -312,7 +314,7 @@ def cold_start(cfg, rank):
         return cfg.model
     if not data.foreign(cfg.data):
         data.main(data.Config(seed=cfg.seed, out=cfg.data, task=cfg.task, max_crops=cfg.max_crops))
-    elif rank == 0:
+    elif rank == 0 and not os.path.exists(f"{cfg.data}/tiny"):
         data.save_tiny(cfg.data, cfg.seed)
     out = f"{parent(cfg)}/sft"
     task = dict(seed=cfg.seed, data=cfg.data, image_root=cfg.image_root, out=out)

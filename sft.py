@@ -89,32 +89,32 @@ AT_LEAST_ONE = ("steps batch micro_batch prompts samples updates keep k in_fligh
                 "show_every per_image votes attempts parallel").split()
 
 
-def make_parser(Config, REAL):
+def make_parser(cls, real):
     """A flag for each field, grouped by the class that declares it. --help shows the comment behind the
     field, its default and, in brackets, the default with a real checkpoint where that differs."""
     parser = argparse.ArgumentParser(usage="%(prog)s [--FLAG=VALUE ...]", allow_abbrev=False,
-                                     description=inspect.getmodule(Config).__doc__,
+                                     description=inspect.getmodule(cls).__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter,
                                      argument_default=argparse.SUPPRESS)
     comments, groups = {}, {}
-    for cls in reversed(Config.__mro__[:-1]):
-        group = parser.add_argument_group(inspect.getdoc(cls).split("\n")[0])
-        for name, comment in re.findall(r"^    (\w+): [^#\n]*(?:# *(.*))?$", inspect.getsource(cls), re.M):
+    for base in reversed(cls.__mro__[:-1]):
+        group = parser.add_argument_group(inspect.getdoc(base).split("\n")[0])
+        for name, comment in re.findall(r"^    (\w+): [^#\n]*(?:# *(.*))?$", inspect.getsource(base), re.M):
             groups.setdefault(name, group)
             comments[name] = comment or comments.get(name, "")
-    for f in fields(Config):
+    for f in fields(cls):
         text = f"{comments[f.name]} (default: {f.default})"
-        if REAL.get(f.name, f.default) != f.default:
-            text += f" [{REAL[f.name]}]"
+        if real.get(f.name, f.default) != f.default:
+            text += f" [{real[f.name]}]"
         kind = json.loads if f.type is bool else f.type        # true or false
         groups[f.name].add_argument(f"--{f.name}", type=kind, help=text.replace("%", "%%"))
     return parser
 
 
-def checked(values, Config, where):
-    """The values that Config has a field for. Raises UserError unless each has the field's type and range."""
+def checked(values, cls, where):
+    """The values that cls has a field for. UserError unless each has the field's type and range."""
     known = {}
-    for f in fields(Config):
+    for f in fields(cls):
         if f.name not in values:
             continue
         value = known[f.name] = values[f.name]
@@ -133,15 +133,16 @@ def load_episode(path):
     return saved.get("preset", "real"), checked(saved, env.EpisodeConfig, where)
 
 
-def configure(Config, REAL, argv=None, **given):
-    """The Config of the flags in argv (default: this process's) and of fields given. With --model the
-    defaults are the numbers that the checkpoint was trained with, before those of REAL. Raises UserError."""
-    values = {**given, **vars(make_parser(Config, REAL).parse_args(argv))}
+def configure(cls, real, argv=None, **given):
+    """The config (of class cls) of the flags in argv (default: this process's) and of fields given. With
+    --model the defaults are the numbers that the checkpoint was trained with, before those of real. Raises
+    UserError."""
+    values = {**given, **vars(make_parser(cls, real).parse_args(argv))}
     if values.get("model"):
         values["model"] = newest(values["model"])
         preset, episode = load_episode(values["model"])
-        values = {**(REAL if preset == "real" else {}), **episode, **values}
-    cfg = Config(**checked(values, Config, "flags"))
+        values = {**(real if preset == "real" else {}), **episode, **values}
+    cfg = cls(**checked(values, cls, "flags"))
     for name, value in vars(cfg).items():
         if isinstance(value, str):
             setattr(cfg, name, value.replace("{seed}", str(cfg.seed)))
@@ -150,15 +151,15 @@ def configure(Config, REAL, argv=None, **given):
     return cfg
 
 
-def shared(cfg, Config):
-    """The fields of cfg that another Config has too, as a dict."""
-    return {f.name: getattr(cfg, f.name) for f in fields(Config) if hasattr(cfg, f.name)}
+def shared(cfg, cls):
+    """The fields of cfg that another config class has too, as a dict."""
+    return {f.name: getattr(cfg, f.name) for f in fields(cls) if hasattr(cfg, f.name)}
 
 
-def cli(main, Config, REAL):
+def cli(main, cls, real):
     """The command line of a stage: main(cfg) on every rank."""
     try:
-        main(configure(Config, REAL))
+        main(configure(cls, real))
     except torch.OutOfMemoryError as e:
         raise UserError(f"out of GPU memory ({str(e).splitlines()[0]}); use more GPUs with "
                         "--shard=true; lower --micro_batch (updates), --in_flight (rollouts), --max_tokens")
@@ -406,9 +407,9 @@ class Policy(torch.nn.Module):
         return out.pooler_output, getattr(out, "deepstack_features", [])
 
     def hidden(self, ids, pos, images=None, feature=None, mask=None, cache=None):
-        """Last hidden states (B, T, width) of ids (B, T) at pos (3, B, T). images: what `see` returned;
-        feature (N,): the row in it of each image token of ids, in reading order. Positions are always given:
-        inferred ones are silently wrong for an image that arrives with a cache."""
+        """Last hidden states (B, T, width) of ids (B, T) at pos (3, B, T). images: from `see`; feature (N,):
+        the row in it of each image token. Positions are given: inferred ones are wrong for an image beside a
+        cache."""
         core = self.vlm.model
         x = core.get_input_embeddings()(ids)
         extra = {}
@@ -438,8 +439,8 @@ class Policy(torch.nn.Module):
 
     def forward(self, batch, temperature=1.0):
         """Log-probability and entropy (n,) of every trained token, in the order of batch mask == 1. Logits
-        exist only where the mask is 1, and 2^26 entries at a time, recomputed in the backward pass. No
-        attention mask: padding is on the right, where causal attention never looks."""
+        exist only there, 2^26 entries at a time, recomputed in the backward pass. No attention mask: padding
+        is on the right, where causal attention never looks."""
         ids, mask, pos, feature = (batch[k].to(self.device) for k in ("ids", "mask", "pos", "feature"))
         blank = torch.zeros(self.proc.factor, self.proc.factor, 3, dtype=torch.uint8)
         images = self.see(batch["views"] or [blank])              # sharded, the tower must always take part
@@ -500,7 +501,7 @@ def does_not_load(path, error):
     """The UserError for a damaged checkpoint; of a run, it names those that are left."""
     folder, step = os.path.split(path)
     cure = "give another --model, or make one with `torchrun sft.py`"
-    if step.isdigit():
+    if step.isdigit() and os.path.isdir(folder):
         others = sorted(set(os.listdir(folder)) - {step})
         cure = f"write another step, of {others}, into {os.path.dirname(folder)}/last"
     return UserError(f"{path}: does not load ({type(error).__name__}: {str(error)[:200]}); {cure}")
@@ -581,7 +582,8 @@ def optimizer_step(policy, optimizers, loss_sum, cfg, rest=False):
     sync_gradients(policy)
     loss_sum = all_sum([loss_sum], policy.device)[0]
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.clip_norm)
-    norm = norm.full_tensor().item() if policy.sharded else norm.item()
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm      # plain if nothing has a gradient
+    norm = norm.item()
     skipped = not math.isfinite(loss_sum + norm)
     for optimizer in optimizers:
         if not skipped and not rest:
@@ -590,9 +592,7 @@ def optimizer_step(policy, optimizers, loss_sum, cfg, rest=False):
     return loss_sum, norm, int(skipped)
 
 
-# --- Checkpoints: a plain save_pretrained folder. What only training needs lies in its subfolder training/, 
-# because servers load every *.safetensors of the folder itself.
-
+# --- Checkpoints: servers load every *.safetensors of the folder, so training state lies in a subfolder ---
 def save_model(folder, policy, weights, cfg, preset):
     """Write what transformers and servers load: weights, tokenizer with our chat template, processors; and
     beside them episode.json, by which later stages ask as this one did."""
@@ -654,10 +654,10 @@ def load_training_state(folder, policy, optimizers):
         raise does_not_load(folder, e)
 
 
-def prune(cfg, best=None):
+def prune(cfg, step, best=None):
     """Keep the newest checkpoints and that of step `best`, nothing that killed runs left half-written."""
     paths = list(Path(cfg.out, "checkpoints").iterdir())
-    steps = sorted(int(path.name) for path in paths if path.name.isdigit())
+    steps = sorted(int(path.name) for path in paths if path.name.isdigit() and int(path.name) <= step)
     for path in paths:
         if path.name not in map(str, (*steps[-cfg.keep:], best)):
             shutil.rmtree(path)
@@ -743,8 +743,8 @@ def main(cfg):
             if (step + 1) % cfg.save_every == 0 or done or stopped:
                 save_checkpoint(step + 1, policy, optimizers, cfg, preset)
                 if rank == 0:
-                    prune(cfg)
-            if stopped and not done:
+                    prune(cfg, step + 1)
+            if stopped:
                 stop(step + 1, rank)
 
 

@@ -61,34 +61,27 @@ def test_dialects(tmp_path, dialect):
     assert row["turns"][-1] == "<think>So.</think>\n<answer>red</answer>"
 
 
-def test_pixel_reasoner(tmp_path):
-    """message_list: parts without a type, an answer in a box, instructions cut off; its tool adds a tenth of
-    the image on each side."""
-    question = "Which colour?\n\nGuidelines: Understand the given visual information and the user query."
-    call = zoom("crop_image_normalized", bbox_2d=[0.1, 0.1, 0.5, 0.6], target_image=1)
-    messages = [{"role": "system", "content": [{"text": "Tools.", "image": None, "video": None}]},
-                {"role": "user", "content": [{"image": "0.jpg", "text": None}, {"text": question}]},
-                {"role": "assistant", "content": [{"text": "Let me look. " + call}]},
-                {"role": "user", "content": [{"text": "Here is the cropped image:"}, {"image": "1.jpg"}]},
-                {"role": "assistant", "content": [{"text": "It says so: \\boxed{STOP}"}]}]
-    row, = converted(tmp_path, [{"message_list": messages}])
-    check_boxes(row, (0, 0, 540, 490))
-    assert row["problem"] == "Which colour?" and row["solution"] == "STOP"
-    assert row["turns"][1] == "<think>It says so:</think>\n<answer>STOP</answer>"
+# Its tool adds a tenth of the image on each side.
+PIXEL_REASONER = r"""{"message_list": [
+{"role": "system", "content": [{"text": "Tools.", "image": null, "video": null}]},
+{"role": "user", "content": [{"image": "0.jpg"}, {"text": "Which?\n\nGuidelines: Understand the given"}]},
+{"role": "assistant", "content": [{"text": "Let me look. <tool_call>{\"name\": \"crop_image_normalized\",
+ \"arguments\": {\"bbox_2d\": [0.1, 0.1, 0.5, 0.6], \"target_image\": 1}}</tool_call>"}]},
+{"role": "user", "content": [{"text": "Here is the cropped image:"}, {"image": "1.jpg"}]},
+{"role": "assistant", "content": [{"text": "It says so: \\boxed{STOP}"}]}]}"""
+LLAMA_FACTORY = r"""{"images": [{"path": "0.jpg"}, {"path": "1.jpg"}], "conversations": [
+{"from": "human", "value": "<image>Which?"}, {"from": "function_call", "value": "<think>Hm.</think>
+ [{\"name\": \"image_zoom_in_tool\", \"arguments\": {\"bbox_2d\": [90, 70, 450, 420]}}]"},
+{"from": "observation", "value": "<image>"}, {"from": "gpt", "value": "<answer>STOP</answer>"}]}"""
 
 
-def test_llama_factory(tmp_path):
-    """conversations: a function_call as text, or as a list of one after a thought; images as dicts."""
-    call = {"name": "image_zoom_in_tool", "arguments": {"bbox_2d": FIRST}}
-    rows = []
-    for value in (json.dumps(call), f"<think>Step 0.</think>\n{json.dumps([call])}"):
-        messages = [{"from": "human", "value": "<image>Which colour?"},
-                    {"from": "function_call", "value": value}, {"from": "observation", "value": "<image>"},
-                    {"from": "gpt", "value": "<answer>red</answer>"}]
-        rows.append({"conversations": messages, "images": [{"path": "0.jpg"}, {"path": "1.jpg"}]})
-    for row in converted(tmp_path, rows):
-        check_boxes(row, FIRST)
-        assert row["problem"] == "Which colour?" and row["images"] == [str(tmp_path / "0.jpg")]
+@pytest.mark.parametrize("text, box", [(PIXEL_REASONER, (0, 0, 540, 490)), (LLAMA_FACTORY, FIRST)])
+def test_other_layouts(tmp_path, text, box):
+    """Calls of their own, answers in a box, images as dicts; instructions are cut off."""
+    row, = converted(tmp_path, [json.loads(text.replace("\n", ""))])
+    check_boxes(row, box)
+    assert row["problem"] == "Which?" and row["images"] == [str(tmp_path / "0.jpg")]
+    assert row["turns"][1].endswith("\n<answer>STOP</answer>")
 
 
 def test_what_is_left_out_is_counted(tmp_path, capsys):
@@ -100,7 +93,8 @@ def test_what_is_left_out_is_counted(tmp_path, capsys):
     error["messages"][2]["content"] = "Error: ZOOM IN ARGUMENTS ARE INVALID"
     video = {"message_list": [{"role": "user", "content": [{"video": ["1.jpg"]}, {"text": "Which?"}]}]}
     expected = [(chat(*[one] * 9), None), (prefix, "a prefix of a trajectory"), (error, "an error"),
-                (video, "not one original"), (chat(zoom("select_frames", frames=[1])), "select_frames"),
+                (video, "not one original"), (chat(zoom(bbox_2d=[5, 5, 5, 5])), "our tool refuses"),
+                (chat(zoom("select_frames", frames=[1])), "select_frames"),
                 (chat(zoom(bbox_2d=[0, 0, 9000, 90])), "not on its image"), (3, "cannot be read"),
                 (chat(one, image={"bytes": "x", "path": None}), "not a readable file")]
     rows, reasons = zip(*expected)

@@ -1,5 +1,4 @@
 """Evaluating (eval.py): metrics, results files that the same command continues, judge, ranks."""
-import http.server
 import json
 import threading
 
@@ -7,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_construct import serving
 
-import data
 import env
 import eval as evaluation
 import sft
@@ -16,31 +15,24 @@ import sft
 CALL = '<tool_call>{"name": "image_zoom_in_tool", "arguments": {"bbox_2d": [%s]}}</tool_call>'
 
 
-def episode(row, texts, cfg):
-    """The trajectory of these turns, without tokens."""
-    traj = env.begin(row, cfg)
-    for text in texts:
-        if traj.status == "open":
-            env.step(traj, text, cfg)
-    return traj
-
-
 @pytest.fixture
 def asked(monkeypatch):
     """Makes every rollout a random but fixed conversation; lists the number of rows of each."""
     numbers = []
 
-    def rollout(policy, rows, cfg, samples=1, seed=(0, 0), prompt_ids=None, greedy=False):
+    def rollout(policy, rows, cfg, samples=1, seed=(0, 0), prompt_ids=(0,), greedy=False):
         numbers.append(len(rows))
         trajs = []
-        for row, prompt in zip(rows, prompt_ids or range(len(rows))):
-            for sample in range(samples):
-                rng = np.random.default_rng((prompt, sample, greedy, cfg.max_crops))
-                texts = [CALL % "0, 0, 500, 500"] * rng.integers(4)
-                texts += ["<tool_call>bad</tool_call>"] * rng.integers(2)
-                said = rng.choice(["<answer>red</answer>", "<answer>green</answer>", "junk"])
-                trajs.append(episode(row, texts + [str(said)] * 9, cfg))
+        for i in range(len(rows) * samples):
+            rng = np.random.default_rng((prompt_ids[i // samples], i % samples, greedy, cfg.max_crops))
+            texts = [CALL % "0, 0, 500, 500"] * rng.integers(4)
+            texts += [rng.choice(["<answer>red</answer>", "<answer>green</answer>", "junk"])] * 9
+            traj = env.begin(rows[i // samples], cfg)
+            while traj.status == "open":
+                env.step(traj, str(texts.pop(0)), cfg)
+            trajs.append(traj)
         return trajs
+
     monkeypatch.setattr(evaluation, "rollout", rollout)
     monkeypatch.setattr(evaluation, "show", lambda traj, proc: "shown")
     policy = torch.nn.Linear(3, 3)
@@ -109,46 +101,35 @@ def test_metrics():
 
 
 def test_rows(folder, asked, capsys):
+    """Sampled and greedy answers of a file of rows, by difficulty."""
     result = run(folder, k=2)
     assert result["n"] == 20 and result["greedy"]["n"] == 10 and set(result["categories"]) == {"1", "2"}
-    assert result["accuracy_greedy"] == result["greedy"]["accuracy"]
     records = evaluation.read_records(f"{folder}/runs/eval/results-sampled-tool_on.jsonl")
     assert len(records) == 20 and records[3, 1]["doc_id"] == "t3"
     assert result["accuracy"] == np.mean([entry["right"] for entry in records.values()])
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines()[:-1])) <= 110 and "runs/report.html" in printed
     assert (folder / "runs/report.html").exists()
-    again = run(folder, k=2)                     # other rows than a benchmark's are answered anew
-    assert {**again, "seconds": 0} == {**result, "seconds": 0} and sum(asked) == 40
     assert json.loads((folder / "runs/eval/eval.json").read_text())["accuracy"] == result["accuracy"]
 
 
 def test_the_same_command_continues(folder, asked):
+    """And refuses other settings; one that an older file lacks counts as its default."""
     first = bench(folder, k=2)
     path = folder / "runs/eval/results-rows-tool_on.jsonl"
     lines = path.read_text().splitlines()
+    settings = json.loads(lines[0])["settings"]
+    del settings["eps"]
+    lines[0] = json.dumps({"settings": settings})
     path.write_text("\n".join(lines[:6]) + "\n" + lines[6][:50])   # killed in the midst of row 2
     asked.clear()
     again = bench(folder, k=2)
     assert sum(asked) == 8 and again["rows"] == first["rows"]
     asked.clear()
-    assert bench(folder, k=2)["rows"] == first["rows"] and not asked
-    bench(folder, k=2, in_flight=1)              # changes no answer
-    for change in (dict(max_tokens=99), dict(limit=3), dict(judge_name="x"), dict(k=3), dict(seed=1)):
+    assert bench(folder, k=2, in_flight=1)["rows"] == first["rows"] and not asked
+    for change in (dict(max_tokens=99), dict(limit=3), dict(k=3), dict(seed=1), dict(eps=0.2)):
         with pytest.raises(env.UserError, match="give another --out"):
             bench(folder, **{"k": 2, **change})
-
-
-def test_a_setting_that_is_missing_counts_as_its_default(folder):
-    bench(folder)
-    path = folder / "runs/eval/results-rows-tool_on.jsonl"
-    first, _, rest = path.read_text().partition("\n")
-    settings = json.loads(first)["settings"]
-    del settings["eps"]
-    path.write_text(json.dumps({"settings": settings}) + "\n" + rest)
-    bench(folder)
-    with pytest.raises(env.UserError, match="its eps is 0.3, not 0.2"):
-        bench(folder, eps=0.2)
 
 
 def test_with_and_without_the_tool(folder):
@@ -158,44 +139,19 @@ def test_with_and_without_the_tool(folder):
     assert off["repaired"] - off["broken"] == pytest.approx(on["accuracy"] - off["accuracy"])
 
 
-@pytest.fixture
-def endpoint(monkeypatch):
-    """An OpenAI-compatible server that says endpoint.reply (a text, or a status)."""
-    class Judge(http.server.BaseHTTPRequestHandler):
-        reply = "Yes."
-
-        def do_POST(self):
-            self.rfile.read(int(self.headers["Content-Length"]))
-            body = json.dumps({"choices": [{"message": {"content": Judge.reply}}]}).encode()
-            self.send_response(Judge.reply if isinstance(Judge.reply, int) else 200)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *_):
-            pass
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Judge)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr(data.time, "sleep", lambda seconds: None)
-    Judge.url = f"http://127.0.0.1:{server.server_port}/v1"
-    yield Judge
-    server.shutdown()
-    server.server_close()
-
-
-@pytest.mark.parametrize("reply, failed, accuracy", [
-    ("perhaps", 1, None), ("<think>no</think>\n**Yes**", 0, 1), ("No, it is not.", 0, None)])
-def test_judge(folder, endpoint, reply, failed, accuracy):
-    plain = bench(folder, out=f"{folder}/plain")["rows"]
-    endpoint.reply = reply
-    judged = bench(folder, judge_url=endpoint.url, judge_name="j")["rows"]
-    assert judged["judge_failed_rate"] == failed
-    if accuracy:                                 # everything that was answered is right now
-        accuracy = 1 - judged["unanswered_rate"]
-    assert judged["accuracy"] == pytest.approx(accuracy or plain["accuracy"])
-    endpoint.reply = 401                         # a judge that refuses ends the run
-    with pytest.raises(env.UserError, match="401"):
-        bench(folder, out=f"{folder}/refused", judge_url=endpoint.url, judge_name="j")
+def test_judge(folder):
+    """Its verdict counts, its failure is counted, and when it refuses the run ends."""
+    plain = bench(folder)["rows"]
+    for reply, failed in (("perhaps", 1), ("<think>no</think>\n**Yes**", 0), ("No, it is not.", 0), (401, 0)):
+        with serving(lambda body: reply) as url:
+            fields = dict(out=f"{folder}/{reply}"[:-1], judge_url=url, judge_name="j")
+            if reply == 401:
+                with pytest.raises(env.UserError, match="401"):
+                    bench(folder, **fields)
+                continue
+            judged = bench(folder, **fields)["rows"]
+        expected = 1 - plain["unanswered_rate"] if "Yes" in reply else plain["accuracy"]
+        assert judged["judge_failed_rate"] == failed and judged["accuracy"] == pytest.approx(expected)
 
 
 def test_a_question_about_an_image(folder, capsys):
@@ -205,25 +161,28 @@ def test_a_question_about_an_image(folder, capsys):
     assert "shown" in capsys.readouterr().out and "what?" in (folder / "runs/eval/report.html").read_text()
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_ranks_agree(folder, monkeypatch, world_size):
+def test_ranks_agree(folder, monkeypatch):
+    """Rows shared out over three ranks give the records of one."""
     rows = env.load_rows(f"{folder}/test.jsonl")
     cfg = evaluation.Config(in_flight=2)
-    want = evaluation.evaluate(None, rows, cfg, 0, 1, 2)
-    barrier, slots, got = threading.Barrier(world_size), {}, {}
+    barrier, slots, got = threading.Barrier(3), {}, {}
+    expected = evaluation.evaluate(None, rows, cfg, 0, 1, 2)
+
     def gather_objects(obj):
         slots[threading.current_thread().name] = obj
         barrier.wait()
-        gathered = [slots[str(rank)] for rank in range(world_size)]
+        gathered = [slots[str(rank)] for rank in range(3)]
         barrier.wait()
         return gathered
 
     def work(rank):
-        got[rank] = evaluation.evaluate(None, rows, cfg, rank, world_size, 2)
+        got[rank] = evaluation.evaluate(None, rows, cfg, rank, 3, 2)
+
     monkeypatch.setattr(sft, "gather_objects", gather_objects)
-    threads = [threading.Thread(target=work, args=(r,), name=str(r)) for r in range(world_size)]
+    threads = [threading.Thread(target=work, args=(rank,), name=str(rank)) for rank in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert all(json.dumps(got[rank]) == json.dumps(want) for rank in range(world_size))
+    for records in got.values():
+        assert json.dumps(records) == json.dumps(expected)

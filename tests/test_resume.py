@@ -67,15 +67,12 @@ def assert_same(a, b):
     assert Path(a, "last").read_text() == Path(b, "last").read_text()
 
 
-def by_chance(group, cfg):
-    """Rewards that differ from sample to sample."""
-    return [dict(total=zlib.crc32(str(traj.ids).encode()) % 101 / 101) for traj in group]
-
-
 @pytest.fixture
 def config(scenes, tmp_path, monkeypatch):
-    """config(stage, folder, **fields): a small run of the random policy."""
-    monkeypatch.setattr(env, "rewards", by_chance)
+    """config(stage, folder, **fields): a small run of the random policy, rewarded by chance."""
+    def rewards(group, cfg):
+        return [dict(total=zlib.crc32(str(traj.ids).encode()) % 101 / 101) for traj in group]
+    monkeypatch.setattr(env, "rewards", rewards)
 
     def make(name, folder, **more):
         small = dict(FLAGS[name], max_crops=1, turn_tokens=5, steps=3, keep=4)
