@@ -582,8 +582,7 @@ def optimizer_step(policy, optimizers, loss_sum, cfg, rest=False):
     sync_gradients(policy)
     loss_sum = all_sum([loss_sum], policy.device)[0]
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.clip_norm)
-    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm      # plain if nothing has a gradient
-    norm = norm.item()
+    norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
     skipped = not math.isfinite(loss_sum + norm)
     for optimizer in optimizers:
         if not skipped and not rest:

@@ -3,12 +3,11 @@ import collections
 import copy
 import doctest
 import json
-import math
 import random
 import re
 import sys
 import types
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,7 +15,7 @@ import torch
 from PIL import Image
 
 import env
-from env import EpisodeConfig, Shown, Trajectory, parse_action
+from env import EpisodeConfig, Shown, parse_action
 
 # An original of up to 96 x 96 pixels and crops of up to 64 x 64, as the model sees them.
 ROOMY = EpisodeConfig(max_crops=3, max_pixels=96 * 96, max_crop_pixels=64 * 64, max_tokens=900)
@@ -33,10 +32,9 @@ def crop(*bbox, img_idx=0):
     return call('{"bbox_2d": %s, "img_idx": %d}' % (list(bbox), img_idx))
 
 
-def picture(width, height, seed=0):
+def picture(width, height):
     """Smooth noise: every region looks different."""
-    rng = np.random.default_rng(seed)
-    noise = rng.integers(0, 256, (height // 10, width // 10, 3), dtype=np.uint8)
+    noise = np.random.default_rng(0).integers(0, 256, (height // 10, width // 10, 3), dtype=np.uint8)
     return Image.fromarray(noise).resize((width, height), Image.BICUBIC)
 
 
@@ -54,8 +52,6 @@ def row():
     return {"images": [picture(320, 200)], "problem": "Which colour is it?", "solution": "green", "doc_id": 5}
 
 
-# --- The parser -----------------------------------------------------------------------------------------
-
 # Turns between bars; GOOD and OK stand for a valid call, with and without its tags.
 TURNS = {
     "crop": "GOOD | <think>a</think>\nGOOD | <tool_call>OK</tool_call> | so: <tool_call> OK </tool_call> [5]"
@@ -65,18 +61,14 @@ TURNS = {
               " | <answer>red</answer></answer> | <answer>red</answer><think>GOOD",
     "none": " | red | </answer></tool_call> | OK | <think>GOOD</think> | <think>never closed GOOD<answer>x",
     "malformed": "GOODGOOD | GOOD<answer>a</answer> | <answer>a</answer><answer>a</answer>"
-                 " | <answer> </answer>"
-                 " | <answer>red | <tool_call>OK | </tool_call>OK<tool_call> | <tool_call></tool_call>"
+                 " | <answer> </answer> | <answer>red | <tool_call>OK | <tool_call></tool_call>"
                  " | <tool_call>OKOK</tool_call> | <tool_call>[OK]</tool_call> | <tool_call>null</tool_call>"
                  ' | <tool_call>{"name": "rm", "arguments": {"bbox_2d": [1, 2, 3, 4]}}</tool_call>'
-                 ' | <tool_call>{"bbox_2d": [1, 2, 3, 4]}</tool_call>'
                  ' | <tool_call>{"name": "image_zoom_in_tool"}</tool_call>'}
-# Values of bbox_2d, some with another argument.
-TAKEN = """[0.5, 2, 3.25, 1000] | [-5, 2, 3000, 4] | [1, 2, 3, 4], "img_idx": 99 | [1, 2, 3, 4], "label": 5"""
+# Values of bbox_2d that are refused, some with another argument.
 REFUSED = """null | [1, 2, 3] | [1, 2, 3, 4, 5] | "1234" | {"x1": 1} | [[1, 2], [3, 4]] | [1, 2, "3", 4]
- | [1, 2, null, 4] | [true, 2, 3, 4] | [1, 2, NaN, 4] | [1, 2, Infinity, 4] | [1, 2, -Infinity, 4]
- | [1, 2, 1e999, 4] | [1, 2, 3, 4], "img_idx": 1.0 | [1, 2, 3, 4], "img_idx": "1"
- | [1, 2, 3, 4], "img_idx": true | [1, 2, 3, 4], "img_idx": null"""
+ | [true, 2, 3, 4] | [1, 2, NaN, 4] | [1, 2, -Infinity, 4] | [1, 2, 1e999, 4]
+ | [1, 2, 3, 4], "img_idx": 1.0 | [1, 2, 3, 4], "img_idx": "1" | [1, 2, 3, 4], "img_idx": true"""
 
 
 @pytest.mark.parametrize("kind", TURNS)
@@ -93,11 +85,8 @@ def test_parse_action(kind):
 
 def test_arguments_of_a_call():
     """Only four finite numbers and a whole number are taken; a label decides nothing."""
-    long = ["[" * 100_000, f"[1, 2, {10 ** 400}, 4]", f"[1, 2, {'9' * 5000}, 4]"]
-    for kind, values in (("crop", TAKEN.split(" | ")), ("malformed", REFUSED.split(" | ") + long)):
-        for value in values:
-            assert parse_action(call('{"bbox_2d": %s}' % value)).kind == kind, value
-    assert parse_action(call("null")).kind == parse_action(call("{}")).kind == "malformed"
+    for value in [*REFUSED.split(" | "), "[" * 100_000, f"[1, 2, {'9' * 5000}, 4]"]:
+        assert parse_action(call('{"bbox_2d": %s}' % value)).kind == "malformed", value
     action = parse_action(call('{"bbox_2d": [1, 2.5, -3, 4], "img_idx": 2, "label": "sign"}'))
     assert (action.bbox, action.img_idx, action.label) == ((1.0, 2.5, -3.0, 4.0), 2, "sign")
     assert doctest.testmod(env).failed == 0
@@ -119,28 +108,25 @@ def hostile_text(rng):
         box = rng.choices(NUMBERS.split(), [20] * 4 + [1] * 14, k=rng.choice([4] * 15 + [3, 5]))
         return call('{"bbox_2d": [%s], "img_idx": %s}' % (", ".join(box), rng.choice(INDICES)))
     text = rng.choice([ANSWER, crop(*rng.choices(range(1001), k=4))])
-    for _ in range(rng.randrange(3)):
-        at = rng.randrange(len(text))
-        text = text[:at] + rng.choice(["", "<", "{", "9e9", text[:at]]) + text[at + rng.randrange(3):]
-    return text
+    at = rng.randrange(len(text))
+    return text[:at] + rng.choice(["", "<", "{", "9e9", text[:at]]) + text[at + rng.randrange(3):]
 
 
 def test_hostile_texts():
-    """250,000 texts: the parser never raises, and what it takes for a crop is refused by name or ends in
+    """200,000 texts: the parser never raises, and what it takes for a crop is refused by name or ends in
     whole pixels inside the image, with the least side and a ratio of at most 100, through three zooms."""
     rng = random.Random(0)
-    cfg = EpisodeConfig(min_crop_side=28)
     outcomes = collections.Counter()
     worlds = [images_of(640, 480, (100, 100, 400, 300), (150, 120, 170, 290), (150, 120, 153, 123)),
               images_of(2000, 20, (0, 0, 2000, 20), (1990, 0, 2000, 20)), images_of(7, 9)]
-    for i in range(250_000):
+    for i in range(200_000):
         action = parse_action(hostile_text(rng))
         outcomes[action.kind] += 1
         if action.kind != "crop":
             continue
         shown = worlds[i % 3]
         try:
-            x0, y0, x1, y1 = env.crop(action, shown, cfg).box
+            x0, y0, x1, y1 = env.crop(action, shown, EpisodeConfig(min_crop_side=28)).box
         except env.ToolError as e:
             outcomes[str(e)] += 1
             continue
@@ -148,43 +134,19 @@ def test_hostile_texts():
         sides = x1 - x0, y1 - y0
         assert 0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height and type(x0) is type(y1) is int
         assert sides[0] >= min(28, width) and sides[1] >= min(28, height) and max(sides) <= 100 * min(sides)
-    assert set(outcomes) == {"crop", "answer", *env.ERRORS}
-    assert outcomes["crop"] > 2 * (outcomes["index"] + outcomes["outside"]) and min(outcomes.values()) > 10
+    assert set(outcomes) == {"crop", "answer", *env.ERRORS} and min(outcomes.values()) > 10
 
-
-def test_hostile_turns(policy):
-    """Hostile turns as tokens: every turn but the last gets an observation; images, their tokens and their
-    budgets stay in step, and no control token is there but the format's own."""
-    proc, rng = policy.proc, random.Random(1)
-    [start] = proc.encode("<|im_start|>")
-    row = {"images": [picture(600, 20)], "problem": "?"}
-    executed = 0
-    for _ in range(150):
-        texts = [hostile_text(rng).encode("utf-8", "replace").decode() for _ in range(4)]
-        traj = env.render(proc, row, texts, replace(ROOMY, max_tokens=10 ** 6))
-        assert len(traj.ids) == len(traj.mask) == len(traj.logp) == traj.pos.shape[1]
-        assert traj.ids.count(start) == 3 + 2 * (len(traj.turns) - 1)
-        assert traj.ids.count(proc.image) == sum(math.prod(proc.grid(shown.view)) for shown in traj.shown)
-        executed += len(traj.crops)
-    assert executed > 25
-
-
-# --- Boxes ----------------------------------------------------------------------------------------------
 
 # The image that a call names, the call's box, the box that is executed. Of 1000 x 800, its crop 100 200 600
 # 600, and of that the crop 200 400 450 600. The least side is 28.
 EXECUTED = """0: 100 250 600 750 -> 100 200 600 600
 1: 200 500 700 1000 -> 200 400 450 600   mapped back through its parent
-2: 0 0 500 500 -> 200 400 325 500
 0: 600 750 100 250 -> 100 200 600 600    corners in any order
-0: 100 750 600 250 -> 100 200 600 600
-0: -500 900 200 5000 -> 0 720 200 800    cut off at the image
 1: -500 500 200 5000 -> 100 400 200 600  and at the parent
 0: 100.1 50 100.9 500 -> 86 40 114 400   outwards, then enlarged about its centre
 0: 999 999 1000 1000 -> 972 772 1000 800 and moved inside
 1: 990 990 1000 1000 -> 583 584 611 612  beyond its parent if need be
 0: 1100 0 1200 500 -> outside
-0: 0 -20 500 0 -> outside
 0: 5 5 5 100 -> empty
 3: 0 0 500 500 -> index
 -1: 0 0 500 500 -> index""".splitlines()
@@ -203,37 +165,22 @@ def test_executed_box(line):
     assert [str(value) for value in got] == expected.split()[:len(got)]
 
 
-def test_extreme_boxes():
-    """200 thousandths of 35 pixels are 7, though floats say 7.000000000000001. No side is over 100 times the
-    other."""
-    assert env.resolve_box((0, 500, 1000, 501), (0, 0, 4000, 1000), (4000, 1000), 28) == (0, 480, 4000, 520)
-    assert env.resolve_box((0, 750, 200, 1000), (0, 0, 35, 36), (35, 36), 1) == (0, 27, 7, 36)
-
-
 def test_crops_show_the_pixels_of_the_original(policy):
     """A crop of a crop is cut from the original, not from the view of the first crop."""
     image = picture(256, 192)
     texts = [crop(250, 167, 750, 833), crop(250, 500, 500, 750, img_idx=1)]
-    cfg = EpisodeConfig(max_crop_pixels=32 * 32)
-    traj = env.render(policy.proc, {"images": [image], "problem": "?"}, texts, cfg)
+    traj = env.render(policy.proc, {"images": [image], "problem": "?"}, texts,
+                      EpisodeConfig(max_crop_pixels=32 * 32))
     assert traj.crops == [(64, 32, 192, 160), (96, 96, 128, 128)]
     assert np.array_equal(traj.shown[2].view, np.asarray(image)[96:128, 96:128])
-    first = np.asarray(image.crop(traj.crops[0]).resize((32, 32), Image.BICUBIC)).astype(float)
-    assert np.abs(traj.shown[1].view.numpy() - first).mean() < 2
 
-
-# --- Tools ----------------------------------------------------------------------------------------------
 
 ROTATE = '''
 def parse_rotate(arguments):
-    if type(arguments.get("img_idx")) is not int:
-        raise ValueError("img_idx is not an integer")
     return Action("rotate", img_idx=arguments["img_idx"])
 
 
 def rotate(action, shown, cfg):
-    if not 0 <= action.img_idx < len(shown):
-        raise ToolError("index")
     frame = shown[action.img_idx].frame.transpose(Image.ROTATE_90)
     return Shown(frame, (0, 0, *frame.size), cfg.min_crop_pixels, cfg.max_crop_pixels, tool="rotate")
 
@@ -242,65 +189,42 @@ TOOLS["rotate"] = Tool({"type": "function", "function": {"name": "rotate_image"}
 '''
 
 
-@pytest.fixture
-def forked(monkeypatch):
-    """env.py with a second tool. It takes three places: an entry of TOOLS and two functions."""
+def test_a_second_tool(policy, row, monkeypatch):
+    """A fork adds an entry of TOOLS and two functions. Prompt, parser, episode and tokens know the tool; a crop
+    of what it shows is no crop of the original."""
     with open(env.__file__) as f:
         before, line, after = f.read().partition("\nERRORS = {")
-    module = types.ModuleType("forked_env")
-    monkeypatch.setitem(sys.modules, "forked_env", module)
-    exec(before + ROTATE + line + after, module.__dict__)
-    return module
-
-
-def test_a_second_tool(forked, policy, row):
-    """Prompt, parser, episode and tokens know it; a crop of what it shows is no crop of the original."""
+    forked = types.ModuleType("forked_env")
+    monkeypatch.setitem(sys.modules, "forked_env", forked)
+    exec(before + ROTATE + line + after, forked.__dict__)
     assert forked.SYSTEM.replace("\n" + forked.SCHEMAS[1], "") == env.SYSTEM != forked.SYSTEM
     turn = '<tool_call>{"name": "rotate_image", "arguments": {"img_idx": %s}}</tool_call>'
-    assert env.parse_action(turn % 0).kind == "malformed"
-    texts = [turn % 0, turn % 9, turn % "null", crop(0, 0, 500, 500, img_idx=1), crop(0, 0, 500, 500), ANSWER]
+    texts = [turn % 0, turn % "[", crop(0, 0, 500, 500, img_idx=1), crop(0, 0, 500, 500), ANSWER]
     traj = forked.render(policy.proc, row, texts, replace(ROOMY, max_crops=5, max_tokens=2000))
-    assert [turn.error for turn in traj.turns] == [None, "index", "malformed", None, None, None]
+    assert [turn.error for turn in traj.turns] == [None, "malformed", None, None, None]
     assert [shown.tool for shown in traj.shown] == [None, "rotate", "crop", "crop"]
     assert traj.shown[1].frame.size == (200, 320) and traj.crops == [(0, 0, 160, 100)]
-    assert forked.SCHEMAS[1] in policy.proc.decode(traj.ids) and traj.status == "answered"
 
 
-def test_system_prompt(policy, row):
-    """It holds the tool's schema and the two sentences that stock models know; without the tool neither."""
-    assert json.loads(env.SYSTEM.split("<tools>\n")[1].split("\n</tools>")[0]) == env.CROP_SCHEMA
-    assert "You may call one or more functions to assist with the user query.\n" in env.SYSTEM
-    assert ("For each function call, return a json object with function name and arguments within "
-            "<tool_call></tool_call> XML tags:\n") in env.SYSTEM
+def test_prompt_without_tools(policy, row):
     text = policy.proc.decode(env.reset(policy.proc, row, replace(ROOMY, max_crops=0)).ids)
     assert env.SYSTEM_NO_TOOL in text and "tool" not in text
 
 
-# --- The episode ----------------------------------------------------------------------------------------
-
-@dataclass
-class Noted(Trajectory):
-    notes: list = field(default_factory=list)
-
-
 def test_fork_of_a_trajectory(row):
-    """A copy goes on by itself, also in a list that was added to the class; images are the same objects."""
-    start = Noted(**vars(env.begin(row, ROOMY)))
-    first, second = start.fork(), start.fork()
-    first.notes.append("a")
+    """A copy goes on by itself; images are the same objects."""
+    start = env.begin(row, ROOMY)
+    first = start.fork()
     env.step(first, crop(0, 0, 500, 500), ROOMY)
-    assert start.notes == second.notes == second.turns == [] and len(second.shown) == 1
-    assert len(first.turns) == len(first.crops) == 1 and first.shown[0] is second.shown[0]
+    assert start.turns == start.crops == [] and len(start.shown) == 1
+    assert len(first.turns) == len(first.crops) == 1 and first.shown[0] is start.shown[0]
 
 
-TEXTS = dict(crop=crop(0, 0, 500, 500), bad=crop(1), idle="hm", answer=ANSWER, flat=crop(5, 5, 5, 9),
-             missing=crop(1, 1, 2, 2, img_idx=1))
+TEXTS = dict(crop=crop(0, 0, 500, 500), bad=crop(1), idle="hm", answer=ANSWER, flat=crop(5, 5, 5, 9))
 LIMITS = """crop crop crop -> over_turns, 2 crops, errors: None None None
 crop crop answer -> answered, 2 crops, errors: None None None
-crop bad crop -> over_turns, 1 crops, errors: None malformed None
-idle bad answer -> answered, 0 crops, errors: none malformed None
-flat missing idle -> over_turns, 0 crops, errors: empty index None
-answer -> answered, 0 crops, errors: None
+flat bad crop -> over_turns, 0 crops, errors: empty malformed None
+idle crop answer -> answered, 1 crops, errors: none None None
 crop -> open, 1 crops, errors: None""".splitlines()
 
 
@@ -316,18 +240,15 @@ def test_turn_limit(line, row):
     assert traj.answer == ("green" if traj.status == "answered" else None)
 
 
-# --- Tokens and mask ------------------------------------------------------------------------------------
-
 SEARCH = ["<think>Boxes A1 red. Look A1.</think>\n" + crop(250, 0, 750, 1000),
           "<think>Look closer.</think>\n" + crop(0, 500, 500, 1000, img_idx=1),
           "<think>Not there.</think>\n" + crop(0, 0, 500, 500, img_idx=7), ANSWER]
 SEEN = (None, None, env.ERRORS["index"])     # what the calls are answered with; None: an image
-GRIDS = (28, 12, 12)                         # image tokens of the original and of the two crops, by hand
 
 
 def expand(text):
-    """Repeat the one image token of each image as often as its grid needs it."""
-    counts = iter(GRIDS)
+    """Repeat the one image token of each image as often as its grid needs it: by hand 28, 12 and 12."""
+    counts = iter((28, 12, 12))
     return re.sub(r"<\|image_pad\|>", lambda found: found[0] * next(counts), text)
 
 
@@ -367,71 +288,52 @@ def test_an_observation_is_one_encoding(policy, row):
     assert traj.ids == like_qwen.encode(conversation(), add_special_tokens=False)
 
 
-IMAGE_PARTS = [{"type": "image"}, {"image": "x.png"}, {"type": "image_url", "image_url": {"url": "data:,"}}]
-
-
-def own_messages(row, image, text):
-    """SEARCH as text messages; image is an image's part, `text` what a part with text has beside it."""
+def own_messages(row, image):
+    """SEARCH as text messages; image is an image's part."""
     messages = [{"role": "system", "content": env.SYSTEM},
-                {"role": "user", "content": [image, {**text, "text": row["problem"]}]}]
-    for turn, seen in zip(SEARCH, SEEN):
-        shown = {**text, "text": seen} if seen else image
-        saw = [{**text, "text": "<tool_response>\n"}, shown, {**text, "text": "\n</tool_response>"}]
+                {"role": "user", "content": [image, {"text": row["problem"]}]}]
+    for turn, seen in zip(SEARCH, (*SEEN, None)):
+        shown = {"type": "text", "text": seen} if seen else image
+        saw = [{"text": "<tool_response>\n"}, shown, {"text": "\n</tool_response>"}]
         messages += [{"role": "assistant", "content": turn}, {"role": "user", "content": saw}]
-    return messages + [{"role": "assistant", "content": ANSWER}]
+    return messages[:-1]
 
 
-def openai_messages(row, as_text, reasoning):
-    """The same in OpenAI's form: tool_calls, whose arguments may be a text, and role tool."""
-    _, *messages = own_messages(row, IMAGE_PARTS[2], {"type": "text"})
+def openai_messages(row, as_text):
+    """The same in OpenAI's form: image_url, reasoning_content, tool_calls, role tool, no system prompt."""
+    messages = own_messages(row, {"type": "image_url", "image_url": {"url": "data:,"}})[1:]
     for message in messages[1:]:
         if message["role"] == "user":
             message.update(role="tool", content=message["content"][1:2])
             continue
         thought, body = message["content"].removeprefix("<think>").split("</think>\n")
-        message["content"] = None
-        if reasoning:
-            message["reasoning_content"] = thought
-        else:
-            message["content"] = f"<think>{thought}</think>"
-        if body.startswith("<answer>"):
-            message["content"] = body if reasoning else ANSWER
-            continue
-        function = json.loads(body.split("\n")[1])
-        if as_text:
-            function["arguments"] = json.dumps(function["arguments"])
-        message["tool_calls"] = [{"id": "1", "type": "function", "function": function}]
+        message.update(content=body, reasoning_content=thought)
+        if body.startswith("<tool_call>"):
+            function = json.loads(body.split("\n")[1])
+            if as_text:
+                function["arguments"] = json.dumps(function["arguments"])
+            message.update(content=None, tool_calls=[{"id": "1", "type": "function", "function": function}])
     return messages
 
 
 def template_ids(proc, messages, **more):
     apply = proc.tokenizer.apply_chat_template
-    text = apply(messages, chat_template=env.CHAT_TEMPLATE, tokenize=False, **more)
-    return proc.encode(expand(text))
+    return proc.encode(expand(apply(messages, chat_template=env.CHAT_TEMPLATE, tokenize=False, **more)))
 
 
-@pytest.mark.parametrize("image", IMAGE_PARTS)
-@pytest.mark.parametrize("text", [{}, {"type": "text"}])
-def test_chat_template(image, text, policy, row):
-    """A server gets exactly env's ids of our own messages, finished or open, with or without `tools`."""
+@pytest.mark.parametrize("image, as_text", [({"type": "image"}, True), ({"image": "x.png"}, False)])
+def test_chat_template(image, as_text, policy, row):
+    """A server gets exactly env's ids of our own messages, finished or open, and of OpenAI's form with `tools`,
+    also behind a system prompt of one's own."""
     ids = env.render(policy.proc, row, SEARCH, ROOMY).ids + policy.proc.encode("\n")
-    messages = own_messages(row, image, text)
-    assert template_ids(policy.proc, messages) == ids
-    assert template_ids(policy.proc, messages, tools=[env.CROP_SCHEMA]) == ids
+    messages = own_messages(row, image)
+    tools = [env.CROP_SCHEMA]
+    assert template_ids(policy.proc, messages) == template_ids(policy.proc, messages, tools=tools) == ids
     for turns in range(4):
         opened = template_ids(policy.proc, messages[:2 + 2 * turns], add_generation_prompt=True)
         assert opened == env.render(policy.proc, row, SEARCH[:turns], ROOMY).ids
-
-
-@pytest.mark.parametrize("as_text", [True, False])
-@pytest.mark.parametrize("reasoning", [True, False])
-def test_openai_form(as_text, reasoning, policy, row):
-    """tools, tool_calls, role tool, image_url and reasoning_content give the same ids, also behind a system
-    prompt of one's own."""
-    ids = env.render(policy.proc, row, SEARCH, ROOMY).ids + policy.proc.encode("\n")
-    messages = openai_messages(row, as_text, reasoning)
     for system in ([], [{"role": "system", "content": env.INTRO}]):
-        assert template_ids(policy.proc, system + messages, tools=[env.CROP_SCHEMA]) == ids
+        assert template_ids(policy.proc, system + openai_messages(row, as_text), tools=tools) == ids
 
 
 def test_special_tokens_in_data_stay_text(policy, row):
@@ -448,47 +350,37 @@ def test_special_tokens_in_data_stay_text(policy, row):
     assert proc.decode(ids) == evil
 
 
-def test_a_turn_that_is_cut_off(policy, row):
-    """It gets an <|im_end|> that was given: mask 0, no log-probability; the parser reads what there is."""
-    proc = policy.proc
-    traj = env.reset(proc, row, ROOMY)
-    ids = proc.encode("<think>black")
-    n = len(ids)
-    text = env.respond(traj, proc, ids, [-1.0] * n)
-    assert text == "<think>black" and traj.ids[-n - 1:] == ids + [proc.end]
-    assert traj.mask[-n - 1:] == [1] * n + [0] and traj.logp[-n - 1:] == [-1.0] * n + [0.0]
-    env.step(traj, text, ROOMY, proc)
-    assert env.ERRORS["none"] in proc.decode(traj.ids)
-
-
-def test_every_end_id_ends_a_turn(policy, row):
-    """The generation config may name several. None is in the text; the next header follows an <|im_end|>."""
+def test_the_end_of_a_turn(policy, row):
+    """The generation config may name several end ids. None is in the text. The next header follows an
+    <|im_end|>: where it was not sampled, it is given, with mask 0 and no log-probability."""
     other = policy.proc.tokenizer.convert_tokens_to_ids("<|endoftext|>")
     proc = env.Processor(policy.proc.tokenizer, 16, ends=[other])
     ids = proc.encode_data(ANSWER, keep=env.TAGS)
-    for end, added, mask in ((other, [other, proc.end], [1, 1, 0]), (proc.end, [proc.end], [1, 1])):
+    for end, given in (([], [proc.end]), ([other], [proc.end]), ([proc.end], [])):
         traj = env.reset(proc, row, ROOMY)
-        assert env.respond(traj, proc, [*ids, end]) == ANSWER
-        assert traj.ids[-len(added):] == added and traj.mask[-len(mask):] == mask
+        sampled = ids + end
+        n = len(traj.ids)
+        assert env.respond(traj, proc, sampled, [-1.0] * len(sampled)) == ANSWER
+        assert traj.ids[n:] == sampled + given
+        assert traj.mask[n:] == [1] * len(sampled) + [0] * len(given)
+        assert traj.logp[n:] == [-1.0] * len(sampled) + [0.0] * len(given)
 
 
-def test_an_observation_that_does_not_fit(policy, row):
-    """It fits with room for a token and its end, or it is not entered at all: no ids, no image, no crop."""
+def test_token_limit(policy, row):
+    """An observation fits with room for a token and its end, or it is not entered at all: no ids, no image, no
+    crop. Likewise a turn that is rendered. A prompt that does not fit is the user's mistake."""
     proc = policy.proc
-    whole = env.render(proc, row, SEARCH[:1], ROOMY)
-    fits = replace(ROOMY, max_tokens=len(whole.ids) + 2)
-    assert env.render(proc, row, SEARCH[:1], fits).ids == whole.ids
-    traj = env.render(proc, row, SEARCH[:1], replace(ROOMY, max_tokens=len(whole.ids) + 1))
-    start = env.reset(proc, row, ROOMY)
-    env.respond(start, proc, proc.encode_data(SEARCH[0], keep=env.TAGS) + [proc.end])
-    assert traj.ids == start.ids and (traj.status, traj.answer, traj.crops) == ("over_tokens", None, [])
-    prompt = len(env.reset(proc, row, ROOMY).ids)
-    env.reset(proc, row, replace(ROOMY, max_tokens=prompt + 2))
+    prompt, whole = env.reset(proc, row, ROOMY).ids, env.render(proc, row, SEARCH[:1], ROOMY).ids
+    turn = proc.encode_data(SEARCH[0], keep=env.TAGS) + [proc.end]
+    for limit, ids in ((len(whole) + 2, whole), (len(whole) + 1, prompt + turn),
+                       (len(prompt + turn), prompt + turn), (len(prompt + turn) - 1, prompt)):
+        traj = env.render(proc, row, SEARCH[:1], replace(ROOMY, max_tokens=limit))
+        fits = ids == whole
+        assert traj.ids == ids and traj.status == ("open" if fits else "over_tokens")
+        assert len(traj.crops) == fits
     with pytest.raises(env.UserError, match="row 5: .*max_tokens"):
-        env.reset(proc, row, replace(ROOMY, max_tokens=prompt + 1))
+        env.reset(proc, row, replace(ROOMY, max_tokens=len(prompt) + 1))
 
-
-# --- Positions and views --------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("family", ["policy", "policy25"])
 def test_positions(family, request):
@@ -514,18 +406,9 @@ def test_positions(family, request):
 @pytest.mark.parametrize("cfg", [EpisodeConfig(), EpisodeConfig(**env.REAL_EPISODE)])
 def test_views_keep_to_their_budget(factor, cfg):
     """Sides are multiples of an image token's, the area is in the budget, also of small and of thin boxes."""
-    row = {"images": [Image.new("RGB", (500, 500))]}
+    frame = Image.new("RGB", (500, 500))
+    original = env.begin({"images": [frame]}, cfg).shown[0]
     for width, height in ((1, 1), (9, 7), (38, 14), (14, 38), (300, 3), (4, 400), (37, 500), (500, 500)):
-        box = (0, 0, width, height)
-        original = replace(env.begin(row, cfg).shown[0], box=box)
-        zoom = Shown(original.frame, box, cfg.min_crop_pixels, cfg.max_crop_pixels)
-        for shown in (original, zoom):
-            size = shown.resized(factor).size
-            assert size[0] % factor == size[1] % factor == 0 < size[0] * size[1] <= shown.max_pixels, shown
-
-
-@pytest.mark.parametrize("name", ["max_pixels", "max_crop_pixels"])
-def test_a_view_under_one_token_is_a_line(name, policy, row):
-    cfg = replace(ROOMY, min_crop_pixels=16, **{name: 255})
-    with pytest.raises(env.UserError, match=f"--{name}.*16 x 16; raise it"):
-        env.render(policy.proc, row, SEARCH, cfg)
+        for least, most in ((original.min_pixels, cfg.max_pixels), (cfg.min_crop_pixels, cfg.max_crop_pixels)):
+            size = Shown(frame, (0, 0, width, height), least, most).resized(factor).size
+            assert size[0] % factor == size[1] % factor == 0 < size[0] * size[1] <= most

@@ -4,7 +4,7 @@
     KILLS=4 python -m pytest -m slow tests/test_resume.py      # real runs, killed
 
 Bits are compared: logs (without times), weights, optimizers. The slow tests start the real command lines with
-two threads, the default of a machine with two cores.
+the threads that two cores get by default: two for one process, one for each of torchrun's ranks.
 """
 import itertools
 import json
@@ -172,7 +172,7 @@ def start(name, ranks, scenes, model, out, *options):
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *options]
     command += [f"{ROOT}/{name}.py", f"--data={scenes}", f"--model={model}", f"--out={out}"]
     command += [f"--{flag}={value}" for flag, value in FLAGS[name].items()]
-    environment = {**os.environ, "OMP_NUM_THREADS": "2", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(2 // ranks), "OMP_WAIT_POLICY": "passive"}
     printed = open(f"{out}.txt", "a")
     return subprocess.Popen(command, stdout=printed, stderr=subprocess.STDOUT, env=environment)
 
@@ -239,11 +239,10 @@ def test_two_threads_are_exact(name, ranks, whole, scenes, model, tmp_path):
 def test_killed_at_any_moment(i, whole, scenes, model, tmp_path):
     """SIGKILL to all processes at a random moment of steps and saves, then the same command again."""
     name, ranks = (("sft", 1), ("rppo", 2), ("rppo", 1), ("sft", 2))[i % 4]
-    rng = random.Random(i)
     out = f"{tmp_path}/run"
     process = start(name, ranks, scenes, model, out)
-    wait_for_lines(process, out, rng.randrange(6))
-    time.sleep(rng.uniform(0, 0.2))
+    wait_for_lines(process, out, random.Random(i).randrange(6))
+    time.sleep(random.Random(i).uniform(0, 0.2))
     kill(process)
     assert process.returncode == -signal.SIGKILL, Path(f"{out}.txt").read_text()[-3000:]
     finish(start(name, ranks, scenes, model, out), out)
