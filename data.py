@@ -5,16 +5,15 @@
     python data.py --images=photos --annotator=https://host/v1 --annotator_name=NAME --out=data/mine \\
                    --policy=http://localhost:8000/v1 --policy_name=NAME    # questions about photographs
 
-A row is one JSON object a line, in the published schema of DRIM-VisualReasonHard and of Mini-o3's RL data,
-with a few optional fields. Image paths are relative to the file; `boxes` (the evidence) are pixels of the
-original. A cold-start row also has `turns`, the assistant's texts; what it saw is replayed through the tool.
+A row is one JSON object a line, in the published schema of DRIM-VisualReasonHard and Mini-o3, with optional
+fields: `boxes` (the evidence, in pixels of the original) and, in a cold-start row, `turns` (the assistant's
+texts; what it saw is replayed through the tool). Image paths are relative to the file.
 
     {"images": ["test/0.png"], "doc_id": "test-0-0", "problem": "...", "solution": "green",
      "data_source": "tiny", "boxes": [[116, 84, 140, 108]], "difficulty": 3}
 
-Writes to --out: {sft,train,test}.jsonl, config.json; for scenes their images and tiny/, the random model; for
-photographs answers.jsonl (all answers: the same command goes on where it was stopped and pays for nothing
-twice) and data_card.json (what was dropped and why). Rows that another command made are never overwritten.
+Writes <out>/{sft,train,test}.jsonl, config.json; for scenes images and tiny/, the random model; for photographs
+answers.jsonl (the same command goes on and pays for nothing twice) and data_card.json (what was dropped).
 """
 import ast
 import base64
@@ -84,10 +83,10 @@ class Config(ScenesConfig, PhotosConfig):
 
 
 # --- The built-in scenes: coloured boxes on a 4 x 4 grid, whose evidence can be seen in crops alone --------
-# In every box of the asked colour a mark is printed in dots. In one of them, the target, it is what is asked
-# for; in the others, its look-alikes, it says nothing. Between the dots the box is shifted the other way, so
-# that its mean stays: when the whole is shrunk, the dots are gone (tests/probe.py shows that the whole view
-# does not tell). So: list the boxes, zoom into one, and if it is not the target go on to the next.
+# In every box of the asked colour a mark is printed in dots: in the target what is asked for, in its
+# look-alikes nothing of use. Between the dots the box is shifted the other way, so that its mean stays: when
+# the whole is shrunk, the dots are gone (tests/probe.py). So: list the boxes, zoom into one, and if it is not
+# the target, go on.
 
 GRID = 4
 # Every channel is 12 more than a multiple of 24: what a dot adds, the pixels around it give back unrounded.
@@ -293,8 +292,9 @@ def make_tokenizer(rows):
     """A tokenizer for cold-start rows. Words, system prompt and constant parts of calls are tokens."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
-    _, call, _ = re.split("</?tool_call>", look(np.zeros(4)))
-    frames = [piece for piece in call.split("0") if len(piece) > 2]
+    frames = []
+    for tool in env.TOOLS.values():
+        frames += [piece for piece in f"\n{tool.example}\n".split("0") if len(piece) > 2]
     whole = [*env.TAGS, env.SYSTEM, *frames]
     texts = [*env.ERRORS.values(), env.SYSTEM_NO_TOOL, "user\n", "assistant\n", "system\n", "\n"] * 50
     for row in rows:

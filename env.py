@@ -131,7 +131,7 @@ def resolve_box(bbox, parent, full_size, min_side):
 class Shown:
     """One image that the policy was shown: `box` of `frame`, resized into a pixel budget."""
     frame: Image.Image               # full resolution, RGB; crops are cut from it, never from a shrunken view
-    box: tuple                       # pixels of the frame
+    box: tuple                       # pixels of the frame; a tool that keeps the frame keeps rewards right
     min_pixels: int
     max_pixels: int
     tool: str | None = None          # the entry of TOOLS that made it; None: an image of the row
@@ -158,6 +158,7 @@ class Action:
     img_idx: int = 0                 # 0 is the original, k the k-th image that a tool made
     answer: str | None = None
     label: str | None = None         # kept, decides nothing
+    arguments: dict | None = None    # of another tool, as parsed
     error: str | None = None         # why it is malformed, for logs; the policy reads ERRORS
 
 
@@ -166,6 +167,7 @@ class Tool:
     schema: dict                     # JSON schema, as in the system prompt
     parse: Callable                  # arguments (dict) -> Action; ValueError says what is wrong with them
     run: Callable                    # (action, images so far, EpisodeConfig) -> Shown; ToolError refuses
+    example: str = ""                # a call, its values 0: what the tiny tokenizer makes a token of
 
 
 def parse_crop(arguments):
@@ -199,7 +201,8 @@ CROP_SCHEMA = {"type": "function", "function": {
         "img_idx": {"type": "integer", "description": "0 is the original image, k the k-th crop; default 0"},
         "label": {"type": "string", "description": "what is looked for (optional)"}},
         "required": ["bbox_2d"]}}}
-TOOLS = {"crop": Tool(CROP_SCHEMA, parse_crop, crop)}
+CROP_EXAMPLE = '{"name": "image_zoom_in_tool", "arguments": {"bbox_2d": [0, 0, 0, 0], "img_idx": 0}}'
+TOOLS = {"crop": Tool(CROP_SCHEMA, parse_crop, crop, CROP_EXAMPLE)}
 ERRORS = {   # what the policy reads after a mistake: fixed texts, so that nothing it wrote is echoed
     "none": "Error: no action. Call the tool or answer.",
     "malformed": "Error: the call could not be read.",
@@ -462,7 +465,7 @@ def reset(proc, row, cfg):
     ids = ids + proc.encode_data(row["problem"]) + proc.encode(AFTER_QUESTION)
     if len(ids) + 2 > cfg.max_tokens:            # 2: a token and <|im_end|>
         raise UserError(f"row {row.get('doc_id')}: its prompt of {len(ids)} tokens does not fit; raise "
-                        f"--max_tokens (now {cfg.max_tokens}) or lower --max_pixels")
+                        f"--max_tokens={cfg.max_tokens}, lower --max_pixels, or remake tiny/ for new TOOLS")
     traj.extend(proc, ids, view=view)
     return traj
 

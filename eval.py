@@ -371,9 +371,8 @@ def record(index, sample, traj, eps):
     """An answer as tables, page and a later run read it (JSON): the row's fields and what was made of it."""
     turns = []
     for turn in traj.turns:
-        made = turn.shown
-        turns.append({"text": turn.text, "error": env.ERRORS.get(turn.error),
-                      "tool": made and made.tool, "box": made and made.box})
+        box = turn.shown.box if turn.shown and turn.shown.tool == "crop" else None
+        turns.append({"text": turn.text, "error": env.ERRORS.get(turn.error), "box": box})
     return {**traj.row, "index": index, "sample": sample, "turns": turns, "answer": traj.answer,
             "status": traj.status, "right": env.is_right(traj), "metrics": measure(traj, eps)}
 

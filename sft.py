@@ -502,8 +502,7 @@ def does_not_load(path, error):
     folder, step = os.path.split(path)
     cure = "give another --model, or make one with `torchrun sft.py`"
     if step.isdigit() and os.path.isdir(folder):
-        others = sorted(set(os.listdir(folder)) - {step})
-        cure = f"write another step, of {others}, into {os.path.dirname(folder)}/last"
+        cure = f"write another of {set(os.listdir(folder)) - {step}} into {os.path.dirname(folder)}/last"
     return UserError(f"{path}: does not load ({type(error).__name__}: {str(error)[:200]}); {cure}")
 
 
