@@ -12,7 +12,7 @@ texts; what it saw is replayed through the tool). Image paths are relative to th
     {"images": ["test/0.png"], "doc_id": "test-0-0", "problem": "...", "solution": "green",
      "data_source": "tiny", "boxes": [[116, 84, 140, 108]], "difficulty": 3}
 
-Writes <out>/{sft,train,test}.jsonl, config.json; for scenes images and the random model tiny/; for photographs
+Writes <out>/{sft,train,test}.jsonl, config.json; of scenes images and the random model tiny/; of photographs
 answers.jsonl (the same command goes on and pays for nothing twice) and data_card.json (what was dropped).
 """
 import ast

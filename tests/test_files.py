@@ -17,7 +17,7 @@ def test_readable_images(tmp_path):
     red = Image.new("RGB", (60, 40), (200, 0, 0))
     clear = red.convert("RGBA")
     clear.paste((0, 0, 0, 0), (0, 0, 30, 40))
-    exif = Image.Exif()
+    exif = red.getexif()
     exif[274] = 6                        # stored lying on its side
     red.save(tmp_path / "turned.jpg", exif=exif, quality=95)
     red.convert("CMYK").save(tmp_path / "cmyk.jpg", quality=95)
@@ -58,7 +58,6 @@ def test_image_root(tmp_path):
     for path in ("../root2/x.png", "link/root2/x.png", "/etc/passwd", "..", "x\0/../../y\ud800"):
         with pytest.raises(env.UserError, match="row 5: .*outside"):
             env.find_image(str(root), path, "row 5", True)
-    assert env.find_image(str(root), "../root2/x.png", "row 5", False)
 
 
 ROW = {"images": ["a.png"], "problem": "<image>a\u2028b", "solution": "red", "extra": "é"}

