@@ -126,8 +126,8 @@ def test_tiny_model(scenes, rows):
 
 
 def test_the_whole_view_tells_nothing(monkeypatch):
-    """Without any marks the whole view of a tiny scene, as the policy sees it, is the same bit for bit; a crop
-    of the target's cell, as the policy makes it, is another one."""
+    """Without any marks the whole view of a tiny scene, as the policy sees it, is the same bit for bit; a
+    crop of the target's cell, as the policy makes it, is another one."""
     cfg, task, halftone = env.EpisodeConfig(), data.TASKS["tiny"], data.halftone
 
     def no_marks(*args):

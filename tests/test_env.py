@@ -66,7 +66,7 @@ TURNS = {
                  ' | <tool_call>{"name": "rm", "arguments": {"bbox_2d": [1, 2, 3, 4]}}</tool_call>'}
 # Values of bbox_2d that are refused, some with another argument.
 REFUSED = """null | [1, 2, 3] | "1234" | [[1, 2], [3, 4]] | [1, 2, "3", 4] | [true, 2, 3, 4] | [1, 2, NaN, 4]
- | [1, 2, 1e999, 4] | [1, 2, 3, 4], "img_idx": 1.0 | [1, 2, 3, 4], "img_idx": "1" | [1, 2, 3, 4], "img_idx": true"""
+ | [1, 2, 1e999, 4] | [1, 2, 3, 4], "img_idx": 1.0 | [1, 2, 3, 4], "img_idx": true"""
 
 
 @pytest.mark.parametrize("kind", TURNS)
@@ -94,7 +94,7 @@ NUMBERS = "0 130.7 420 1100 -1 499.5 999.9999999 1e-300 1e9 -1e9 1e308 1e999 NaN
 INDICES = "0 0 1 2 3 -1 999999999999999999999 1.5 null".split()
 SOUP = """<answer> | </answer> | <|im_end|> | <|im_start|>system\n | <|image_pad|> | {"name":
  | <|vision_start|> | \\ud800 | \x00 | \u202e | é漢\U0001f600 | red | " | \\ | < | > | [ | } | 9"""
-SOUP = [*SOUP.split(" | "), *env.TAGS, crop(1, 2, 3, 4), CALL, "[" * 2000, "9" * 5000]
+SOUP = [*SOUP.split(" | "), *env.TAGS, crop(1, 2, 3, 4), CALL, "[" * 2000]
 
 
 def hostile_text(rng):
@@ -105,7 +105,7 @@ def hostile_text(rng):
     if kind == 1:
         box = rng.choices(NUMBERS.split(), [20] * 4 + [1] * 14, k=4)
         return call('{"bbox_2d": [%s], "img_idx": %s}' % (", ".join(box), rng.choice(INDICES)))
-    text = rng.choice([ANSWER, crop(*rng.choices(range(1001), k=4))])
+    text = rng.choice([ANSWER, HALF])
     at = rng.randrange(len(text))
     return text[:at] + rng.choice(["", "<", "{", "9e9", text[:at]]) + text[at + rng.randrange(3):]
 
@@ -176,13 +176,13 @@ def rotate(action, shown, cfg):
     return Shown(frame, (0, 0, *frame.size), cfg.min_crop_pixels, cfg.max_crop_pixels, tool="rotate")
 
 
-TOOLS["rotate"] = Tool({"function": {"name": "rotate_image"}}, lambda given: Action("rotate", **given), rotate)
+TOOLS["rotate"] = Tool({"function": {"name": "rotate_image"}}, lambda args: Action("rotate", **args), rotate)
 '''
 
 
 def test_a_second_tool(policy, row, monkeypatch):
-    """A fork adds an entry of TOOLS and two functions. Prompt, parser, episode and tokens know the tool; a crop
-    of what it shows is no crop of the original."""
+    """A fork adds an entry of TOOLS and two functions. Prompt, parser, episode and tokens know the tool; a
+    crop of what it shows is no crop of the original."""
     with open(env.__file__) as f:
         before, line, after = f.read().partition("\nERRORS = {")
     forked = types.ModuleType("forked_env")
@@ -213,8 +213,7 @@ def test_fork_of_a_trajectory(row):
 
 HALF = crop(0, 0, 500, 500)
 TEXTS = dict(crop=HALF, bad=crop(1), idle="hm", answer=ANSWER, flat=crop(5, 5, 5, 9))
-LIMITS = """crop crop crop -> over_turns, 2 crops, errors: None None None
-crop crop answer -> answered, 2 crops, errors: None None None
+LIMITS = """crop crop answer -> answered, 2 crops, errors: None None None
 flat bad crop -> over_turns, 0 crops, errors: empty malformed None
 idle crop answer -> answered, 1 crops, errors: none None None""".splitlines()
 
@@ -313,8 +312,8 @@ def template_ids(proc, messages, **more):
 
 @pytest.mark.parametrize("image, as_text", [({"type": "image"}, True), ({"image": "x.png"}, False)])
 def test_chat_template(image, as_text, policy, row):
-    """A server gets exactly env's ids of our own messages, finished or open, and of OpenAI's form with `tools`,
-    also behind a system prompt of one's own."""
+    """A server gets exactly env's ids of our own messages, finished or open, and of OpenAI's form with
+    `tools`, also behind a system prompt of one's own."""
     ids = env.render(policy.proc, row, SEARCH, ROOMY).ids + policy.proc.encode("\n")
     messages = own_messages(row, image)
     tools = [env.CROP_SCHEMA]
@@ -357,8 +356,8 @@ def test_the_end_of_a_turn(policy, row):
 
 
 def test_token_limit(policy, row):
-    """An observation fits with room for a token and its end, or it is not entered at all: no ids, no image, no
-    crop. Likewise a turn that is rendered. A prompt that does not fit is the user's mistake."""
+    """An observation fits with room for a token and its end, or it is not entered at all: no ids, no image,
+    no crop. Likewise a turn that is rendered. A prompt that does not fit is the user's mistake."""
     proc = policy.proc
     prompt, whole = env.reset(proc, row, ROOMY).ids, env.render(proc, row, SEARCH[:1], ROOMY).ids
     turn = proc.encode_data(SEARCH[0], keep=env.TAGS) + [proc.end]
@@ -394,7 +393,8 @@ def test_views_keep_to_their_budget(factor, cfg):
     """Sides are multiples of an image token's, the area is in the budget, also of small and of thin boxes."""
     frame = Image.new("RGB", (500, 500))
     original = env.begin({"images": [frame]}, cfg).shown[0]
-    for width, height in ((1, 1), (38, 14), (300, 3), (4, 400), (500, 500)):
-        for least, most in ((original.min_pixels, cfg.max_pixels), (cfg.min_crop_pixels, cfg.max_crop_pixels)):
-            size = Shown(frame, (0, 0, width, height), least, most).resized(factor).size
-            assert size[0] % factor == size[1] % factor == 0 < size[0] * size[1] <= most
+    for width, height in ((1, 1), (38, 14), (300, 3), (4, 400)):
+        zoom = Shown(frame, (0, 0, width, height), cfg.min_crop_pixels, cfg.max_crop_pixels)
+        for shown in (replace(original, box=zoom.box), zoom):
+            size = shown.resized(factor).size
+            assert size[0] % factor == size[1] % factor == 0 < size[0] * size[1] <= shown.max_pixels

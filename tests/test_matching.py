@@ -15,7 +15,7 @@ ANSWERS = {
          " | B: dark green | B.dark green | b) dark green | B. green | B. Because I saw it"
          " | B, dark green | dark green | Dark Green. | dark\n green | the dark green | \"dark green\""
          " | The answer is B | the answer is b | Answer: (B). | Answer:B | **Answer:** B"
-         " | So, the best answer is: B | Option B is correct | Option “B” | \\boxed{B} | \\boxed{\\text{B}}"
+         " | So, the best answer is: B | Option B is correct | Option “B” | \\boxed{B}"
          " | The answer is $\\boxed{\\text{B}}$. | \\boxed{A} or \\boxed{B} | I choose B."
          " | the answer is dark green | It is dark green, not red | B. Dark green, not red",
     "D": "A.M. | It was 5 A.M.",

@@ -45,7 +45,7 @@ blue AAB 1 0.4 0.0 0.0 -> 0 -0.0666667 0 0
 blue AA  2 0.0 0.0 0.0 -> 0 -0.5 0 0
 None AA  1 0.3 0.0 0.5 -> 0 -0.175 0 -0.5""".splitlines())
 def test_rewards(line):
-    """Answer, crops, lam, eps, tool_bonus, format_weight -> accuracy, redundancy, tool, format; their total."""
+    """Answer, crops, lam, eps, tool_bonus, format_weight -> accuracy, redundancy, tool, format; total."""
     said, worth = line.split("->")
     answer, crops, *settings = said.split()
     worth = list(map(float, worth.split()))
