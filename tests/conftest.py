@@ -1,6 +1,10 @@
 """Fixtures of all tests: a few built-in scenes, and two tiny random policies, one of each model family."""
+import http.server
+import json
 import os
 import sys
+import threading
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -69,3 +73,20 @@ def amplify(vlm, factor=8.0):
             seen.add(p.data_ptr())
             p.mul_(factor)
     return vlm
+
+
+@contextmanager
+def serving(script):
+    """Yields the address of an endpoint that says script(body): a text, an HTTP status or "cut"."""
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            reply = script(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(reply if isinstance(reply, int) else 200)
+            self.end_headers()
+            text = json.dumps({"choices": [{"message": {"role": "assistant", "content": reply}}]})
+            self.wfile.write(text[:20 if reply == "cut" else None].encode())
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/v1"
+        server.shutdown()

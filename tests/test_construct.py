@@ -1,16 +1,14 @@
 """Questions about photographs (data.py --images): the whole command against a scripted endpoint, killed and
 started again, and on images and answers that are no good."""
 import base64
-import http.server
 import io
 import json
-import threading
 from collections import Counter
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from conftest import serving
 from PIL import Image
 
 import data
@@ -93,23 +91,6 @@ class Script:
             made = {"question": f"What is on the sign of house {i}?", "answer": answer}
             answer = f"```json\n{json.dumps(made)}\n```"
         return f"<think>try {nth}</think>\n<answer>{answer}</answer>"
-
-
-@contextmanager
-def serving(script):
-    """Yields the address of an endpoint that says script(body): a text, an HTTP status or "cut"."""
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_POST(self):
-            reply = script(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            self.send_response(reply if isinstance(reply, int) else 200)
-            self.end_headers()
-            text = json.dumps({"choices": [{"message": {"role": "assistant", "content": reply}}]})
-            self.wfile.write(text[:20 if reply == "cut" else None].encode())
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}/v1"
-        server.shutdown()
 
 
 def files(cfg):

@@ -4,8 +4,8 @@ import json
 import numpy as np
 import pytest
 import torch
+from conftest import serving
 from PIL import Image
-from test_construct import serving
 
 import env
 import eval as evaluation
