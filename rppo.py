@@ -64,7 +64,7 @@ REAL = dict(env.REAL_EPISODE, in_flight=16, steps=200, prompts=32, samples=8, mi
             train_vision=False, recompute=True, shard=True)
 
 
-# --- The objective. FORK: the algorithm, in the next four functions --------
+# --- The objective. FORK: the algorithm, in the next five functions --------
 
 def group_advantages(rewards, norm_std):
     """rewards (P, G) -> advantages (P, G): minus the group's mean, divided by its unbiased std if asked.
@@ -90,14 +90,18 @@ def has_gradient(sample, cfg):
     return sample.advantage != 0 and counts(sample, cfg)
 
 
+def ratios(logp, old_logp, mask):
+    """How much likelier each token has become (B, T); 1 where the mask is 0."""
+    return torch.where(mask > 0, logp - old_logp, 0.0).exp()
+
+
 def policy_loss(logp, old_logp, advantages, mask, clip_low, clip_high, n_tokens=None):
     """The clipped loss (PPO, arXiv 1707.06347). logp, old_logp, mask (B, T), advantages (B,) -> scalar.
 
     Summed over the mask and divided by n_tokens (default: the mask's sum). Training passes the global count
     of the step, so that the loss does not depend on micro-batches or ranks. 0 for an empty mask.
     """
-    log_ratio = torch.where(mask > 0, logp - old_logp, 0.0)
-    ratio = log_ratio.exp()
+    ratio = ratios(logp, old_logp, mask)
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     advantages = advantages[:, None]
     surrogate = torch.minimum(ratio * advantages, clipped * advantages)
@@ -167,17 +171,17 @@ def update(policy, optimizers, samples, cfg):
             batch = sft.collate([s.traj for s in chosen], policy.proc)
             with policy.autocast():
                 logp, entropy = policy(batch, cfg.temperature)                # (n,) the trained tokens
+            mask = batch["mask"][:, 1:].to(device)                            # (b, T-1)
+            logp = torch.zeros_like(mask).masked_scatter(mask > 0, logp)      # back to their places
             if k == 0:
                 old[j] = logp.detach()                                        # nothing has been updated yet
-            mask = batch["mask"][:, 1:].to(device)                            # (b, T-1)
             advantages = torch.tensor([s.advantage for s in chosen], device=device)
-            loss = policy_loss(spread(logp, mask), spread(old[j], mask), advantages, mask,
-                               cfg.clip_low, cfg.clip_high, n_tokens)
-            loss.backward()
+            loss = policy_loss(logp, old[j], advantages, mask, cfg.clip_low, cfg.clip_high, n_tokens)
+            loss.backward()              # FORK: another term of the loss goes before this
             loss_sum += loss.item()
             if j < busy:
-                sampled = batch["logp"][:, 1:].to(device)[mask > 0]
-                sums += log_sums(logp.detach(), old[j], sampled, entropy, cfg)
+                sampled = batch["logp"][:, 1:].to(device)
+                sums += log_sums(logp.detach(), old[j], sampled, mask, entropy, cfg)
         # In a step of flat groups alone, the optimizers' momentum would still move the weights.
         _, norm, skip = sft.optimizer_step(policy, optimizers, loss_sum, cfg, rest=n_busy == 0)
         skipped += skip
@@ -187,17 +191,12 @@ def update(policy, optimizers, samples, cfg):
                 clip_share=clipped / trained, grad_norm=norm, skipped=skipped)
 
 
-def spread(values, mask):
-    """values (n,) at the places of mask (B, T) that are 1, zeros elsewhere."""
-    return torch.zeros_like(mask).masked_scatter(mask > 0, values)
-
-
-def log_sums(logp, old, sampled, entropy, cfg):
+def log_sums(logp, old_logp, sampled, mask, entropy, cfg):
     """Over a micro-batch: tokens, entropy, |log-probability - that recorded while sampling|, clipped ones."""
-    ratio = (logp - old).exp()
+    ratio = ratios(logp, old_logp, mask)
     clipped = (ratio < 1 - cfg.clip_low) | (ratio > 1 + cfg.clip_high)
-    gap = (old - sampled).abs()
-    return torch.stack([torch.ones_like(logp).sum(), entropy.sum(), gap.sum(), clipped.sum()]).double()
+    gap = (old_logp - sampled).abs() * mask
+    return torch.stack([mask.sum(), entropy.sum(), gap.sum(), clipped.sum()]).double()
 
 
 # --- The log --------------------------------------------------------------------------------------------

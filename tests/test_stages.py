@@ -343,7 +343,7 @@ def test_pruning_and_the_best(tmp_path):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
     best = rppo.mark_best(str(tmp_path))
     assert best == 3 and json.loads((tmp_path / "best.json").read_text()) == {"step": 3, "accuracy": 0.7}
-    sft.prune(sft.Config(out=str(tmp_path), keep=2), best)
+    sft.prune(sft.Config(out=str(tmp_path), keep=2), 10, best)
     assert set(os.listdir(tmp_path / "checkpoints")) == {"3", "6", "10"}
     shutil.rmtree(tmp_path / "checkpoints")
     assert rppo.mark_best(str(tmp_path)) is None
