@@ -133,6 +133,7 @@ def prefill(policy, cache, trajs, fed):
     return h[torch.arange(len(h)), last]
 
 
+EVALUATION = 2 ** 31   # in the place of a step, in the random streams
 STRIDE = {"cuda": 128, "cpu": 16}    # tokens for which attention reads the same slots, and one graph serves
 
 
@@ -217,10 +218,10 @@ class Decoder:
 
 @torch.no_grad()
 def rollout(policy, rows, cfg, samples=1, seed=(0, 0), prompt_ids=None, greedy=False):
-    """Sample `samples` trajectories of every row, in_flight at a time: a list of P*G, prompt by prompt.
-    A prompt is prefilled once for its group; then only new tokens are ever fed, and trajectories that have
-    ended leave the batch. prompt_ids (default 0, 1, ...) name the rows in the random streams, seed = (seed,
-    step). All ranks must reach this if the policy is sharded. Raises UserError for logits that are NaN."""
+    """Sample `samples` trajectories of every row, in_flight at a time: a list of P*G, prompt by prompt. A
+    prompt is prefilled once for its group; then only new tokens are fed, and trajectories that have ended
+    leave the batch. prompt_ids (default 0, 1, ...) name the rows in the random streams, seed = (seed, step).
+    All ranks must reach this if the policy is sharded. UserError for logits that are NaN."""
     policy.eval()        # in train mode, activation checkpointing (if enabled) drops the cache
     prompt_ids = prompt_ids or range(len(rows))
     size = max(1, cfg.in_flight // samples)
@@ -258,8 +259,9 @@ def rollout_piece(policy, rows, cfg, samples, seed, prompt_ids, greedy):
             traj = live[row]
             start = len(traj.ids)
             if not all(map(math.isfinite, logp)):
-                raise env.UserError(f"rollout of step {seed[1]}: the policy's logits are not finite; lower "
-                                    "--lr, or go back to an earlier checkpoint")
+                where = "evaluation" if seed[1] == EVALUATION else f"rollout of step {seed[1]}"
+                raise env.UserError(f"{where}: the policy's logits are not finite; lower --lr, or go back to "
+                                    "an earlier checkpoint")
             env.step(traj, env.respond(traj, proc, ids, logp), cfg, proc)
             if traj.status == "open":
                 keep.append(row)
@@ -280,9 +282,9 @@ JUDGE = ("You grade a short answer to a question about an image that you do not 
 
 
 def judge(trajs, cfg):
-    """With --judge_url, set the verdict of every answer to an open question (no options, no number) that the
-    rules do not accept. One without a usable reply has failed: it counts as wrong, and in judge_failed_rate.
-    Raises UserError when the endpoint refuses."""
+    """With --judge_url, set the verdict of answers to open questions (no options, no number) that the rules
+    do not accept. Without a usable reply it has failed: wrong, and counted. UserError when the endpoint
+    refuses."""
     def ask_about(traj):
         row = traj.row
         if row.get("choices") or env.number(row["solution"]) or not traj.answer or env.is_right(traj):
@@ -404,7 +406,7 @@ def evaluate(policy, rows, cfg, rank, world_size, k=1, greedy=False, done={}, re
     size = max(1, cfg.in_flight // k) * world_size
     for start in tqdm(range(0, len(missing), size), desc="eval", disable=rank > 0 or None, leave=False):
         chosen = missing[start + rank:start + size:world_size]    # may be empty: ranks go together
-        trajs = rollout(policy, [rows[i] for i in chosen], cfg, k, (cfg.seed, 2 ** 31), chosen, greedy)
+        trajs = rollout(policy, [rows[i] for i in chosen], cfg, k, (cfg.seed, EVALUATION), chosen, greedy)
         judge(trajs, cfg)
         new = [record(chosen[n // k], n % k, traj, cfg.eps) for n, traj in enumerate(trajs)]
         new = sum(sft.gather_objects(new), [])

@@ -266,8 +266,9 @@ def read_log(folder):
 
 
 def append_log(folder, entry):
+    finite = {k: v for k, v in entry.items() if not isinstance(v, float) or math.isfinite(v)}
     with open(f"{folder}/log.jsonl", "a") as f:
-        f.write(json.dumps(entry) + "\n")
+        f.write(json.dumps(finite) + "\n")
 
 
 def newest(folder):
@@ -281,14 +282,14 @@ def lock(folder):
     path = f"{os.path.realpath(folder)}/lock"
     if path in locks:
         return
-    locks[path] = open(path, "a+")
+    file = open(path, "a+")
     try:
-        fcntl.flock(locks[path], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(f"{folder} is in use by {Path(path).read_text()}; end it, or give another --out")
-    locks[path].truncate(0)
-    owner = f"process {os.getpid()} on {os.uname().nodename} since {time.ctime()}"
-    print(owner, end="", file=locks[path], flush=True)
+        raise UserError(f"{folder} is in use by {Path(path).read_text()[:-1]}; end it, or give another --out")
+    file.truncate(0)
+    print(f"process {os.getpid()} on {os.uname().nodename} since {time.ctime()}", file=file, flush=True)
+    locks[path] = file
 
 
 def same_settings(folder, cfg):
@@ -387,8 +388,8 @@ class Policy(torch.nn.Module):
 
     @contextmanager
     def gathered(self):
-        """Meanwhile a sharded policy is whole on every rank (in bf16 on CUDA): a token needs no collective,
-        and ranks may differ in turns and in rollouts. All ranks must reach this."""
+        """Meanwhile a sharded policy is whole on every rank (bf16 on CUDA): a token needs no collective, and
+        ranks may differ in turns. All ranks must reach this."""
         parts = [module for module in self.modules() if hasattr(module, "reshard")]
         for module in parts:
             module.unshard()
@@ -695,7 +696,7 @@ def train_step(policy, optimizers, batches, step, cfg):
 def eta(entry, first, cfg):
     """Time that is left, as minutes:seconds, after entry["seconds"] since the step `first`."""
     left = entry["seconds"] / (entry["step"] + 1 - first) * (cfg.steps - entry["step"] - 1)
-    return f"eta {int(left) // 60:3d}:{int(left) % 60:02d}"
+    return f"eta {left // 60:3.0f}:{left % 60:02.0f}"
 
 
 def main(cfg):

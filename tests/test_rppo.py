@@ -15,6 +15,7 @@ import env
 import rppo
 from conftest import amplify
 from rppo import group_advantages, policy_loss
+from test_policy import gradient, plain, stock
 
 close = torch.testing.assert_close
 
@@ -61,7 +62,8 @@ def numbers():
     logp = -3 * torch.rand(6, 9).double()
     old = logp + 0.7 * torch.randn(6, 9).double()
     mask = (torch.rand(6, 9) < 0.7).double()
-    return logp, old, torch.tensor([1.5, -0.8, 0.0, -2.0, 0.3, 1.0]).double(), mask
+    advantages = torch.tensor([1.5, -0.8, 0.0, -2.0, 0.3, 1.0]).double()
+    return logp, old, advantages, mask
 
 
 def test_loss_against_a_plain_loop(numbers):
@@ -95,6 +97,7 @@ def test_hold_out_is_by_image():
     train, held_out = rppo.hold_out(rows, 3)     # c, e, d
     assert held_out == rows[6:]
     assert train == rows[:3] + rows[4:5]
+    assert rppo.hold_out(rows, 0) == (rows, [])
 
 
 def test_micro_batches_are_balanced():
@@ -141,10 +144,6 @@ def tokens(samples):
     return sum(sum(s.traj.mask) for s in samples)
 
 
-def gradient(model):
-    return torch.cat([p.grad.flatten() for p in model.parameters()])
-
-
 def test_update_against_plain_autograd(learner, samples):
     """-sum advantage * logp / n over every sampled token, one whole sequence after the other through the
     stock model. Those of advantage 0 count in n, but do not run through our model."""
@@ -153,22 +152,17 @@ def test_update_against_plain_autograd(learner, samples):
     optimizer = torch.optim.SGD(learner.parameters(), lr=0.0)
     optimizer.register_step_pre_hook(lambda *_: kept.append(gradient(learner)))
     stats = rppo.update(learner, [optimizer], samples, CFG)
-    stock = type(learner.vlm)(learner.vlm.config).eval()
-    stock.load_state_dict(learner.vlm.state_dict())
+    model = stock(learner)
     for s in samples:
-        ids = torch.tensor([s.traj.ids])
-        views = [shown.view.numpy() for shown in s.traj.shown]
-        pixels = learner.image_processor(views, input_data_format="channels_last", return_tensors="pt")
-        kinds = (ids == learner.proc.image).int()
-        out = stock(input_ids=ids, mm_token_type_ids=kinds, use_cache=False, **pixels)
-        logits = (out.logits[0, :-1] / 0.7).masked_fill(learner.banned, -math.inf)
-        logp = logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+        logps = plain(model, learner, s.traj, 0.7)
+        logp = logps.gather(1, torch.tensor(s.traj.ids)[1:, None])[:, 0]
         sampled = logp[torch.tensor(s.traj.mask[1:]) > 0]
         (-s.advantage * sampled.sum() / tokens(samples)).backward()
-    expected = gradient(stock)
+    expected = gradient(model)
     assert (kept[0] - expected).norm() < 1e-5 * expected.norm()
     assert sum(computed) == 9
     assert stats["tokens"] == tokens(samples)
+    assert stats["skipped"] == 0
     assert stats["grad_norm"] == pytest.approx(expected.norm().item(), rel=1e-5)
 
 

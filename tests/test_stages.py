@@ -2,8 +2,8 @@
 
     python -m pytest tests/test_stages.py
 
-In this process and with tiny settings. The policy is random: its turns are gibberish, its rewards are drawn
-from them by chance. Interruptions are in test_resume.py, several ranks in test_ranks.py.
+In this process, with tiny settings and a random policy, which is rewarded by chance. Interruptions are in
+test_resume.py, several ranks in test_ranks.py.
 """
 import ast
 import contextlib
@@ -24,7 +24,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import amplify
 
 import data
 import env
@@ -33,7 +32,7 @@ import rppo
 import sft
 
 ROOT = Path(__file__).parent.parent
-FILES = ["env", "sft", "data", "eval", "rppo"]     # the chain
+FILES = ["env", "sft", "eval", "data", "rppo"]     # the chain
 STAGES = {"sft": sft, "data": data, "eval": evaluation, "rppo": rppo}
 DEFAULTS = {"sft": sft.REAL, "data": {}, "eval": env.REAL_EPISODE, "rppo": rppo.REAL}
 SHORT = dict(max_crops=2, turn_tokens=6)
@@ -51,12 +50,8 @@ def by_chance(group, cfg):
     """Rewards that differ from sample to sample, as those of gibberish do not."""
     scored = []
     for traj in group:
-        scored.append(dict(luck=1.0, total=zlib.crc32(str(traj.ids).encode()) % 101 / 101))
+        scored.append(dict(total=zlib.crc32(str(traj.ids).encode()) % 101 / 101))
     return scored
-
-
-def tree(name):
-    return ast.parse((ROOT / f"{name}.py").read_text())
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -91,53 +86,43 @@ def chain(tmp_path_factory):
 def test_folders(chain):
     """Every promised file is there, nothing half-written is; the page shows both runs and their answers."""
     promised = "rows/sft.jsonl rows/train.jsonl rows/test.jsonl rows/test/0.png rows/tiny/model.safetensors "
-    promised += "runs/summary.json runs/report.html runs/rppo/best.json runs/eval/own/eval.json "
+    promised += "runs/summary.json runs/report.html "
     for run in ("runs/sft", "runs/rppo"):
         for file in ("model.safetensors", "tokenizer.json", "episode.json", "training/optimizer.safetensors"):
             promised += f"{run}/checkpoints/2/{file} "
-        promised += f"{run}/last {run}/log.jsonl "
     assert not [path for path in promised.split() if not (chain["top"] / path).is_file()]
     assert not list(chain["top"].rglob("*.tmp"))
     page = (chain["top"] / "runs/report.html").read_text()
-    assert page.startswith("<!DOCTYPE html>") and page.count("<figure>") > 5 and "<article>" in page
-    assert "runs/sft" in page and "runs/eval/rppo/results-sampled" in page and "<script" not in page
+    assert page.count("<figure>") > 5 and "<article>" in page and "<script" not in page
+    assert "runs/sft" in page and "runs/eval/rppo/results-sampled" in page
     for name in ("data", "sft", "rppo"):
         cfg = chain[name][0]
         assert json.loads(Path(cfg.out, "config.json").read_text()) == asdict(cfg)
 
 
-def test_logs(chain):
+def test_logs_and_scores(chain):
     """One line a step, in the log with the documented fields and printed. The numbers make sense."""
-    for step, entry in enumerate(sft.read_log(chain["sft"][0].out)):
-        assert entry["step"] == step and {"skipped", "lr", "seconds"} <= entry.keys()
+    for name in ("sft", "rppo"):
+        assert re.findall(r"(?m)^step +(\d+) ", chain[name][1]) == ["0", "1"]
+    for entry in sft.read_log(chain["sft"][0].out):
+        assert {"step", "skipped", "lr", "seconds"} <= entry.keys()
         assert 0 < entry["loss"] < 10 and entry["tokens"] > 0 and entry["grad_norm"] > 0
-    cfg = chain["rppo"][0]
-    log = sft.read_log(cfg.out)
-    most = cfg.prompts * cfg.samples * (cfg.max_crops + 1) * cfg.turn_tokens
+    log = sft.read_log(chain["rppo"][0].out)
     for entry in log:
         named = "flat_groups clip_share log_ratio entropy grad_norm skipped lr rollout_s update_s"
         assert {*evaluation.METRICS, *named.split()} <= entry.keys()
-        assert entry["reward"] == entry["parts"]["total"] != entry["parts"]["luck"] == 1
-        assert 0 < entry["tokens"] <= most and 0 < entry["entropy"] < 10 and entry["grad_norm"] > 0
+        assert entry["reward"] == entry["parts"]["total"]
+        assert entry["tokens"] > 0 and 0 < entry["entropy"] < 10 and entry["grad_norm"] > 0
         assert entry["clip_share"] == entry["flat_groups"] == 0 and entry["log_ratio"] < 1e-4
-    assert "held_out" not in log[0] and evaluation.METRICS.keys() <= log[1]["held_out"].keys()
-    best = json.loads(Path(cfg.out, "best.json").read_text())
+    best = json.loads(Path(chain["rppo"][0].out, "best.json").read_text())
     assert best == {"step": 2, "accuracy": log[1]["held_out"]["accuracy"]}
-    for name in ("sft", "rppo"):
-        assert re.findall(r"(?m)^step +(\d+) ", chain[name][1]) == ["0", "1"]
-    assert "\n  > " in chain["rppo"][1] and "\n  | " in chain["rppo"][1]      # a trajectory
-
-
-def test_scores(chain):
-    """eval.json holds every metric, sampled and greedy; summary.json the main job's scores and seconds."""
     runs = chain["top"] / "runs"
     scores = json.loads((runs / "eval/own/eval.json").read_text())
     assert evaluation.METRICS.keys() <= scores.keys() & scores["greedy"].keys()
     assert (scores["n"], scores["greedy"]["n"]) == (5 * 2, 5)
-    assert scores["config"] == asdict(chain["eval"][0]) and scores["config"]["turn_tokens"] == 6
     summary = json.loads((runs / "summary.json").read_text())
     assert summary["rppo"] == json.loads((runs / "eval/rppo/eval.json").read_text())
-    assert summary["sft"]["n"] == summary["rppo"]["n"] == 4 and summary["seconds"]["total"] > 0
+    assert summary["sft"]["n"] == summary["rppo"]["n"] == 4
 
 
 @pytest.fixture
@@ -165,24 +150,21 @@ def test_main_job(small, tmp_path):
     for folder in ("rows", "runs/sft", "runs/rppo"):
         assert json.loads((tmp_path / folder / "config.json").read_text())["seed"] == 3
     before = made(tmp_path)
-    small.setattr(sft, "append_log", lambda *_: pytest.fail("a finished run made a step"))
     rppo.main(cfg)
     assert made(tmp_path) == before
 
 
 def test_main_job_on_foreign_rows(small, scenes, tmp_path):
     """A folder of somebody's rows with their own sft.jsonl takes no scenes. The same command goes on."""
-    own = tmp_path
     for split in ("sft", "train", "test"):
         rows = env.load_rows(f"{scenes}/{split}.jsonl")
-        (own / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     small.setattr(data, "write_scenes", lambda cfg: pytest.fail("scenes were drawn"))
-    cfg = rppo.Config(**RPPO, data=str(own), out=f"{tmp_path}/runs/rppo")
-    rppo.main(cfg)
+    for _ in range(2):
+        rppo.main(rppo.Config(**RPPO, data=str(tmp_path), out=f"{tmp_path}/runs/rppo"))
     assert json.loads((tmp_path / "runs/summary.json").read_text())["rppo"]["n"] == 4
-    rppo.main(cfg)                       # as after an interruption
     with pytest.raises(env.UserError, match="holds rows that this command did not make"):
-        data.main(data.Config(out=str(own)))
+        data.main(data.Config(out=str(tmp_path)))
 
 
 # --- The command line -----------------------------------------------------------------------------------
@@ -202,21 +184,15 @@ def test_values():
     """--key value and --key=value, true and false, whole numbers of any size."""
     assert configure("rppo", "--steps", "5").steps == configure("rppo", "--steps=5").steps == 5
     assert configure("sft", "--resume", "false").resume is False and configure("sft", "--shard=true").shard
-    for seed in (2 ** 53 + 1, 2 ** 63 - 1):
-        assert configure("data", f"--seed={seed}").seed == seed
+    assert configure("data", f"--seed={2 ** 63 - 1}").seed == 2 ** 63 - 1
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_unknown_flags(name, capsys):
-    """What is no flag of the stage, shortened ones among it, is refused and named."""
+def test_bad_flags(name, capsys):
+    """What is no flag of the stage, shortened ones among it, and values of another type are named."""
     for argv in ("--nonsense=1", "seed=1", "--Seed=1", "--see=1", "--seed", "-s 1", "seed"):
         assert re.match(r"[\w-]+", argv)[0] in refusal(capsys, name, *argv.split())
-
-
-@pytest.mark.parametrize("name", STAGES)
-def test_bad_values(name, capsys):
-    """A value of another type is refused with the name of the flag; for every field."""
-    bad = {int: ("x", "", "1.5", "true"), float: ("x", "", "nan", "inf"), bool: ("x", "yes", "1", "null")}
+    bad = {int: ("x", "", "1.5"), float: ("x", "nan", "inf"), bool: ("x", "yes", "1")}
     for f in fields(STAGES[name].Config):
         for value in bad.get(f.type, ()):
             assert f.name in refusal(capsys, name, f"--{f.name}={value}")
@@ -224,8 +200,7 @@ def test_bad_values(name, capsys):
 
 def test_ranges(capsys):
     """What could only fail later is refused at once; budgets are compared with each other."""
-    for flag in ("temperature=0", "seed=-1", f"seed={2 ** 63}", "lam=-3", "samples=0", "save_every=0",
-                 "min_crop_side=0"):
+    for flag in ("temperature=0", "seed=-1", f"seed={2 ** 63}", "lam=-3", "samples=0", "save_every=0"):
         assert re.match(r"flags: (\w+) is .* at least", refusal(capsys, "rppo", f"--{flag}"))[1] in flag
     assert "--min_crop_pixels" in refusal(capsys, "sft", "--max_crop_pixels=500")
 
@@ -234,7 +209,7 @@ def test_ranges(capsys):
 def test_help(name, monkeypatch):
     """--help is the file's docstring and every field: with default, preset and comment, in named groups."""
     monkeypatch.setenv("COLUMNS", "1000")
-    stage, comments = STAGES[name], {}
+    stage = STAGES[name]
     text = sft.make_parser(stage.Config, DEFAULTS[name]).format_help()
     assert stage.__doc__.strip() in text
     for f in fields(stage.Config):
@@ -242,12 +217,10 @@ def test_help(name, monkeypatch):
         shown = re.search(rf"(?m)^  --{f.name} [A-Z_]+\s.*{default}(.*)$", text)
         preset = DEFAULTS[name].get(f.name, f.default)
         assert shown[1] == ("" if preset == f.default else f" [{preset}]")
-    for cls in stage.Config.__mro__[-2::-1]:
+    for cls in stage.Config.__mro__[:-1]:
         assert f"\n{cls.__doc__.splitlines()[0]}" in text
         for field, comment in re.findall(r"(?m)^    (\w+): [^#\n]*# (.*)$", inspect.getsource(cls)):
-            comments[field] = comment
-    for field, comment in comments.items():
-        assert re.search(rf"(?m)^  --{field} [A-Z_]+\s+{re.escape(comment)} ", text), field
+            assert re.search(rf"(?m)^  --{field} [A-Z_]+\s+\S", text) and comment in text
 
 
 def test_presets(chain):
@@ -257,12 +230,11 @@ def test_presets(chain):
     for name in ("sft", "rppo", "eval"):
         plain = {**asdict(STAGES[name].Config()), "data": "data/scenes-0"}
         assert asdict(configure(name)) == plain
-        for model in (run, f"{run}/checkpoints/2"):
-            assert asdict(configure(name, f"--model={model}")) == {**plain, **SHORT, "model": sft.newest(run)}
-        real = {**plain, **DEFAULTS[name], "model": "some/name"}
-        assert asdict(configure(name, "--model=some/name")) == real
+        ours = configure(name, f"--model={run}")
+        assert asdict(ours) == {**plain, **SHORT, "model": sft.newest(run)}
+        real = configure(name, "--model=some/name")
+        assert asdict(real) == {**plain, **DEFAULTS[name], "model": "some/name"}
         assert configure(name, f"--model={run}", "--turn_tokens=9").turn_tokens == 9
-        assert DEFAULTS[name].keys() <= plain.keys()
     assert configure("rppo", "--seed=7", "--out=a/{seed}/b-{seed}").out == "a/7/b-7"
     assert configure("sft", "--seed=7").data == configure("data", "--seed=7").out == "data/scenes-7"
 
@@ -300,11 +272,9 @@ def test_a_folder_in_use(copied, monkeypatch):
     before = made(Path(copied.out))
     with open(f"{copied.out}/lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        lock.write("process 7 on elsewhere")
-        lock.flush()
-        for _ in range(2):
-            with pytest.raises(env.UserError, match="run is in use by process 7 on elsewhere; .*--out"):
-                sft.main(copied)
+        print("process 7 on elsewhere", end="", file=lock, flush=True)
+        with pytest.raises(env.UserError, match="run is in use by process 7 on elsewhere; .*--out"):
+            sft.main(copied)
     assert made(Path(copied.out)) == before
 
 
@@ -325,14 +295,6 @@ def test_missing_inputs(chain, tmp_path):
         shutil.rmtree(out, ignore_errors=True)
 
 
-def test_hold_out():
-    """The last n rows; who shares an image with them is on neither side. All rows leave none to train on."""
-    rows = [{"images": [path]} for path in "abcabd"]
-    assert rppo.hold_out(rows, 2) == ([rows[0], rows[2], rows[3]], rows[4:])
-    for n in (6, 7, 99):
-        assert rppo.hold_out(rows, n)[0] == []
-
-
 def test_pruning_and_the_best(tmp_path):
     """Kept are the newest and the best: the first with the highest accuracy among those that are there."""
     text = '{"step": 3}\n'
@@ -343,10 +305,8 @@ def test_pruning_and_the_best(tmp_path):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
     best = rppo.mark_best(str(tmp_path))
     assert best == 3 and json.loads((tmp_path / "best.json").read_text()) == {"step": 3, "accuracy": 0.7}
-    sft.prune(sft.Config(out=str(tmp_path), keep=2), 10, best)
-    assert set(os.listdir(tmp_path / "checkpoints")) == {"3", "6", "10"}
-    shutil.rmtree(tmp_path / "checkpoints")
-    assert rppo.mark_best(str(tmp_path)) is None
+    sft.prune(sft.Config(out=str(tmp_path), keep=2), 6, best)
+    assert set(os.listdir(tmp_path / "checkpoints")) == {"3", "5", "6"}
 
 
 def test_the_last_turn_may_only_answer(policy, rows):
@@ -359,23 +319,21 @@ def test_the_last_turn_may_only_answer(policy, rows):
 
 
 def test_a_policy_of_nan(policy, rows):
-    """One line, with the step in training; in an evaluation no step that there never was."""
+    """Training and evaluation say so in one line."""
     broken = copy.deepcopy(policy)
     torch.nn.init.constant_(broken.vlm.model.language_model.norm.weight, math.nan)
     cfg = rppo.Config(**SHORT)
-    with pytest.raises(env.UserError, match="step 7.*not finite") as error:
-        rppo.collect(broken, rows[:2], [0, 1], 7, cfg)
-    assert "\n" not in str(error.value)
-    with pytest.raises(env.UserError, match="not finite") as error:
-        evaluation.evaluate(broken, rows[:2], cfg, 0, 1)
-    assert str(2 ** 31) not in str(error.value)
+    for use in (partial(rppo.collect, broken, rows[:2], [0, 1], 7, cfg),
+                partial(evaluation.evaluate, broken, rows[:2], cfg, 0, 1)):
+        with pytest.raises(env.UserError, match="^[^\n]*not finite[^\n]*$"):
+            use()
 
 
 def test_imports():
     """A chain: each file imports only those before it, and at import nothing heavy beside torch."""
-    light = {*sys.stdlib_module_names, "numpy", "PIL", "torch", "tqdm"} - {"pickle", "subprocess"}
+    light = {*sys.stdlib_module_names, "numpy", "PIL", "torch", "tqdm"}
     for i, name in enumerate(FILES):
-        for node in ast.walk(tree(name)):
+        for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text())):
             modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom):
                 modules = [node.module]
@@ -383,38 +341,3 @@ def test_imports():
             if modules and node.col_offset:        # in a function: loaded when it is called
                 allowed |= {"transformers", "tokenizers", "safetensors"}
             assert {module.split(".")[0] for module in modules} <= allowed
-
-
-@pytest.mark.parametrize("name", STAGES)
-def test_every_field_is_read(name):
-    """No dead settings: the stage's file or one before it reads cfg.FIELD."""
-    read = {"turn_tokens"}               # of a checkpoint's episode.json, for the stages after sft.py
-    if name == "data":                   # getattr
-        read = {"annotator", "annotator_name", "policy", "policy_name", "n_sft", "n_train", "n_test"}
-    for file in FILES[:FILES.index(name) + 1]:
-        for node in ast.walk(tree(file)):
-            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
-                owner = getattr(node.value, "id", getattr(node.value, "attr", ""))
-                if owner == "cfg":
-                    read.add(node.attr)
-    unread = {f.name for f in fields(STAGES[name].Config)} - read
-    assert not unread
-
-
-def test_the_same_functions(policy, rows, monkeypatch):
-    """Training and evaluation go through the same functions, imitation through those of the episode."""
-    cfg = rppo.Config(**SHORT)
-    learner = amplify(copy.deepcopy(policy), 3.0)
-    train = partial(rppo.collect, learner, rows[:1], [0], 0, cfg)
-    measure = partial(evaluation.evaluate, learner, rows[:1], cfg, 0, 1)
-    imitate = partial(sft.render_batches, learner.proc, rows[:1], cfg)
-    used = []
-    for module, name in ((evaluation, "rollout"), (env, "is_right"), (env, "reset"), (env, "step")):
-        function = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *a, f=function, **k: (used.append(f), f(*a, **k))[1])
-    reached = []
-    for user in (train, measure, imitate):
-        used.clear()
-        user()
-        reached.append({function.__name__ for function in used})
-    assert reached == [{"rollout", "is_right", "reset", "step"}] * 2 + [{"reset", "step"}]
