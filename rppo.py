@@ -65,7 +65,6 @@ REAL = dict(env.REAL_EPISODE, in_flight=16, steps=200, prompts=32, samples=8, mi
 
 
 # --- The objective. FORK: the algorithm, in the next five functions --------
-
 def group_advantages(rewards, norm_std):
     """rewards (P, G) -> advantages (P, G): minus the group's mean, divided by its unbiased std if asked.
 
@@ -111,7 +110,6 @@ def policy_loss(logp, old_logp, advantages, mask, clip_low, clip_high, n_tokens=
 
 
 # --- One step: collect, then update ---------------------------------------------------------------------
-
 @dataclass
 class Sample:
     """A trajectory and what is learned from it."""
@@ -200,7 +198,6 @@ def log_sums(logp, old_logp, sampled, mask, entropy, cfg):
 
 
 # --- The log --------------------------------------------------------------------------------------------
-
 def summarise(samples, cfg):
     """What a step's log entry says of all ranks' trajectories. All ranks must reach this."""
     mine = [(evaluation.measure(s.traj, cfg.eps), s.parts) for s in samples]
@@ -258,7 +255,6 @@ def print_step(entry, samples, proc, first, cfg):
 
 
 # --- The stage ------------------------------------------------------------------------------------------
-
 def train(policy, optimizers, rows, held_out, first, preset, cfg, rank, world_size):
     """The steps from `first` on."""
     mine = list(range(rank, cfg.prompts, world_size))

@@ -1,5 +1,4 @@
-"""sft.py, file 2 of 5: command line, ranks, run folders, the policy, checkpoints, and the cold start by
-imitation.
+"""sft.py, file 2 of 5: command line, ranks, run folders, the policy, checkpoints, and the cold start.
 
     torchrun sft.py                                        # the tiny model on the scenes of `python data.py`
     torchrun sft.py --model=Qwen/Qwen3-VL-2B-Instruct --data=data/mine
@@ -293,7 +292,7 @@ def lock(folder):
 
 
 def same_settings(folder, cfg):
-    """UserError if a folder has other settings. A key that config.json lacks counts as its default."""
+    """UserError if a folder has other settings. A key that config.json lacks is at its default."""
     old = read_json(f"{folder}/config.json", asdict(cfg))
     changes = []
     for f in fields(cfg):

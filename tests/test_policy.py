@@ -1,7 +1,5 @@
 """The policy (sft.py): it computes what transformers' own model computes, for both families, and its
 checkpoints are plain folders that transformers and servers load.
-
-The stock model reads whole sequences one by one. Weights are random and enlarged: mistakes show.
 """
 import copy
 import json
@@ -39,17 +37,14 @@ def family(request, policy, policy25):
 @pytest.fixture
 def trajs(family):
     """Images of two shapes; crops of crops, an error, an early answer."""
-    name = "image_zoom_in_tool"
-    call = f'<tool_call>{{"name": "{name}", "arguments": {{"bbox_2d": %s, "img_idx": %d}}}}</tool_call>'
+    call = '<tool_call>{"name":"image_zoom_in_tool","arguments":{"bbox_2d": %s,"img_idx": %d}}</tool_call>'
     first = call % ([250, 0, 750, 1000], 0)
     second = call % ([0, 500, 900, 1000], 1)
     wrong = call % ([0, 0, 500, 500], 9)
     answer = "<think>At A1 green.</think>\n<answer>green</answer>"
     out = []
-    for size, turns in (
-            ((320, 200), [first, second, answer]),
-            ((320, 200), [answer]),
-            ((150, 400), [wrong, first, "hm", answer])):
+    for size, turns in (((320, 200), [first, second, answer]), ((320, 200), [answer]),
+                        ((150, 400), [wrong, first, "hm", answer])):
         image = Image.effect_noise(size, 90).convert("RGB")
         row = {"images": [image], "problem": "Which?", "solution": "green"}
         out.append(env.render(family.proc, row, turns, CFG))
@@ -92,8 +87,7 @@ def test_forward_against_transformers(family, trajs, chunk, monkeypatch):
         monkeypatch.setattr(sft, "max", lambda *_: chunk, raising=False)   # the size of a piece
     logp, entropy = family(batch, 0.8)
     model = stock(family)
-    expected = []
-    entropies = []
+    expected, entropies = [], []
     for traj in trajs:
         sampled = torch.tensor(traj.mask[1:]) > 0
         logps = plain(model, family, traj, 0.8)[sampled]
@@ -127,28 +121,14 @@ def test_sft_loss_is_that_of_labels(family, rows):
     assert entry["grad_norm"] == pytest.approx(gradient(model).norm().item(), rel=1e-5)
 
 
-def test_a_frozen_tower(scenes, rows):
-    """It gets no gradient and is not given to the optimizers."""
-    cfg = sft.Config(out="none", recompute=False, train_vision=False)
-    policy, _ = sft.load_trainable(cfg, f"{scenes}/tiny", 0, torch.device("cpu"))
-    batches, _ = sft.render_batches(policy.proc, rows[:4], cfg)
-    policy(batches[0])[0].sum().backward()
-    [adamw] = sft.make_optimizers(policy, cfg, (0.9, 0.98))
-    trained = {id(p) for p in adamw.param_groups[0]["params"]}
-    for name, p in policy.named_parameters():
-        assert (id(p) in trained) == (p.grad is not None) == ("visual" not in name), name
-
-
-def test_muon_and_adamw(policy25):
-    """Muon has the matrices that are no embeddings, AdamW the rest; shards refuse it."""
+def test_muon_has_the_matrices(policy25):
+    """All that are no embeddings; AdamW has the rest."""
     adamw, muon = sft.make_optimizers(policy25, sft.Config(), (0.9, 0.98), 0.03)
-    with_muon = {id(weight) for weight in muon.param_groups[0]["params"]}
-    for name, weight in policy25.named_parameters():
-        assert (id(weight) in with_muon) == (weight.ndim == 2 and "embed" not in name), name
-    n_others = len(adamw.param_groups[0]["params"])
-    assert n_others + len(with_muon) == len(list(policy25.parameters()))
-    with pytest.raises(env.UserError, match="--muon_lr=0"):
-        sft.make_optimizers(policy25, sft.Config(shard=True), (0.9, 0.98), 0.03)
+    for optimizer, matrices in ((adamw, False), (muon, True)):
+        chosen = {id(weight) for weight in optimizer.param_groups[0]["params"]}
+        for name, weight in policy25.named_parameters():
+            is_matrix = weight.ndim == 2 and "embed" not in name
+            assert (id(weight) in chosen) == (is_matrix == matrices), name
 
 
 def save(policy, out, step=1):
@@ -171,7 +151,8 @@ def test_hub_folders_and_ours(family, trajs, tmp_path):
     assert loaded.proc.ends == {family.proc.end, 0}
     out = save(loaded, str(tmp_path / "run"))
     [weights] = Path(out).glob("*.safetensors")
-    assert load_file(weights).keys() <= family.vlm.state_dict().keys()
+    index = json.loads(Path(hub, "model.safetensors.index.json").read_text())
+    assert load_file(weights).keys() == index["weight_map"].keys()
     theirs = AutoModelForImageTextToText.from_pretrained(out, dtype=torch.float32).eval()
     batch = sft.collate(trajs, family.proc)
     with torch.no_grad():
@@ -191,9 +172,8 @@ def test_damaged_checkpoints_name_the_ones_left(policy, tmp_path):
     save(policy, run, 1)
     last = save(policy, run, 2)
     optimizers = sft.make_optimizers(policy, sft.Config(), (0.9, 0.98))
-    for file, load in (
-            ("training/optimizer", lambda: sft.load_training_state(last, policy, optimizers)),
-            ("model", lambda: sft.load_policy(last, "cpu"))):
+    for file, load in (("training/optimizer", lambda: sft.load_training_state(last, policy, optimizers)),
+                       ("model", lambda: sft.load_policy(last, "cpu"))):
         load()                                   # nothing is wrong with it yet
         os.truncate(f"{last}/{file}.safetensors", 40)
         with pytest.raises(env.UserError) as e:
@@ -210,11 +190,10 @@ def test_other_models_are_refused(scenes, tmp_path):
     torch.save(weights, folder / "pytorch_model.bin")
     weights.pop("model.language_model.layers.1.mlp.up_proj.weight")
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(env.UserError, match="does not load"):
-        sft.load_policy(str(folder), "cpu")
-    os.remove(folder / "model.safetensors")
-    with pytest.raises(env.UserError, match="does not load"):
-        sft.load_policy(str(folder), "cpu")
+    for _ in range(2):
+        with pytest.raises(env.UserError, match="does not load"):
+            sft.load_policy(str(folder), "cpu")
+        (folder / "model.safetensors").unlink(missing_ok=True)
     (folder / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(env.UserError, match="llama model; --model takes Qwen3-VL"):
         sft.load_policy(str(folder), "cpu")
@@ -224,7 +203,6 @@ HOSTILE = [None, "9", "", -1, 0, 0.5, float("nan"), 2 ** 70, True, [], [3], {}, 
 
 
 def one_line(act):
-    """What act returns, or None after a UserError of one line."""
     try:
         return act()
     except env.UserError as e:
@@ -238,11 +216,11 @@ def test_hostile_episode_files(tmp_path):
         for value in HOSTILE:
             path.write_text(json.dumps({f.name: value, "judge_url": "https://evil", "lam": -3}))
             legal = type(value) is int and (f.name != "max_crops") <= value < 2 ** 63
-            expected = ("real", {f.name: value}) if legal else None
-            assert one_line(lambda: sft.load_episode(tmp_path)) == expected
+            found = one_line(lambda: sft.load_episode(tmp_path))
+            assert found == (("real", {f.name: value}) if legal else None)
     path.write_text('{"preset": ["tiny"], "max_crops": 3, "judge_url": "https://evil", "seed": 7}')
     cfg = sft.configure(rppo.Config, rppo.REAL, [f"--model={tmp_path}"])
-    assert (cfg.max_crops, cfg.judge_url, cfg.seed) == (3, "", 0)
+    assert (cfg.max_crops, cfg.judge_url) == (3, "")
     for text in (b"", b"3", b"{", b"\xff", b"[" * 100_000, b'{"max_crops": ' + b"9" * 9999 + b"}"):
         path.write_bytes(text)
         assert one_line(lambda: sft.load_episode(tmp_path)) in (None, ("real", {}))
@@ -252,12 +230,11 @@ def test_hostile_config_files(scenes, tmp_path):
     """Whatever these files say, a folder loads or one line says no."""
     folder = tmp_path / "tiny"
     shutil.copytree(f"{scenes}/tiny", folder)
-    for file, part, key in (
-            ("config.json", None, "model_type"),
-            ("config.json", "text_config", "hidden_size"),
-            ("config.json", "vision_config", "patch_size"),
-            ("generation_config.json", None, "eos_token_id"),
-            ("tokenizer_config.json", None, "tokenizer_class")):
+    for file, part, key in (("config.json", None, "model_type"),
+                            ("config.json", "text_config", "hidden_size"),
+                            ("config.json", "vision_config", "patch_size"),
+                            ("generation_config.json", None, "eos_token_id"),
+                            ("tokenizer_config.json", None, "tokenizer_class")):
         good = (folder / file).read_text()
         for value in HOSTILE:
             changed = json.loads(good)
