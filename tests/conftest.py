@@ -1,4 +1,5 @@
 """Fixtures of all tests: a few built-in scenes, and two tiny random policies, one of each model family."""
+import copy
 import http.server
 import json
 import os
@@ -8,6 +9,8 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from PIL import Image
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "tests")]
@@ -90,3 +93,51 @@ def serving(script):
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}/v1"
         server.shutdown()
+
+
+@pytest.fixture(params=["qwen3_vl", "qwen2_5_vl"])
+def family(request, policy, policy25):
+    """A policy of each family that a test may change."""
+    if request.param == "qwen2_5_vl":
+        return copy.deepcopy(policy25)
+    family = copy.deepcopy(policy)
+    amplify(family.vlm)
+    return family
+
+
+def stock(policy):
+    """transformers' own model with the policy's weights."""
+    model = type(policy.vlm)(policy.vlm.config)
+    model.load_state_dict(policy.vlm.state_dict())
+    return model.eval()
+
+
+def plain(model, policy, traj, temperature=1.0):
+    """Log-probabilities (T-1, V) of one whole trajectory, without banned ids."""
+    vision = model.config.vision_config
+    mean, std = sft.PIXELS[model.config.model_type]
+    patches = Qwen2VLImageProcessorPil(patch_size=vision.patch_size, merge_size=vision.spatial_merge_size,
+                                       image_mean=mean, image_std=std, do_resize=False)
+    views = [Image.fromarray(shown.view.numpy()) for shown in traj.shown]
+    pixels = patches(views, return_tensors="pt")
+    ids = torch.tensor([traj.ids])
+    kinds = (ids == policy.proc.image).int()
+    out = model(input_ids=ids, mm_token_type_ids=kinds, use_cache=False, **pixels)
+    logits = out.logits[0, :-1] / temperature
+    return logits.masked_fill(policy.banned, -torch.inf).log_softmax(-1)
+
+
+def gradient(model):
+    return torch.cat([p.grad.flatten() for p in model.parameters()]).double()
+
+
+def picture(seed=0, size=(40, 30)):
+    return Image.new("RGB", size, (20 * seed, 90, 160))
+
+
+def refusal(function, *args):
+    """The message of the UserError that a call ends with: one line."""
+    with pytest.raises(env.UserError) as e:
+        function(*args)
+    assert "\n" not in str(e.value)
+    return str(e.value)

@@ -4,7 +4,7 @@ import re
 
 import convert
 import pytest
-from test_formats import picture, refusal
+from conftest import picture, refusal
 
 import env
 

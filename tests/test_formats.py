@@ -6,28 +6,16 @@ import json
 import os
 
 import pytest
-from PIL import Image
+from conftest import picture, refusal
 
 import data
 import env
-
-
-def picture(seed=0, size=(40, 30)):
-    return Image.new("RGB", size, (20 * seed, 90, 160))
 
 
 def base64_of(image):
     out = io.BytesIO()
     image.resize((90, 70)).save(out, "PNG")
     return base64.b64encode(out.getvalue()).decode()
-
-
-def refusal(function, *args):
-    """The message of the UserError that a call ends with: one line."""
-    with pytest.raises(env.UserError) as e:
-        function(*args)
-    assert "\n" not in str(e.value)
-    return str(e.value)
 
 
 def write_tsv(path, lines):

@@ -1,7 +1,6 @@
 """The policy (sft.py): it computes what transformers' own model computes, for both families, and its
 checkpoints are plain folders that transformers and servers load.
 """
-import copy
 import json
 import os
 import shutil
@@ -9,29 +8,18 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from conftest import gradient, plain, stock
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoTokenizer
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import env
 import rppo
 import sft
-from conftest import amplify
 
 close = torch.testing.assert_close
 CFG = env.EpisodeConfig(max_pixels=150 * 150, max_crop_pixels=90 * 90, max_tokens=4000, turn_tokens=200)
-
-
-@pytest.fixture(params=["qwen3_vl", "qwen2_5_vl"])
-def family(request, policy, policy25):
-    """A policy of each family that a test may change."""
-    if request.param == "qwen2_5_vl":
-        return copy.deepcopy(policy25)
-    family = copy.deepcopy(policy)
-    amplify(family.vlm)
-    return family
 
 
 @pytest.fixture
@@ -50,32 +38,6 @@ def trajs(family):
         out.append(env.render(family.proc, row, turns, CFG))
     out[1].shown[0] = out[0].shown[0]            # as in a group, the two hold the same image
     return out
-
-
-def stock(policy):
-    """transformers' own model with the policy's weights."""
-    model = type(policy.vlm)(policy.vlm.config)
-    model.load_state_dict(policy.vlm.state_dict())
-    return model.eval()
-
-
-def plain(model, policy, traj, temperature=1.0):
-    """Log-probabilities (T-1, V) of one whole trajectory, without banned ids."""
-    vision = model.config.vision_config
-    mean, std = sft.PIXELS[model.config.model_type]
-    patches = Qwen2VLImageProcessorPil(patch_size=vision.patch_size, merge_size=vision.spatial_merge_size,
-                                       image_mean=mean, image_std=std, do_resize=False)
-    views = [Image.fromarray(shown.view.numpy()) for shown in traj.shown]
-    pixels = patches(views, return_tensors="pt")
-    ids = torch.tensor([traj.ids])
-    kinds = (ids == policy.proc.image).int()
-    out = model(input_ids=ids, mm_token_type_ids=kinds, use_cache=False, **pixels)
-    logits = out.logits[0, :-1] / temperature
-    return logits.masked_fill(policy.banned, -torch.inf).log_softmax(-1)
-
-
-def gradient(model):
-    return torch.cat([p.grad.flatten() for p in model.parameters()]).double()
 
 
 @pytest.mark.parametrize("chunk", [None, 40])

@@ -5,13 +5,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from conftest import plain, stock
 import torch
 from PIL import Image
 
 import env
 import eval as evaluation
 import sft
-from test_policy import family, plain, stock  # noqa: F401
 
 # Large images (several windows of attention), and a temperature that is not 1.
 ROOMY = evaluation.RolloutConfig(

@@ -9,13 +9,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from conftest import amplify, gradient, plain, stock
 import torch
 
 import env
 import rppo
-from conftest import amplify
 from rppo import group_advantages, policy_loss
-from test_policy import gradient, plain, stock
 
 close = torch.testing.assert_close
 

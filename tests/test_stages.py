@@ -262,19 +262,19 @@ def test_a_folder_in_use(copied, monkeypatch):
     before = made(Path(copied.out))
     with open(f"{copied.out}/lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        print("process 7 on elsewhere", end="", file=lock, flush=True)
-        with pytest.raises(env.UserError, match="run is in use by process 7 on elsewhere; .*--out"):
-            sft.main(copied)
+        print("process 7 on elsewhere", file=lock, flush=True)
+        for _ in range(2):
+            with pytest.raises(env.UserError, match="run is in use by process 7 on elsewhere; .*--out"):
+                sft.main(copied)
     assert made(Path(copied.out)) == before
 
 
 def test_missing_inputs(chain, tmp_path):
     """Every stage names what is missing and the flag that helps, before it writes anything."""
-    scenes, model = chain["data"][0].out, chain["rppo"][0].model
-    out = f"{tmp_path}/out"
+    scenes, model, out = chain["data"][0].out, chain["rppo"][0].model, f"{tmp_path}/out"
     for stage, values, words in (
             (sft, dict(data="nowhere"), "nowhere/sft.jsonl.*data.py.*--data"),
-            (rppo, dict(data="nowhere", model=model), "nowhere/train.jsonl.*--data"),
+            (rppo, dict(data="nowhere", model=model, n_score=0), "nowhere/train.jsonl.*--data"),
             (rppo, dict(data=scenes, model=model, eval_rows=9, steps=0), "train.jsonl.*--eval_rows=9"),
             (sft, dict(data=scenes, model=str(tmp_path)), f"{tmp_path}: .*--model"),
             (data, dict(task="huge"), "--task=huge.*tiny")):
