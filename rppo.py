@@ -341,10 +341,10 @@ def main(cfg):
         raise env.UserError(f"--prompts={cfg.prompts} is not a multiple of the {world_size} ranks")
     t = time.time()
     start = cold_start(cfg, rank)
-    if cfg.n_score and not os.path.exists(f"{cfg.data}/test.jsonl"):
-        raise env.UserError(f"{cfg.data} has no test.jsonl to score at the end; add one or give --n_score=0")
     seconds = dict(start=time.time() - t)
     rows = env.load_rows(f"{cfg.data}/train.jsonl", cfg.image_root)
+    if cfg.n_score and not os.path.exists(f"{cfg.data}/test.jsonl"):
+        raise env.UserError(f"{cfg.data} has no test.jsonl to score at the end; add one or give --n_score=0")
     rows, held_out = hold_out(rows, cfg.eval_rows)
     if not rows:
         raise env.UserError(f"{cfg.data}/train.jsonl: too few rows for --eval_rows={cfg.eval_rows}; lower it")

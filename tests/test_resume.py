@@ -1,7 +1,6 @@
 """A run that is interrupted goes on exactly: signals, kills, dead ranks.
 
-    python -m pytest tests/test_resume.py                      # signals, in this process
-    KILLS=4 python -m pytest -m slow tests/test_resume.py      # real runs, killed
+    KILLS=4 python -m pytest -m "slow or not slow" tests/test_resume.py
 
 Logs, weights and optimizers are compared bit by bit. The slow tests use two threads: both of one process, or
 one for each of torchrun's ranks.
@@ -86,20 +85,18 @@ def test_a_signal_saves_and_leaves(stage, number, scenes, tmp_path, monkeypatch,
     assert_same(f"{tmp_path}/whole", cfg.out)
 
 
-# --- The real command lines -----------------------------------------------------------------------------
-
 @pytest.fixture(scope="module")
 def model(scenes, tmp_path_factory):
     """A policy that crops, errs and answers: it was taught to look anywhere and to guess."""
     folder = tmp_path_factory.mktemp("model")
     rng = np.random.default_rng(0)
-    for row in env.load_rows(f"{scenes}/sft.jsonl"):
-        turns = [f"<answer>{rng.choice(list(data.COLOURS))}</answer>"]
-        for _ in range(rng.integers(3)):
-            x, y = data.corner_of(rng.integers(16), 250)
-            turns.insert(0, f"<think>Look.</think>\n{data.look(np.array([x, y, x + 250, y + 250]))}")
-        sft.append_log(folder, {**row, "turns": turns})
-    (folder / "log.jsonl").rename(folder / "sft.jsonl")
+    with open(folder / "sft.jsonl", "w") as file:
+        for row in env.load_rows(f"{scenes}/sft.jsonl"):
+            turns = [f"<answer>{rng.choice(list(data.COLOURS))}</answer>"]
+            for _ in range(rng.integers(3)):
+                x, y = data.corner_of(rng.integers(16), 250)
+                turns.insert(0, f"<think>Look.</think>\n{data.look(np.array([x, y, x + 250, y + 250]))}")
+            print(json.dumps({**row, "turns": turns}), file=file)
     sft.main(sft.Config(data=str(folder), model=f"{scenes}/tiny", out=f"{folder}/run", max_crops=2,
                         turn_tokens=40, steps=40, batch=4, warmup=3))
     return f"{folder}/run"
@@ -112,8 +109,9 @@ def start(scenes, model):
         command = [sys.executable]
         if ranks > 1:
             command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *options]
-        command += [Path(__file__).parents[1] / f"{name}.py", f"--data={scenes}", f"--model={model}", f"--out={out}"]
-        command += [f"--{flag}={value}" for flag, value in FLAGS[name].items()]
+        command.append(Path(__file__).parents[1] / f"{name}.py")
+        flags = dict(FLAGS[name], data=scenes, model=model, out=out)
+        command += [f"--{flag}={value}" for flag, value in flags.items()]
         environment = {**os.environ, "OMP_NUM_THREADS": str(2 // ranks), "OMP_WAIT_POLICY": "passive"}
         printed = open(f"{out}.txt", "a")
         return subprocess.Popen(command, stdout=printed, stderr=subprocess.STDOUT, env=environment)
