@@ -13,8 +13,7 @@ data's affair.
 
 Shapes: B conversations, T tokens of the longest, n trained tokens, N image tokens, V rows of the
 language-model head. Reads <data>/sft.jsonl and, without --model, the random model <data>/tiny. Writes
-<out>/checkpoints/<step>/, last, config.json, log.jsonl. On the CPU, a run that is killed and started again
-ends with the same bits.
+<out>/checkpoints/<step>/, last, config.json, log.jsonl.
 """
 import argparse
 import fcntl
@@ -513,8 +512,7 @@ def shard(policy, device):
     if not dist.is_initialized():
         raise UserError("--shard=true: start with torchrun, or give --shard=false")
     dtype = torch.bfloat16 if device.type == "cuda" else None
-    # Inputs are left alone: the tower's rotary angles stay fp32.
-    precision = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+    precision = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)   # angles stay fp32
     blocks = (*policy.vlm.model.visual.blocks, *policy.vlm.model.language_model.layers)
     for module in (*blocks, policy):             # the rest, tied embeddings among it, belongs to the root
         fully_shard(module, mp_policy=precision)
@@ -693,7 +691,9 @@ def train_step(policy, optimizers, batches, step, cfg):
 
 
 def eta(entry, first, cfg):
-    """Time that is left, as minutes:seconds, after entry["seconds"] since the step `first`."""
+    """Time that is left, as minutes:seconds; after the first step on CUDA the peak of memory instead."""
+    if entry["step"] == first and torch.cuda.is_available():
+        return f"peak {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB"
     left = entry["seconds"] / (entry["step"] + 1 - first) * (cfg.steps - entry["step"] - 1)
     return f"eta {left // 60:3.0f}:{left % 60:02.0f}"
 
