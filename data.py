@@ -1,778 +1,750 @@
-"""data.py, file 2 of 5 (read env.py first): rows of questions, the built-in scenes, and questions from photographs.
+"""data.py, file 3 of 5 (after env.py and sft.py): how rows of questions are made and read.
 
-    python data.py                          # data/scenes-0/{sft,train,test}.jsonl and images, level 0 (the tiny task)
-    python data.py --level=3 --n_train=2000 # 4096 x 4096 scenes with two scales and small text, for real models
-    python data.py --images=photos --annotator=https://host/v1 --annotator_name=NAME --policy=runs/sft --out=data/mine
+    python data.py                              # built-in scenes: data/scenes-0/{sft,train,test}.jsonl
+    python data.py --task=large --n_train=2000 --out=data/large    # true scale: 4096 pixels, two zooms
+    python data.py --images=photos --annotator=https://host/v1 --annotator_name=NAME --out=data/mine \\
+                   --policy=http://localhost:8000/v1 --policy_name=NAME    # questions about photographs
 
-A row, one JSON object a line, is the published schema of DRIM-VisualReasonHard and of Mini-o3's RL data plus three
-optional fields:
+A row is one JSON object a line, in the published schema of DRIM-VisualReasonHard and Mini-o3, with optional
+fields: `boxes` (the evidence, in pixels of the original) and, in a cold-start row, `turns` (the assistant's
+texts; what it saw is replayed through the tool). Image paths are relative to the file.
 
-    {"images": ["test/0.png"], "doc_id": "test-0", "problem": "...", "solution": "green", "data_source": "scenes-0",
-     "boxes": [[117, 84, 120, 87]], "choices": null, "difficulty": 3}
+    {"images": ["test/0.png"], "doc_id": "test-0-0", "problem": "...", "solution": "green",
+     "data_source": "tiny", "boxes": [[116, 84, 140, 108]], "difficulty": 3}
 
-Image paths are relative to the file or to --image_root; boxes (the evidence) are pixels of the original. A cold-start row
-also has "turns", the assistant's texts; what it saw is replayed through the tool.
-
-The scenes: coloured boxes on a grid. One box of the asked colour bears the evidence, which can hardly be read in the
-shrunken whole image: so list its look-alikes, zoom into one, and if it is empty go to the next. At levels 2 and 3 the crop
-shows only where a label is, and a second zoom reads it. The cold start is imperfect on purpose, for RL to improve.
-
-Photographs: an annotator zooms in on a detail and asks about it; a question is kept if the detail answers it and the
-shrunken whole does not, and if the policy solves it sometimes. Rows have three more fields: `chain` (boxes from coarse
-to fine, the last is the evidence), `difficulty` (fewest crops of a right trajectory) and `solve_rate`.
+Writes <out>/{sft,train,test}.jsonl, config.json; of scenes images and the random model tiny/; of photographs
+answers.jsonl (the same command goes on and pays for nothing twice) and data_card.json (what was dropped).
 """
+import ast
+import base64
+import csv
 import hashlib
+import io
 import json
 import os
 import re
-import textwrap
 import threading
+import time
+import urllib.request
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
-from functools import cache, partial
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+import torch
+from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import env
+import sft
 from env import UserError
-
-COLOURS = {"red": (220, 40, 40), "green": (40, 170, 60), "blue": (50, 80, 230), "yellow": (235, 215, 40),
-           "purple": (160, 50, 190), "cyan": (40, 200, 215)}
-SHAPES = ("triangle", "square", "cross")
-# size: pixels per side; grid: cells per side; mark: pixels; scales: zooms needed; kinds: what is asked
-LEVELS = {0: dict(size=256, grid=4, mark=14, scales=1, kinds=("colour",)),
-          1: dict(size=1024, grid=4, mark=14, scales=1, kinds=("colour", "shape", "count")),
-          2: dict(size=2048, grid=6, mark=12, scales=2, kinds=("colour", "shape", "count")),
-          3: dict(size=4096, grid=8, mark=16, scales=2, kinds=("colour", "shape", "count", "text"))}
-QUESTIONS = {"colour": "One of the {} boxes bears a coloured dot, the others a black one. Which colour is it?",
-             "shape": "One of the {} boxes bears a black shape, the others a black dot. Which shape is it?",
-             "count": "One of the {} boxes bears several black dots, the others one. How many are they?",
-             "text": "One of the {} boxes bears a code, the others a dash. What is the code?"}
-FLAWS = 0.2, 0.4  # of the cold start: after an empty crop guess at once, or look at the same place again (probabilities)
-CLEAN = 0.7       # share of the cold start, at its beginning, in which only a tenth have these flaws
 
 
 @dataclass
-class Config:
-    seed: int = 0                     # of the sft and train scenes (the test scenes never change), or of the photographs
-    out: str = "data/scenes-{seed}"   # where the rows and images go
-    level: int = 0                    # 0 (256 px, the tiny task) to 3 (4096 px, two scales, small text)
-    n_sft: int = 3360                 # scenes; each asks two questions (a scene for RL or testing asks one)
-    n_train: int = 1800
-    n_test: int = 768
-    per_question: int = 3             # cold-start trajectories per question
-    # Photographs instead of scenes (of the above, only seed, out and per_question count).
-    images: str = ""                  # their folder
-    annotator: str = ""               # a local model, or the address of an OpenAI-compatible endpoint (key: OPENAI_API_KEY)
-    annotator_name: str = ""          # the model's name at that address
-    policy: str = ""                  # the model that is to learn, likewise
+class ScenesConfig:
+    """Built-in scenes."""
+    task: str = "tiny"               # FORK: a key of TASKS
+    n_sft: int = 2000                # scenes; each asks two questions (a scene for RL or testing asks one)
+    n_train: int = 1200
+    n_test: int = 512
+    max_crops: int = 5               # what the demonstrations plan with
+
+
+@dataclass
+class PhotosConfig:
+    """Questions about photographs."""
+    images: str = ""                 # folder of the photographs
+    annotator: str = ""              # address of an OpenAI-compatible endpoint (its key: OPENAI_API_KEY)
+    annotator_name: str = ""         # the model's name there
+    policy: str = ""                 # the model that is to learn, likewise (vLLM serves our checkpoints)
     policy_name: str = ""
-    max_pixels: int = 0               # the shrunken whole image; 0: as the policy was trained, or 2,000,000
-    min_megapixels: float = 2.0       # smaller images are left out
-    per_image: int = 2                # proposals per image
-    area: float = 0.01                # largest share of the image that a proposal may end at
-    votes: int = 4                    # answers asked for from the text, from the whole image and from the evidence each:
-    blind: int = 1                    # at most so many may be right from text or whole image,
-    agree: int = 3                    # at least so many from the evidence
-    samples: int = 8                  # trajectories of the policy per question
-    max_rate: float = 0.75            # largest share of them that may be right
-    attempts: int = 4                 # trajectories of the annotator per question
-    share_sft: float = 0.4            # of the images, the rest is for train
+    max_pixels: int = 2_000_000      # of the shrunken image
+    per_image: int = 2               # proposals per photograph
+    evidence_share: float = 0.01     # largest share of the photograph that the evidence may cover
+    votes: int = 4                   # answers each from the text, the shrunken image and the evidence:
+    blind: int = 1                   # at most so many may be right from text or shrunken image,
+    agree: int = 3                   # at least so many from the evidence
+    samples: int = 8                 # trajectories of the policy per question
+    max_rate: float = 0.75           # largest share of them that may be right
+    attempts: int = 4                # trajectories of the annotator per question
+    share_sft: float = 0.4           # of the photographs; the rest is for train
     share_test: float = 0.1
-    parallel: int = 8                 # images, and so requests, at a time
-    preview: int = 0                  # rows of a contact sheet, preview.png
+    parallel: int = 8                # photographs, and so requests, at a time
 
 
-def cell_name(cell, grid):
-    """Columns A, B, ... and rows 1, 2, ...: cell 6 of a 4x4 grid is C2."""
-    return f"{chr(65 + cell % grid)}{cell // grid + 1}"
+@dataclass
+class Config(ScenesConfig, PhotosConfig):
+    """All rows."""
+    seed: int = 0                    # of the sft and train scenes (not of test), and of what models sample
+    out: str = "data/scenes-{seed}"  # where rows and images go
+    per_question: int = 3            # cold-start trajectories per question
 
 
-def draw_mark(draw, kind, value, x, y, m, colour):
-    """One mark of m pixels with its corner at (x, y). Returns its box."""
-    if kind == "text":
-        font = ImageFont.load_default(m)
-        draw.text((x, y), value, fill=colour, font=font)
-        return [int(v) for v in draw.textbbox((x, y), value, font=font)]
-    if kind == "count":  # dots of half the size in a row
-        n, m = int(value), m // 2
-        for i in range(n):
-            draw.ellipse((x + 2 * m * i, y, x + 2 * m * i + m - 1, y + m - 1), fill=colour)
-        return [x, y, x + (2 * n - 1) * m, y + m]
-    if value == "triangle":
-        draw.polygon([(x, y + m - 1), (x + m - 1, y + m - 1), (x + m // 2, y)], fill=colour)
-    elif value == "cross":
-        for a, b in ((y + 2, y + m - 3), (y + m - 3, y + 2)):  # two pixels in: the ends of a thick line stand out
-            draw.line((x + 2, a, x + m - 3, b), fill=colour, width=max(1, m // 5))
-    else:
-        (draw.ellipse if m > 4 and value != "square" else draw.rectangle)((x, y, x + m - 1, y + m - 1), fill=colour)
-    return [x, y, x + m, y + m]
+# --- The built-in scenes: coloured boxes on a 4 x 4 grid, whose evidence can be seen in crops alone --------
+# In every box of the asked colour a mark is printed in dots: in the target what is asked for, in its
+# look-alikes nothing of use. Between the dots the box is shifted the other way, so that its mean stays: when
+# the whole is shrunk, the dots are gone (tests/probe.py). So: list the boxes, zoom into one, and if it is not
+# the target, go on.
+
+GRID = 4
+# Every channel is 12 more than a multiple of 24: what a dot adds, the pixels around it give back unrounded.
+COLOURS = {"red": (204, 36, 36), "green": (36, 180, 60), "blue": (36, 84, 204),
+           "yellow": (204, 204, 36), "purple": (156, 36, 204), "cyan": (36, 204, 204)}
+BLACK, GREY = 36, 156
+CODES = ["".join(letters) for letters in product("ACEFHKLMNPRTUVWXY3479", repeat=3)]
+# What is asked for -> the question, what the look-alikes bear, the possible answers.
+KINDS = {
+    "colour": ("One {} box bears coloured dots, the others black. Which colour?", "black", list(COLOURS)),
+    "shape": ("One {} box bears a dotted sign, the others a dash. Which?", "dash", ("cross", "plus", "ring")),
+    "count": ("One {} box bears several dotted bars, the others one. How many?", "1", list("2345")),
+    "text": ("One {} box bears a dotted code, the others a dash. What is the code?", "dash", CODES)}
+SIGNS = dict(zip("cross plus ring dash 1 2 3 4 5".split(), "X + O - I II III IIII IIIII".split()))
+NUMBERS = (3, 4, 5, 6), (2, 3)       # boxes of a scene's two colours; only a cold start asks about the second
+NOISE = np.array([-12, -4, 4, 12], np.int16)
+# The flaws of the cold start, for RL to mend.
+MOST_BOXES = 3                       # no demonstration looks at more; a later target means a guess after two
+GIVE_UP = 0.3                        # probability that it guesses after an empty box
+AGAIN = 0.3                          # probability that it looks at an empty box again, a little shifted
 
 
-def make_scene(rng, level):
-    """One image and its two questions. Returns (image, [question]); a question is a dict with colour, kind, cells
-    (of the candidates, in reading order), target (cell), answer, evidence box, labels (cell -> box, two-scale levels)."""
-    spec = LEVELS[level]
-    S, g, m = spec["size"], spec["grid"], spec["mark"]
-    c = S // g
-    # blotches as large as a pixel of the whole view, so that shrinking does not average them away
-    blotch = S // 64
-    noise = rng.integers(-30, 31, (64, 64, 3)).repeat(blotch, 0).repeat(blotch, 1)
-    image = Image.new("RGB", (S, S), (150, 150, 150))
-    draw = ImageDraw.Draw(image)
-    names = list(rng.permutation(list(COLOURS)))
-    sizes = [int(rng.integers(2, 7)), int(rng.integers(2, 4)), *[1] * int(rng.integers(0, 2))]
-    cells = iter(rng.permutation(g * g))
-    questions, marks, scene = [], [], {}
-    for name, k in zip(names, sizes):
-        mine = sorted(int(next(cells)) for _ in range(k))
-        kind = spec["kinds"][rng.integers(len(spec["kinds"]))]
-        target = mine[rng.integers(k)]
-        answer = {"colour": lambda: str(rng.choice([n for n in names if n != name])), "shape": lambda: str(rng.choice(SHAPES)),
-                  "count": lambda: str(rng.integers(2, 6)), "text": lambda: "".join(rng.choice(list("ACEFHKLMNPRTUVWXY3479"), 4))}[kind]()
-        labels = {}
-        scene.update(dict.fromkeys(mine, str(name)))
-        for cell in mine:
-            x, y = cell % g * c, cell // g * c
-            side = int(c * rng.uniform(0.66, 0.8))
-            x, y = x + int(rng.integers(0, c - side + 1)), y + int(rng.integers(0, c - side + 1))
-            draw.rectangle((x, y, x + side - 1, y + side - 1), fill=tuple(int(0.75 * v + 50) for v in COLOURS[name]))
-            if spec["scales"] == 2:  # a pale label, a quarter of the box wide, holds the mark
-                w = side // 4
-                x, y = x + int(rng.integers(0, side - w)), y + int(rng.integers(0, side - w))
-                draw.rectangle((x, y, x + w - 1, y + w - 1), fill=(225, 225, 215))
-                labels[cell], side = (x, y, x + w, y + w), w
-            width = m // 2 * (2 * int(answer) - 1) if kind == "count" else m * (3 if kind == "text" else 1)
-            at = [int(p + rng.integers(1, max(2, side - extent - 1))) for p, extent in ((x, width), (y, m))]
-            if cell == target:
-                marks.append((kind, answer, *at, m, COLOURS[answer] if kind == "colour" else (0, 0, 0)))
-                where = len(marks) - 1
-            else:  # a look-alike's: black dot, one dot, or a dash
-                marks.append((kind, {"count": "1", "text": "--"}.get(kind, "dot"), *at, m, (0, 0, 0)))
-        questions.append(dict(colour=name, kind=kind, cells=mine, target=target, answer=answer, labels=labels, mark=where))
-    image = Image.fromarray(np.clip(np.asarray(image).astype(int) + noise, 0, 255).astype(np.uint8))
-    draw = ImageDraw.Draw(image)
-    boxes = [draw_mark(draw, *mark) for mark in marks]
-    for q in questions:
-        q.update(evidence=boxes[q["mark"]], scene=sorted(scene.items()))
-    return image, [q for q in questions if len(q["cells"]) > 1]
+@dataclass(frozen=True)
+class Task:
+    """A built-in task. Lengths are pixels of the scene."""
+    size: int                        # of the scene
+    blotch: int                      # side of a blotch of the noise on it: a pixel of the whole view or more
+    dot: np.ndarray                  # one period of the dots, (n, n): shares of the ink, of mean 0
+    tile: int                        # side of the square that holds the mark
+    label: bool                      # the square is grey: a first zoom finds it, a second one reads it
+    kinds: tuple                     # what is asked for
 
 
-def look(box, img_idx=0):
-    """The text of a call."""
-    call = {"name": env.TOOL["function"]["name"], "arguments": {"bbox_2d": [int(v) for v in box], "img_idx": img_idx}}
+# tiny: shrinking by 6 begins with means of 2 x 2 pixels, and in those the dots are gone. large: a dot is a
+# second difference in both directions; shrinking by about 3 leaves next to nothing of it, even at edges.
+SQUARE = np.pad(np.ones((2, 2)) * 4 / 3, 1) - 1 / 3
+POINT = np.outer((-0.5, 1, -0.5), (-0.5, 1, -0.5))
+# FORK: the built-in tasks. Another one is a line here and, with a new kind of question, one in KINDS.
+TASKS = {"tiny": Task(192, 6, SQUARE, 24, False, ("colour",)),
+         "large": Task(4096, 3, POINT, 192, True, ("shape", "count", "text"))}
+
+
+def corner_of(cell, side):
+    """Upper left corner (x, y) of a cell, when cells are `side` wide."""
+    return np.array([cell % GRID, cell // GRID]) * side
+
+
+def cell_name(cell):
+    """Columns A to D and rows 1 to 4: cell 6 is C2."""
+    return f"{chr(65 + cell % GRID)}{cell // GRID + 1}"
+
+
+def halftone(kind, value, base, task):
+    """A mark in dots: int16 (tile, tile, 3 or 1), to be added to a square of colour `base`. It has mean 0."""
+    n = task.tile // len(task.dot)
+    mark = Image.new("1", (n, n), kind == "colour")
+    if kind != "colour":
+        font = ImageFont.load_default(n // 3)
+        ImageDraw.Draw(mark).text((n // 2, n // 2), SIGNS.get(value, value), 1, font, "mm")
+    ink = np.subtract(COLOURS.get(value, BLACK), base)
+    return np.rint(np.kron(mark, task.dot)[..., None] * ink).astype(np.int16)
+
+
+def square(pixels, corner, side):
+    """The part of an image array at corner (x, y), to be written into."""
+    x, y = corner
+    return pixels[y:y + side, x:x + side]
+
+
+def draw_box(rng, pixels, cell, colour, kind, value, task):
+    """Draw a box of a colour, with its mark, anywhere in a cell. Returns the box (pixels) of the mark."""
+    width = task.size // GRID
+    side = width * 3 // 4
+    corner = corner_of(cell, width) + rng.integers(0, width - side + 1, 2)
+    base = np.array(COLOURS[colour]) // 32 * 24 + 36     # of middle brightness: nothing is clipped
+    square(pixels, corner, side)[:] = base
+    corner += rng.integers(len(task.dot), side - task.tile + 1, 2)
+    corner -= corner % len(task.dot)                     # the dots are in line with the scene
+    tile = square(pixels, corner, task.tile)
+    if task.label:
+        base = GREY
+        tile[:] = base
+    tile += halftone(kind, value, base, task)
+    return np.append(corner, corner + task.tile).tolist()
+
+
+def make_scene(rng, task):
+    """One image and its two questions, dicts: problem, answer, answers (the possible ones), scene (cell ->
+    colour, of all boxes), marks (cell -> what its box bears, of those of the asked colour in reading order),
+    tiles (cell -> box of that mark), evidence (the one with the answer)."""
+    pixels = np.full((task.size, task.size, 3), GREY, np.int16)
+    colours = rng.permutation(list(COLOURS)).tolist()
+    free = rng.permutation(GRID * GRID).tolist()
+    questions, scene = [], {}
+    for colour, numbers in zip(colours, NUMBERS):
+        kind = rng.choice(task.kinds)
+        problem, plain, answers = KINDS[kind]
+        answers = [answer for answer in answers if answer != colour]
+        n = rng.choice(numbers)
+        marks = dict.fromkeys(sorted(free[:n]), plain)
+        free = free[n:]
+        target = rng.choice(list(marks))
+        answer = marks[target] = str(rng.choice(answers))
+        scene.update(dict.fromkeys(marks, colour))
+        tiles = {}
+        for cell, mark in marks.items():
+            tiles[cell] = draw_box(rng, pixels, cell, colour, kind, mark, task)
+        questions.append(dict(problem=problem.format(colour), answer=answer, answers=answers, scene=scene,
+                              marks=marks, tiles=tiles, evidence=tiles[target]))
+    n = task.size // task.blotch + 1
+    noise = rng.choice(NOISE, (n, n, 3)).repeat(task.blotch, 0).repeat(task.blotch, 1)
+    pixels += noise[:task.size, :task.size]
+    return Image.fromarray(pixels.astype(np.uint8)), questions
+
+
+def look(box):
+    """The text of a call that looks at a box of the original."""
+    arguments = {"bbox_2d": box.astype(int).tolist(), "img_idx": 0}
+    call = {"name": env.CROP_SCHEMA["function"]["name"], "arguments": arguments}
     return f"<tool_call>\n{json.dumps(call)}\n</tool_call>"
 
 
-def oracle(q, rng, level, max_crops, p_guess=0.0, p_again=0.0):
-    """The assistant's turns (texts) for one question: list the boxes in reading order and number the look-alikes, visit
-    them in that order, read, answer.
-
-    After each empty look: with p_guess answer at random, with p_again look again at a box shifted by a fifth of its
-    width, else go on with the next look-alike. When crops or look-alikes are used up it guesses. Thoughts state only
-    what can be seen at that point, and each decision needs only a short look back: that is what makes it learnable.
-    """
-    spec = LEVELS[level]
-    g, S = spec["grid"], spec["size"]
-    answers = {"colour": [n for n in COLOURS if n != q["colour"]], "shape": SHAPES, "count": list("2345"), "text": ["????"]}
-    plain = {"colour": "black", "shape": "dot", "count": "1", "text": "dash"}[q["kind"]]
-    number = {c: i + 1 for i, c in enumerate(q["cells"])}
-    listing = " ".join(f"{cell_name(c, g)} {name}" + (f" {number[c]}" if c in number else "") for c, name in q["scene"])
-    turns, crops, at, again = [], 0, 0, False
-    thought = f"Boxes {listing}. Look 1"
-    while True:
-        cell = q["cells"][at]
-        name = cell_name(cell, g)
-        box = np.array([cell % g, cell // g, cell % g + 1, cell // g + 1]) * (1000 // g)
-        if again:
-            shift = np.array([[1, 0, 1, 0], [0, 1, 0, 1]])[rng.integers(2)] * (200 // g) * rng.choice([-1, 1])
-            box = box + (shift if 0 <= (box + shift).min() and (box + shift).max() <= 1000 else -shift)
-        turns.append(f"<think>{thought} {name}.</think>\n{look(box)}")
-        crops += 1
-        readable = spec["scales"] == 1 or crops < max_crops
-        if spec["scales"] == 2 and readable:  # zoom into the crop, at the label with a margin
-            frame, label = box / 1000 * S, np.array(q["labels"][cell], float)
-            w = (label[2] - label[0]) / 4
-            inner = (label + [-w, -w, w, w] - frame[[0, 1, 0, 1]]) / (frame[2:] - frame[:2])[[0, 1, 0, 1]] * 1000
-            turns.append(f"<think>At {name} a label. Look closer.</think>\n{look(inner.clip(0, 1000), crops)}")
-            crops += 1
-        if cell == q["target"] and readable:
-            return turns + [f"<think>At {name} {q['answer']}.</think>\n<answer>{q['answer']}</answer>"]
-        luck = rng.random()
-        again = p_guess <= luck < p_guess + p_again
-        if crops >= max_crops or luck < p_guess or not again and at + 1 == len(q["cells"]):
-            return turns + [f"<think>At {name} {plain if readable else 'a label'}. Guess.</think>\n<answer>{rng.choice(answers[q['kind']])}</answer>"]
-        at += not again
-        thought = f"At {name} {plain}. Look " + ("again" if again else str(at + 1))
+def listing(question):
+    """All boxes of a scene, those of the asked colour numbered: A1 red 1 B1 green D2 red 2"""
+    words, marks = [], list(question["marks"])
+    for cell, colour in sorted(question["scene"].items()):
+        words += [cell_name(cell), colour]
+        if cell in marks:
+            words.append(str(marks.index(cell) + 1))
+    return " ".join(words)
 
 
-def write_rows(cfg, split, n, seed):
-    """Draw n scenes of a split, save images and rows. Returns the number of rows."""
-    folder = os.path.join(cfg.out, split)
-    os.makedirs(folder, exist_ok=True)
-    asked, cold = [], split == "sft"
-    for i in tqdm(range(n), desc=f"scenes/{split}", disable=None):
-        rng = np.random.default_rng([seed, {"sft": 0, "train": 1, "test": 2}[split], cfg.level, i])
-        image, questions = make_scene(rng, cfg.level)
-        image.save(os.path.join(folder, f"{i}.png"), compress_level=1)
-        for j, q in enumerate(questions if cold else questions[:1]):
-            row = dict(images=[f"{split}/{i}.png"], doc_id=f"{split}-{i}-{j}", problem=QUESTIONS[q["kind"]].format(q["colour"]),
-                       solution=q["answer"], data_source=f"scenes-{cfg.level}", boxes=[q["evidence"]], difficulty=len(q["cells"]))
-            asked += [(row, q)] * (cfg.per_question if cold else 1)
-    rows = [row for row, _ in asked]
-    if cold:  # in random order; nearly all of the first CLEAN share is free of flaws, the rest has them
-        rng = np.random.default_rng([seed, 3])
-        for at, k in enumerate(rng.permutation(len(asked))):
-            flaws = FLAWS if at >= CLEAN * len(rows) or rng.random() < 0.1 else ()
-            rows[at] = {**asked[k][0], "turns": oracle(asked[k][1], rng, cfg.level, env.World.max_crops, *flaws)}
-    env.write_text(os.path.join(cfg.out, f"{split}.jsonl"), "".join(json.dumps(r) + "\n" for r in rows))
-    return len(rows)
+def oracle(question, rng, task, max_crops):
+    """The assistant's turns: list the boxes, look at those of the asked colour one by one, read, answer; with
+    the flaws above. A thought states only what can be seen by then, and needs a short look back only."""
+    marks, answer, cells = question["marks"], question["answer"], list(question["marks"])
+    thought, verb = f"Boxes {listing(question)}.", "Look"
+    turns, at = [], 0
+    while len(turns) < max_crops:
+        name = cell_name(cells[at])
+        corner = corner_of(cells[at], 1000 // GRID)
+        if verb == "Again":                  # a fifth of its width nearer to the middle of the image
+            axis = rng.integers(2)
+            corner[axis] += 200 // GRID if corner[axis] < 500 else -200 // GRID
+        call = look(np.append(corner, corner + 1000 // GRID))
+        turns.append(f"<think>{thought} {verb} {name}.</think>\n{call}")
+        seen = marks[cells[at]]
+        if task.label and len(turns) == max_crops:
+            seen = "too small"
+        elif task.label:
+            margin = task.tile // 10
+            label = np.add(question["tiles"][cells[at]], [-margin, -margin, margin, margin])
+            call = look((label * 1000 / task.size).clip(0, 1000))
+            turns.append(f"<think>{name} bears a label. Look closer.</think>\n{call}")
+        thought = f"{name} {seen}."
+        if seen == answer:
+            return turns + [f"<think>{thought}</think>\n<answer>{answer}</answer>"]
+        verb = "Again" if rng.random() < AGAIN else "Look"
+        if verb == "Look":
+            at += 1
+            beyond = answer not in list(marks.values())[:MOST_BOXES]
+            if at == MOST_BOXES - 1 and beyond or rng.random() < GIVE_UP:
+                break
+    guess = rng.choice(question["answers"])
+    return turns + [f"<think>{thought} Guess.</think>\n<answer>{guess}</answer>"]
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Questions from photographs: `construct` takes them all, `build` takes one through the steps, each step is a function.
-
-# FORK: the prompts. Where the tool is used, env.SYSTEM explains it; graded and collected conversations see the question alone.
-PROPOSE = (
-    "Write one question about a small detail of this photograph, for a test of eyesight. First find the detail: {kind}, too "
-    "small to be made out in the whole photograph. Zoom in on it with the tool in 2 to 4 steps, each into the crop before it "
-    "(img_idx is its number) and at most half as wide and half as high, until the detail fills the crop with little margin. "
-    "Then write the question. It tells which object is meant, so that only one in the whole photograph fits; it does not give "
-    "its answer away; it mentions no crop and no zooming. The answer is a few words at most, and beyond doubt. End with\n"
-    '<answer>{{"question": "...", "answer": "...", "choices": {choices}}}</answer>')
-KINDS = (("things to be counted, or a printed number", "null"), ("the colour of a thing", "null"), ("a printed word", "null"),
-         ("what a thing is, does, or what state it is in", '["the answer", "plausible but wrong", "...", "..."]'))
-BLIND = "The picture is withheld. Give the answer that seems most likely from the question alone.\n"
-ZOOMS, FINER = (2, 4), 1.5  # zooms of a proposal, and how much finer each must be (ratio of lengths)
-MAX_REDUNDANCY = 0.1        # of a cold-start trajectory (env.redundancy)
-COLOUR_WORDS = "black white grey gray silver red orange yellow gold green turquoise cyan blue purple violet pink brown beige".split()
-STEPS = ("select", "propose", "ask", "verify", "grade", "collect", "split")
+def write_rows(out, split, rows):
+    sft.write_text(f"{out}/{split}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
 
-class Photo:
-    """A photograph, and every answer that was given about it: lines [key, answer] of a file that is only appended to."""
-
-    def __init__(self, image, path, name, out):
-        self.image, self.path, self.name, self.views = image, path, name, {}
-        self.box = (0, 0, *image.size)
-        self.digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-        self.log = Path(out, "answers", hashlib.sha256(os.fsencode(name)).hexdigest()[:16] + ".jsonl")
-        text = self.log.read_text() if self.log.exists() else ""
-        whole = text[:text.rfind("\n") + 1]
-        if whole != text:  # a killed run may leave half a line
-            env.write_text(str(self.log), whole)
-        self.answers = dict(map(json.loads, whole.splitlines()))
-
-    def recall(self, request, reply):
-        """The recorded answer to a request (anything JSON), or else reply(its key), which is recorded."""
-        key = hashlib.sha256(json.dumps([self.digest, request]).encode()).hexdigest()[:32]
-        if key not in self.answers:
-            answer = reply(key)
-            with open(self.log, "a") as f:
-                f.write(json.dumps([key, answer]) + "\n")
-            self.answers[key] = answer
-        return self.answers[key]
-
-    def view(self, box, least, most):
-        """The part of a chat message that shows box within a pixel budget, as a Qwen3-VL sees it."""
-        if (box, most) not in self.views:
-            view = env.Processor.view(SimpleNamespace(patch=16, merge=2), self.image, box, least, most)
-            self.views[box, most] = env.data_url(Image.fromarray(view.numpy()))
-        return self.views[box, most]
+def write_scenes(cfg):
+    """Draw the scenes of all splits, save images and rows."""
+    task = TASKS[cfg.task]
+    for number, split in enumerate(("test", "train", "sft")):
+        os.makedirs(f"{cfg.out}/{split}", exist_ok=True)
+        rows = []
+        for i in tqdm(range(getattr(cfg, "n_" + split)), desc=f"{cfg.task}/{split}", disable=None):
+            rng = np.random.default_rng([cfg.seed * (split != "test"), number, i])   # test never changes
+            image, questions = make_scene(rng, task)
+            path = f"{split}/{i}.png"
+            image.save(f"{cfg.out}/{path}", compress_level=1)
+            for j, q in enumerate(questions):
+                row = {"images": [path], "doc_id": f"{split}-{i}-{j}", "problem": q["problem"],
+                       "solution": q["answer"], "data_source": cfg.task, "boxes": [q["evidence"]],
+                       "difficulty": len(q["tiles"])}
+                if split != "sft":
+                    rows.append(row)
+                    break                    # the first question has more look-alikes
+                for _ in range(cfg.per_question):
+                    rows.append({**row, "turns": oracle(q, rng, task, cfg.max_crops)})
+        if split == "sft":
+            np.random.default_rng(cfg.seed).shuffle(rows)
+        write_rows(cfg.out, split, rows)
 
 
-@dataclass
-class Question:
-    """The n-th proposal of a photograph on its way through the steps; they fill in what has a default."""
-    job: SimpleNamespace  # cfg, world (of the policy's training), annotator, policy
-    photo: Photo
-    n: int
-    text: str = ""        # as the annotator wrote it: JSON
-    chain: list = ()      # boxes of the proposal, coarse to fine; the last one is the evidence
-    row: dict | None = None
-    turns: list = field(default_factory=list)  # of each kept trajectory
-    fates: list = field(default_factory=list)  # of every sampled trajectory
+# --- The tiny model ----------------------------------------------------------------------------------------
+SPECIAL = ("<|endoftext|> <|im_start|> <|im_end|> <|vision_start|> <|vision_end|> <|vision_pad|> "
+           "<|image_pad|> <|video_pad|>").split()              # their ids are 0 to 7
 
 
-BUSY = threading.Lock()  # one rollout at a time, of whichever local model: a process captures one CUDA graph at a time
+def make_tokenizer(rows):
+    """A tokenizer for cold-start rows. Words, system prompt and constant parts of calls are tokens."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+    frames = []
+    for tool in env.TOOLS.values():
+        frames += [piece for piece in f"\n{tool.example}\n".split("0") if len(piece) > 2]
+    whole = [*env.TAGS, env.SYSTEM, *frames]
+    texts = [*env.ERRORS.values(), env.SYSTEM_NO_TOOL, "user\n", "assistant\n", "system\n", "\n"] * 50
+    for row in rows:
+        texts += [row["problem"], *row.get("turns", [])]
+    pieces = []
+    for text in texts:
+        pieces += re.split("|".join(map(re.escape, whole)), text)
+    tokenizer = Tokenizer(models.BPE())
+    words = pre_tokenizers.Split(Regex(r"\s*</?\w+>|,? ?\w+|[^\w<]+|<"), "isolated")
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, to_bytes])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=1200, min_frequency=20, special_tokens=SPECIAL,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    tokenizer.train_from_iterator(pieces, trainer)
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in whole])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=SPECIAL[2], pad_token=SPECIAL[0])
 
 
-def load_model(address, name, device):
-    """What answers: a local policy, or the model `name` at an OpenAI-compatible endpoint (its policy is None)."""
-    url = address.startswith(("http://", "https://"))
-    if not address or url and not name:
-        raise UserError("--images needs --annotator=FOLDER (or a hub id, or the address of an OpenAI-compatible endpoint with "
-                        "--annotator_name=NAME), and --policy (--policy_name) likewise")
-    path = env.newest(address)
-    return SimpleNamespace(name=name if url else path, url=address, policy=None if url else env.load_policy(path, device))
+def make_tiny(rows, seed):
+    """A random Qwen3-VL of 0.6 M parameters for these rows. A patch is 8 x 8 pixels, a token 16 x 16."""
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+    tokenizer = make_tokenizer(rows)
+    rope = dict(rope_theta=10000.0, mrope_section=[6, 5, 5], mrope_interleaved=True)
+    text = dict(vocab_size=len(tokenizer), hidden_size=96, intermediate_size=256, num_hidden_layers=3,
+                num_attention_heads=3, num_key_value_heads=3, head_dim=32, tie_word_embeddings=True,
+                eos_token_id=tokenizer.eos_token_id, rope_parameters=rope)
+    vision = dict(depth=2, hidden_size=64, intermediate_size=192, num_heads=2, patch_size=8,
+                  out_hidden_size=96, num_position_embeddings=64, deepstack_visual_indexes=[0])
+    torch.manual_seed(seed)
+    vlm = Qwen3VLForConditionalGeneration(
+        Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, image_token_id=6,
+                      video_token_id=7, vision_start_token_id=3, vision_end_token_id=4))
+    # At transformers' 0.02 an image token hardly says where it is: finding boxes takes three times as long.
+    torch.nn.init.normal_(vlm.model.visual.pos_embed.weight, std=0.5)
+    return sft.make_policy(vlm, tokenizer)
 
 
-def messages(photo, traj, problem, world):
-    """A conversation so far for a chat endpoint: the system prompt, views and observations of env.py."""
-    text = lambda x: {"type": "text", "text": x}
-    first = [photo.view(traj.boxes[0], min(world.min_crop_pixels, world.max_pixels), world.max_pixels)] if traj.boxes[0] else []
-    out = [dict(role="system", content=env.SYSTEM if world.max_crops else env.SYSTEM_NO_TOOL),
-           dict(role="user", content=[*first, text(problem)])]
-    crops = iter(traj.crops)
-    for said, _, error in traj.turns:
-        seen = text(env.ERRORS[error]) if error else photo.view(next(crops), world.min_crop_pixels, world.max_crop_pixels)
-        out += [dict(role="assistant", content=said),
-                dict(role="user", content=[text("<tool_response>\n"), seen, text("\n</tool_response>")])]
-    return out
+def save_tiny(folder, seed):
+    """Write <folder>/tiny, whole or not at all: a random model for the texts of <folder>/sft.jsonl."""
+    policy = make_tiny(env.read_lines(f"{folder}/sft.jsonl"), seed)
+    unfinished = f"{folder}/tiny.tmp"
+    sft.save_model(unfinished, policy, policy.vlm.state_dict(), env.EpisodeConfig(), "tiny")
+    os.replace(unfinished, f"{folder}/tiny")
 
 
-def converse(q, model, problem, world, k, box):
-    """k conversations that begin with the view of box: the whole photograph, or without the tool a part or nothing (None).
-    Returns env.Trajectory without tokens: turns, boxes, answer. Raises ConnectionError when the endpoint fails."""
-    photo, seed = q.photo, q.job.cfg.seed
-    start = [model.name, seed, q.n, env.SYSTEM, env.SYSTEM_NO_TOOL, problem, box, asdict(world)]
-
-    def sample(key):  # in env.py a conversation begins with an image: a blank one where there is none to see
-        image = photo.image.crop(box) if box else Image.new("RGB", (64, 64), "grey")
+# --- Other models over HTTP: annotator and policy here, the judge in eval.py -------------------------------
+def chat(url, name, messages, temperature=0.0):
+    """The reply (text) of an OpenAI-compatible endpoint; url ends before /chat/completions. The key, if one
+    is needed, is OPENAI_API_KEY. What may pass (429, 5xx, a timeout, a reply that is no JSON) is tried five
+    times, then it raises ConnectionError; what will not (a wrong key or address) raises UserError."""
+    if not url.startswith("http"):
+        raise UserError(f"{url!r}: not an address; that of an endpoint begins with http:// or https://")
+    headers = {"Content-Type": "application/json",
+               "Authorization": "Bearer " + os.environ.get("OPENAI_API_KEY", "none")}
+    body = dict(model=name, messages=messages, temperature=temperature, max_tokens=1024)
+    address = url.rstrip("/") + "/chat/completions"
+    request = urllib.request.Request(address, json.dumps(body).encode(), headers)
+    for seconds in (1, 2, 4, 8, 0):
         try:
-            with BUSY:
-                trajs = env.rollout(model.policy, [dict(images=[image], problem=problem)], world, k, (seed, 0), [int(key[:8], 16)])
-        except UserError:  # the question does not fit into max_tokens, so nobody can answer it
-            return [[]] * k
-        return [[text for text, _, _ in t.turns] for t in trajs]
+            with urllib.request.urlopen(request, timeout=120) as reply:
+                return str(json.load(reply)["choices"][0]["message"]["content"] or "")
+        except Exception as e:               # besides errors of the network, whatever a reply can cause
+            error = e
+        code = getattr(error, "code", 500)   # of HTTP
+        if code < 500 and code != 429:
+            raise UserError(f"{url}: refused ({error}); check address, name of the model, OPENAI_API_KEY")
+        time.sleep(seconds)
+    raise ConnectionError(f"{url}: {type(error).__name__}: {error}")
 
-    def reply(traj, key):
-        text = env.chat(model.url, model.name, messages(photo, traj, problem, world), world.temperature)
-        return text.strip().encode(errors="replace").decode()
 
-    said = photo.recall([*start, k], sample) if model.policy else None
-    trajs = [env.Trajectory({}, photo.image, boxes=[box]) for _ in range(k)]
-    for i, t in enumerate(trajs):
-        while t.status == "open" and not (said and len(t.turns) == len(said[i])):
-            if q.job.stopped:
+# --- Questions about photographs ---------------------------------------------------------------------------
+# An annotator zooms in on a detail and asks about it. A question is kept if the detail answers it and the
+# shrunken image does not, and if the policy solves it sometimes. Its row has three more fields: `chain`
+# (boxes from coarse to fine, the last one is the evidence), `difficulty` (fewest crops of a right trajectory)
+# and `solve_rate`. `construct` takes all proposals, `build` takes one through the steps; each is a function.
+
+# FORK: the prompts. env.SYSTEM explains the tool; graded and collected conversations see the question alone.
+PROPOSE = (
+    "Write one question about a small detail of this photograph, for a test of eyesight. First find the "
+    "detail: DETAIL, too small to be made out in the whole photograph. Zoom in on it with the tool in 2 to 4 "
+    "steps, each into the crop before it (img_idx is its number) and at most half as wide and half as high, "
+    "until the detail fills the crop with little margin. Then write the question. It tells which object is "
+    "meant, so that only one in the whole photograph fits; it does not give its answer away; it mentions no "
+    "crop and no zooming. The answer is a few words at most, and beyond doubt. End with\n"
+    '<answer>{"question": "...", "answer": "..."}</answer>')
+DETAILS = ("things to be counted, or a printed number", "the colour of a thing", "a printed word or name",
+           "a thing whose kind or state has a name of one or two words")
+BLIND = "The picture is withheld. Give the answer that seems most likely from the question alone.\n"
+MIN_ZOOMS, MAX_ZOOMS = 2, 4          # of a proposal
+FINER = 1.5                          # how much finer each zoom must be (ratio of lengths)
+MAX_REDUNDANCY = 0.1                 # of a cold-start trajectory (env.redundancy)
+FACTOR = 32                          # sides of an endpoint's images are multiples of it, as Qwen3-VL wants
+
+
+class Job:
+    """What all photographs share: settings, and all conversations so far."""
+
+    def __init__(self, cfg):
+        self.cfg = cfg
+        self.episode = env.EpisodeConfig(**{**env.REAL_EPISODE, "max_pixels": cfg.max_pixels})
+        self.stopped = False                 # after an error: ask nothing more
+        self.lock = threading.Lock()
+        self.answers = {}                    # key of a turn -> its text
+        self.log = open(f"{cfg.out}/answers.jsonl", "a+", buffering=1)
+        self.log.seek(0)
+        for line in self.log:
+            try:
+                self.answers.setdefault(*json.loads(line))
+            except ValueError:               # empty, or the half line that a killed run leaves
+                pass
+
+
+def image_url(image):
+    """An RGB image as a data URL (JPEG of quality 95)."""
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=95)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def part(seen):
+    """A part of a chat message: a text or an image (env.Shown)."""
+    if isinstance(seen, str):
+        return {"type": "text", "text": seen}
+    return {"type": "image_url", "image_url": {"url": image_url(seen.resized(FACTOR))}}
+
+
+def messages_of(traj, episode):
+    """A conversation so far as an endpoint reads it: it is shown what the tokens of env.step show."""
+    system = env.SYSTEM if episode.max_crops else env.SYSTEM_NO_TOOL
+    question = [part(traj.shown[0]), part(traj.row["problem"])]
+    messages = [dict(role="system", content=system), dict(role="user", content=question)]
+    for turn in traj.turns:
+        seen = turn.shown or env.ERRORS[turn.error]
+        response = [part("<tool_response>\n"), part(seen), part("\n</tool_response>")]
+        messages += [dict(role="assistant", content=turn.text), dict(role="user", content=response)]
+    return messages
+
+
+def converse(job, row, who, episode, k):
+    """k conversations of the "annotator" or the "policy" about a row, recorded or new: env.Trajectory without
+    tokens. Raises ConnectionError when the endpoint fails or the job has stopped."""
+    address, name = getattr(job.cfg, who), getattr(job.cfg, who + "_name")
+    start = env.begin(row, episode)
+    # What decides the answers, and no more: a new setting must not make those that were paid for worthless.
+    request = [row["doc_id"], row["images"][0].size, row["problem"], name, job.cfg.seed, env.SYSTEM,
+               episode.max_crops, episode.max_pixels]
+    trajs = []
+    for i in range(k):
+        traj = start.fork()
+        while traj.status == "open":
+            key = hashlib.sha256(json.dumps([*request, i, len(traj.turns)]).encode()).hexdigest()
+            if job.stopped:
                 raise ConnectionError("stopped")
-            text = said[i][len(t.turns)] if said else photo.recall([*start, i, [x for x, _, _ in t.turns]], partial(reply, t))
-            t.turns.append((text, env.parse_action(text), None))
-            crop, _ = env.act(t, world)
-            t.boxes += [crop] if crop else []
+            if key not in job.answers:
+                text = chat(address, name, messages_of(traj, episode), temperature=1.0)
+                text = text.strip().encode(errors="replace").decode()      # no half surrogate pair
+                with job.lock:               # newline first: the line before may be cut
+                    job.log.write("\n" + json.dumps([key, text]))
+                    job.answers.setdefault(key, text)      # a copy of the photograph may have been faster
+            env.step(traj, job.answers[key], episode)
+        trajs.append(traj)
     return trajs
 
 
-def area(box):
-    return (box[2] - box[0]) * (box[3] - box[1])
+# The steps of a proposal, on its row, with its image in memory: each adds to it, or says why it drops it.
 
-
-def select(cfg, name):
-    """1. Photographs that can be read and are large enough. Returns (Photo, mode of the file) or (None, the reason)."""
-    path = os.path.join(cfg.images, name)
+def select(job, row):
+    """1. Photographs that can be read."""
+    path = row["images"][0]
     try:
-        with Image.open(path) as im:
-            if im.width * im.height < cfg.min_megapixels * 1e6:
-                return None, "too small"
-            if getattr(im, "is_animated", False) and im.format != "MPO":  # a phone's JPEG may hold a second picture
-                return None, "animated"
-        return Photo(env.open_image(path), path, name, cfg.out), im.mode
-    except (Exception, UserError) as e:  # a damaged file can make a decoder raise anything
-        tqdm.write(f"left out: {e if isinstance(e, UserError) else f'{path}: {e}'}")
-        return None, "too large to decode" if isinstance(e, Image.DecompressionBombError) else "unreadable"
+        image = env.open_image(path)
+    except UserError as e:
+        tqdm.write(f"left out: {e}")
+        return "unreadable"
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+    row.update(images=[image], doc_id=f"{digest}-{row['doc_id']}")
 
 
-# The steps of a question: each returns the reason why it drops it, or None.
-
-def propose(q):
-    """2. The annotator zooms in on a detail, step by step (and ends with a question about it)."""
-    cfg, world = q.job.cfg, q.job.world
-    kind, choices = KINDS[(int(q.photo.digest, 16) + cfg.seed + q.n) % len(KINDS)]
-    room = replace(world, max_crops=ZOOMS[1] + 1, max_tokens=world.max_tokens + 4096)  # the prompt is long
-    [traj] = converse(q, q.job.annotator, PROPOSE.format(kind=kind, choices=choices), room, 1, q.photo.box)
-    q.text, q.chain = traj.answer, traj.crops
-    if q.text is None:
+def propose(job, row):
+    """2. The annotator zooms in on a detail, step by step, and ends with a question about it."""
+    kind = DETAILS[sum(row["doc_id"].encode()) % len(DETAILS)]
+    asked = {**row, "problem": PROPOSE.replace("DETAIL", kind)}
+    [traj] = converse(job, asked, "annotator", replace(job.episode, max_crops=MAX_ZOOMS), 1)
+    if traj.answer is None:
         return "no question"
-    if not ZOOMS[0] <= len(q.chain) <= ZOOMS[1]:
-        return f"not {ZOOMS[0]} to {ZOOMS[1]} zooms"
-    for (a, b, c, d), (x0, y0, x1, y1) in zip(traj.boxes, q.chain):
-        if not (a <= x0 and b <= y0 and x1 <= c and y1 <= d) or (x1 - x0) * (y1 - y0) * FINER ** 2 > (c - a) * (d - b):
+    if len(traj.crops) < MIN_ZOOMS:
+        return "too few zooms"
+    outer = traj.shown[0].box
+    limit = job.cfg.evidence_share * env.area(outer)
+    for box in traj.crops:
+        if env.intersection(box, outer) < env.area(box) or env.area(box) * FINER ** 2 > env.area(outer):
             return "a zoom leaves the crop before it, or is hardly finer"
-    if area(q.chain[-1]) > cfg.area * area(q.photo.box):
+        outer = box
+    if env.area(outer) > limit:
         return "the last view is too large"
+    row.update(problem=traj.answer, boxes=[outer], chain=traj.crops)      # `ask` finds the question in it
 
 
-def ask(q):
-    """3. Read the question: it needs a short answer that can be judged. Options go into the text, in random order."""
-    cfg, photo = q.job.cfg, q.photo
+def ask(job, row):
+    """3. Read the question: it needs a short answer that can be judged."""
+    said = row["problem"]
     try:
-        made = json.loads(q.text[q.text.find("{"):q.text.rfind("}") + 1])  # often in a code fence
-        answer = str(made["answer"]) if type(made["answer"]) in (int, float) else made["answer"]
-        problem, choices = made["question"].strip(), made.get("choices") or None
-        texts = [problem, answer, *(choices or [])]
-        fine = isinstance(choices, list | None) and all(isinstance(x, str) and x.isprintable() and env.normalise(x) for x in texts)
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        fine = False
-    if not fine or len(problem) > 400 or any(len(x) > 60 or len(x.split()) > 6 for x in texts[1:]):
-        return "malformed or too long"
-    if choices:
-        choices = list(np.random.default_rng([cfg.seed, int(photo.digest[:8], 16), q.n]).permutation(choices))
-        named = [env.match(c, dict(solution=chr(65 + i), choices=choices)) for i, c in enumerate(choices)]
-        if not 3 <= len(choices) <= 8 or not all(named) or not env.match(answer, dict(solution=answer, choices=choices)):
-            return "options unclear"
-        problem += "".join(f"\n{chr(65 + i)}. {c}" for i, c in enumerate(choices))
-    q.row = dict(images=[os.path.relpath(photo.path, cfg.out)], doc_id=f"{photo.name}-{q.n}", problem=problem, solution=answer.strip(),
-                 data_source=os.path.basename(os.path.abspath(cfg.images)), boxes=q.chain[-1:], choices=choices, chain=q.chain)
+        made = json.loads(said[said.find("{"):said.rfind("}") + 1])       # it is often in a code fence
+        problem, answer = made["question"].strip(), str(made["answer"]).strip()
+    except Exception:                        # a model can write anything
+        return "malformed"
+    printable = (problem + answer).isprintable()
+    if not printable or not 0 < len(answer) <= 60 or not 0 < len(problem) <= 400:
+        return "empty, too long or unprintable"
+    row.update(problem=problem, solution=answer)
 
 
-def verify(q):
-    """4. Hard and true: hardly ever answered from the text alone or the shrunken whole, nearly always from the evidence."""
-    cfg, plain = q.job.cfg, replace(q.job.world, max_crops=0)
-    votes = lambda problem, box: sum(env.is_right(t, q.row) for t in converse(q, q.job.annotator, problem, plain, cfg.votes, box))
-    if votes(BLIND + q.row["problem"], None) > cfg.blind:
-        return "given away by its text"
-    if votes(q.row["problem"], q.photo.box) > cfg.blind:
-        return "answered without zooming"
-    if votes(q.row["problem"], q.chain[-1]) < cfg.agree:
-        return "answer not confirmed"
+def verify(job, row):
+    """4. Hard and true: hardly ever answered from text or shrunken image, nearly always from the evidence."""
+    cfg = job.cfg
+    [image] = row["images"]
+    for seen, hint, least, most, reason in (
+            (Image.new("RGB", (64, 64), "grey"), BLIND, 0, cfg.blind, "given away by its text"),
+            (image, "", 0, cfg.blind, "answered without zooming"),
+            (image.crop(row["boxes"][0]), "", cfg.agree, cfg.votes, "answer not confirmed")):
+        asked = {**row, "images": [seen], "problem": hint + row["problem"]}
+        trajs = converse(job, asked, "annotator", replace(job.episode, max_crops=0), cfg.votes)
+        if not least <= sum(map(env.is_right, trajs)) <= most:
+            return reason
 
 
-def grade(q):
+def grade(job, row):
     """5. The policy, with the tool, solves it sometimes, not always, and never with fewer than two crops."""
-    cfg = q.job.cfg
-    trajs = converse(q, q.job.policy, q.row["problem"], q.job.world, cfg.samples, q.photo.box)
-    solved = [len(t.crops) for t in trajs if env.is_right(t, q.row)]
-    if not solved:
+    trajs = converse(job, row, "policy", job.episode, job.cfg.samples)
+    crops = [len(traj.crops) for traj in trajs if env.is_right(traj)]
+    rate = len(crops) / len(trajs)
+    if not crops:
         return "never solved"
-    if len(solved) > cfg.max_rate * len(trajs):
+    if rate > job.cfg.max_rate:
         return "solved too often"
-    if min(solved) < 2:
+    if min(crops) < 2:
         return "solved with one crop or none"
-    q.row.update(difficulty=min(solved), solve_rate=len(solved) / len(trajs))
+    row.update(difficulty=min(crops), solve_rate=rate)
 
 
-def collect(q):
-    """6. Cold-start trajectories of the annotator: per_question of the faultless ones, first those that recovered (looked
-    where nothing of the evidence is, and then where it is)."""
-    kept, cfg, world, policy = {"recovered": [], "direct": []}, q.job.cfg, q.job.world, q.job.policy.policy
-    for t in converse(q, q.job.annotator, q.row["problem"], world, cfg.attempts, q.photo.box):
-        turns = [text for text, _, _ in t.turns]
-        fate = ("wrong" if not env.is_right(t, q.row) else "malformed or refused call" if any(error for _, _, error in t.turns) else
-                "redundant" if env.redundancy(t.crops, world.eps) > MAX_REDUNDANCY else
-                "evidence not covered" if not env.covers(t, q.row) else
-                "too long" if policy and env.render(policy.proc, q.row, turns, world, q.photo.image).status != "answered" else
-                "recovered" if any(env.iou(c, q.chain[-1]) == 0 for c in t.crops) else "direct")
-        q.fates.append(fate)
-        kept.get(fate, []).append(turns)
-    q.turns = (kept["recovered"] + kept["direct"])[:cfg.per_question]
-    return None if q.turns else "no faultless trajectory"
+def collect(job, row):
+    """6. Cold-start trajectories of the annotator (lists of texts): of the faultless ones first those that
+    recovered (looked where nothing of the evidence is, and then where it is). There may be none."""
+    found = []
+    for traj in converse(job, row, "annotator", job.episode, job.cfg.attempts):
+        refused = any(turn.error for turn in traj.turns)
+        repeats = env.redundancy(traj.crops, env.RewardConfig.eps) > MAX_REDUNDANCY
+        if not refused and not repeats and env.is_right(traj) and env.covers(traj):
+            overlaps = [env.intersection(box, row["boxes"][0]) for box in traj.crops]
+            found.insert(len(found) if min(overlaps) else 0, [turn.text for turn in traj.turns])
+    row["turns"] = found[:job.cfg.per_question]
 
 
-def split(cfg, found):
-    """7. By photograph, into {side: rows}; copies of a photograph have one digest. Each side gets one if there are three;
-    those of sft have trajectories, and their questions without one are left out."""
-    able = {}
-    for q in found:  # in random order, see construct
-        able[q["digest"]] = able.get(q["digest"], False) or bool(q["turns"])
-    most = lambda share: max(round(share * len(able)), len(able) > 2)
-    test = set(list(able)[:most(cfg.share_test)])
-    sft = set([d for d in able if able[d] and d not in test][:most(cfg.share_sft)])
-    return {"sft": [{**q["row"], "turns": turns} for q in found if q["digest"] in sft for turns in q["turns"]],
-            "train": [q["row"] for q in found if q["digest"] not in sft | test],
-            "test": [q["row"] for q in found if q["digest"] in test]}
+STEPS = (select, propose, ask, verify, grade, collect)
 
 
-def build(job, name):
-    """All that one photograph leads to: counts {(step or distribution, reason or label): n}, and its questions."""
-    photo, note = select(job.cfg, name)
-    counts, found = Counter([("select", "kept"), ("image mode", note)] if photo else [("select", note)]), []
-    for n in range(job.cfg.per_image if photo else 0):
-        q = Question(job, photo, n)
-        for step in (propose, ask, verify, grade, collect):
-            try:
-                reason = step(q)
-            except ConnectionError as e:
-                tqdm.write(f"{name}: {e}; not recorded, so the same command asks again")
-                reason = "endpoint failed"
-            counts[step.__name__, reason or "kept"] += 1
-            if reason:
-                break
-        if step is collect:  # it drops no question: one without a trajectory is for train or test
-            word, percent = env.normalise(q.row["solution"]), 100 * area(q.chain[-1]) / area(photo.box)
-            kind = "choice" if q.row["choices"] else "number" if word[0].isdigit() else "colour" if word in COLOUR_WORDS else "word"
-            counts.update([("zooms", str(len(q.chain))), ("evidence area", f"{percent:.1f} %"), ("answer", kind),
-                           *(("trajectories", fate) for fate in q.fates)])
-            found.append(dict(digest=photo.digest, row=q.row, turns=q.turns))
-    return counts, found
-
-
-def write_card(cfg, world, counts):
-    """data_card.json and data_card.md: the funnel, the distributions, and all settings."""
-    table, funnel = {}, []
-    for (name, label), n in sorted(counts.items()):
-        table.setdefault(name, {})[label] = n
+def build(job, path, n):
+    """What the n-th proposal of a photograph leads to: "kept" or what dropped it, its side, and its rows."""
+    row = {"images": [path], "doc_id": n, "data_source": "photographs"}
     for step in STEPS:
-        dropped = table.pop(step, {})
-        left = dropped.pop("kept", 0)
-        funnel.append(dict(step=step, entered=left + sum(dropped.values()), left=left, dropped=dropped))
-    good = counts["trajectories", "recovered"] + counts["trajectories", "direct"]
-    share = counts["trajectories", "recovered"] / good if good else None
-    card = dict(funnel=funnel, distributions=table, recovered_share=share, settings=asdict(cfg), world=asdict(world))
-    env.write_text(os.path.join(cfg.out, "data_card.json"), json.dumps(card, indent=1))
-    listed = lambda d: ", ".join(f"{label}: {n}" for label, n in d.items())
-    page = [f"# Questions from {cfg.images}\n", "" if counts["split", "kept"] else "**Nothing survived.**\n",
-            f"Seed {cfg.seed}; annotator {cfg.annotator} {cfg.annotator_name}; policy {cfg.policy} {cfg.policy_name}. Select counts "
-            f"images, the others questions, {cfg.per_image} per image. One that collect drops can still be for train or test.\n",
-            "| step | entered | left | dropped |\n|---|---|---|---|",
-            *(f"| {s['step']} | {s['entered']} | {s['left']} | {listed(s['dropped'])} |" for s in funnel), "",
-            *(f"- {name}: {listed(d)}" for name, d in table.items()), f"- recovered share of the faultless trajectories: {share}\n"]
-    env.write_text(os.path.join(cfg.out, "data_card.md"), "\n".join(page))
-
-
-def preview(questions, cfg):
-    """A contact sheet: the photograph with its chain of boxes, the last crop, question and answer."""
-    side, font = 400, ImageFont.load_default(15)
-    sheet = Image.new("RGB", (3 * side + 40, (side + 10) * len(questions) + 10), "white")
-    draw = ImageDraw.Draw(sheet)
-    for i, q in enumerate(questions):
-        row, y = q["row"], 10 + i * (side + 10)
-        image = env.open_image(os.path.join(cfg.out, row["images"][0]))
-        sheet.paste(ImageOps.contain(image, (side, side)), (10, y))
-        for box in row["chain"]:
-            x0, y0, x1, y1 = (v * side / max(image.size) for v in box)
-            draw.rectangle((10 + x0, y + y0, 10 + x1, y + y1), outline="red", width=2)
-        sheet.paste(ImageOps.contain(image.crop(row["boxes"][0]), (side, side)), (side + 20, y))
-        texts = [row["doc_id"], *row["problem"].split("\n"), f"Answer: {row['solution']}"]
-        draw.text((2 * side + 30, y), "\n".join(textwrap.fill(text, 50) for text in texts), fill="black", font=font)
-    sheet.save(os.path.join(cfg.out, "preview.png"))
-
-
-def construct(cfg, device):
-    """Rows and cold-start trajectories from the photographs of cfg.images. Started again, it repeats no recorded request."""
-    at = partial(os.path.join, cfg.out)
-    names = [str(p.relative_to(cfg.images)) for p in Path(cfg.images).rglob("[!.]*")
-             if p.is_file() and Path(cfg.out).resolve() not in p.resolve().parents]
-    if not names:
-        raise UserError(f"--images={cfg.images}: no files there; give a folder of photographs")
-    names.sort(key=lambda n: hashlib.sha256(f"{cfg.seed}".encode() + os.fsencode(n)).digest())  # random order
-    load = cache(partial(load_model, device=device))  # one model may be both
-    job = SimpleNamespace(cfg=cfg, stopped=False, annotator=load(cfg.annotator, cfg.annotator_name), policy=load(cfg.policy, cfg.policy_name))
-    job.world = env.configure(env.World, {}, [], model=cfg.policy, **(dict(max_pixels=cfg.max_pixels) if cfg.max_pixels else {}))
-    os.makedirs(at("answers"), exist_ok=True)
-    counts, found = Counter(), []  # rows stay in memory, photographs do not
-    with ThreadPoolExecutor(cfg.parallel) as pool:
-        try:  # results come in the order of names, whatever the order in which they are finished
-            for part, questions in tqdm(pool.map(partial(build, job), names), total=len(names), desc="photographs", disable=None):
-                counts.update(part)
-                found += questions
-        finally:  # after an error the photographs under way stop before their next request
-            job.stopped = True
-            pool.shutdown(cancel_futures=True)
-    sides = split(cfg, found)
-    for side, rows in sides.items():
-        env.write_text(at(f"{side}.jsonl"), "".join(json.dumps(r) + "\n" for r in rows))
-        counts["rows", side] = len(rows)
-        counts["split", "kept"] += len({r["doc_id"] for r in rows})
-    counts["split", "no trajectory, beside one that has"] = len(found) - counts["split", "kept"]
-    if found and cfg.preview:
-        preview(found[:cfg.preview], cfg)
-    write_card(cfg, job.world, +counts)  # without zeros
-    env.write_text(at("config.json"), json.dumps(asdict(cfg), indent=1))
-    if not counts["select", "kept"]:
-        raise UserError(f"--images={cfg.images}: none of {len(names)} files is a photograph that can be used; see {at('data_card.md')}")
-    print(f"{cfg.out}: " + ", ".join(f"{len(rows)} {side} rows" for side, rows in sides.items()) + f"; see {at('data_card.md')}")
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Rows from files: our own schema, and the conversations of other projects.
-
-CONVERSATIONS = ("conversations", "messages", "message_list")  # LLaMA-Factory's sharegpt; ms-swift; Pixel-Reasoner
-# FORK: the neighbours' tools. Dialect -> unit of the box (None: pixels), number of the image it refers to (0: the original),
-# margins that the tool may have added to the box on each side, as shares of (the box's own sides, the image's sides).
-DIALECTS = {
-    "image_zoom_in_tool": (None, lambda call: 0, ((0, 0), (0.25, 0))),                        # DeepEyes; Chain-of-Focus
-    "img_idx": (1000, lambda call: call["img_idx"], ((0, 0),)),                               # the same as Qwen3-VL and we have it
-    "crop_image_normalized": (1, lambda call: call["target_image"] - 1, ((0, 0), (0, 0.1))),  # Pixel-Reasoner
-    "source": (1, lambda call: int(call["source"].replace("original_image", "observation_0")[12:]), ((0, 0),)),  # Mini-o3
-}
-# Pixels are those of the original (DeepEyes cuts there) or of the image as the model saw it: sides in steps of 28, at most so
-# many pixels (the limits of DeepEyes and of Chain-of-Focus, which cuts there). Up to the limits only the rounding differs.
-SEEN_PIXELS = (16384 * 28 ** 2, 3840 ** 2)
-ACTIONS = re.compile(r"<(tool_call|grounding|answer)>(.*?)</\1>|\\boxed\{(.*)\}", re.DOTALL)
-ASIDES = re.compile(r"\s*(Think first, call|Think in the mind first|Guidelines:).*", re.DOTALL)  # their own instructions
-
-
-class Unusable(Exception):
-    """Why a foreign conversation is left out."""
-
-
-def messages_of(row):
-    """A foreign conversation as [(is the assistant's, text)], neighbours of one side joined, and its image paths."""
-    source, out, paths = next(row[k] for k in CONVERSATIONS if k in row), [], list(row.get("images") or [])
-    for m in json.loads(source) if isinstance(source, str) else source:
-        role, text = m.get("from", m.get("role")), m.get("value", m.get("content"))
-        if role == "system":  # it describes another tool; ours stands in its place
-            continue
-        if isinstance(text, list):  # Qwen's parts
-            paths += [part["image"] for part in text if "image" in part]
-            text = "".join("<image>" if part["type"] == "image" else part["text"] for part in text)
-        if role in ("function_call", "tool_call"):
-            text = f"<tool_call>\n{text}\n</tool_call>"
-        mine = role in ("gpt", "assistant", "function_call", "tool_call")
-        out.append((mine, out.pop()[1] + "\n" + text if out and out[-1][0] == mine else text))
-    return out, paths
-
-
-def difference(image, box, seen):
-    """How far a crop file is from the region that it should show; 1 is the limit. Shapes and 12 x 12 thumbnails are compared,
-    as a file may have been resized, rounded to the model's patches and compressed."""
-    stretch = abs(np.log(seen.width / seen.height * (box[3] - box[1]) / (box[2] - box[0])))
-    a, b = (np.asarray(im.convert("L").resize((12, 12), Image.BOX), float) for im in (image.crop(box), seen))
-    return max(stretch / 0.4, np.abs(a - b).mean() / (6 + 0.3 * b.std()))
-
-
-def replay(body, boxes, image, seen):
-    """A foreign call (JSON) as the text of our call, and its box on the original. boxes: the original and the crops so far;
-    seen: the crop file (None: not known), which decides where the call can mean several boxes; else the likeliest is taken."""
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
-    call = json.loads(body)
-    arguments = call.get("arguments", call)
-    unit, number, margins = DIALECTS[next((k for k in ("source", "img_idx") if k in arguments), call.get("name"))]
-    k, box = number(arguments), np.array(arguments["bbox_2d"], float)
-    w, h = boxes[k][2] - boxes[k][0], boxes[k][3] - boxes[k][1]
-    frames = [(unit, unit)]
-    if unit is None or unit == 1 and box.max() > 2:  # Pixel-Reasoner takes shares and pixels
-        frames = [(w, h)] + [smart_resize(h, w, 28, 4 * 28 ** 2, most)[::-1] for most in SEEN_PIXELS]
-    off, best = np.inf, None
-    for frame, (own, whole) in product(frames, margins):
-        shares = box.reshape(2, 2) / frame  # corners
-        if shares.min() < 0 or shares.max() > 1.02:
-            continue
-        grow = own * (shares[1] - shares[0]) + whole
-        ours = look((1000 * (shares + [-grow, grow]).clip(0, 1)).round().ravel(), k)
-        cut, error = env.resolve_box(env.parse_action(ours), boxes, env.REAL_WORLD["min_crop_side"])
-        far = np.inf if error else 0 if seen is None else difference(image, cut, seen)
-        if far < off:
-            off, best = far, (ours, cut)
-    if off > 1:
-        raise Unusable("a call does not show what its crop file shows" if best else "a box is not on its image")
-    return best
-
-
-def translate(row, find):
-    """A foreign conversation as our row with `turns`; find(path) gives an absolute path. Raises Unusable(reason)."""
-    messages, paths = messages_of(row)
-    tags = [text.count("<image>") for _, text in messages]
-    if not messages or messages[0][0] or tags[0] > 1 or not paths or len(paths) not in (1, sum(tags)):
-        raise Unusable("its images are not one original in the first message and then the crops")
-    image, turns, answer = env.open_image(find(paths[0])), [], None
-    boxes = [(0, 0, *image.size)]
-    for i in range(1, len(messages), 2):
-        text = messages[i][1]
-        actions = list(ACTIONS.finditer(text))
-        if len(actions) != 1 or answer:
-            raise Unusable("a turn is not one call or one answer")
-        thought = re.sub("</?think>", "", text[:actions[0].start()]).strip()
-        tag, body = actions[0][1], (actions[0][2] or actions[0][3] or "").strip()
-        if tag in ("tool_call", "grounding"):
-            if i + 1 == len(messages) or tags[i + 1] != 1:
-                raise Unusable("a call was not followed by one crop")
-            seen = env.open_image(find(paths[len(boxes)])) if len(paths) > 1 else None
-            ours, box = replay(body, boxes, image, seen)
-            boxes.append(box)
-        else:
-            ours, answer = f"<answer>{body}</answer>", body
-        turns.append(f"<think>{thought}</think>\n{ours}")
-    if not answer:
-        raise Unusable("it does not end with an answer")
-    question = ASIDES.sub("", messages[0][1].replace("<image>", "")).strip().removeprefix("Question:").strip()
-    return {**{k: row[k] for k in ("doc_id", "data_source") if k in row}, "images": [paths[0]], "problem": question,
-            "solution": row.get("solution", answer), "turns": turns}
-
-
-def translated(path, rows, find):
-    """Rows with the conversations among them translated. Prints how many were left out, and why."""
-    def one(row):
         try:
-            return (translate(row, find) if isinstance(row, dict) and "problem" not in row else row), None
-        except Unusable as e:
-            return None, str(e)
-        except UserError:
-            return None, "an image is missing, broken or outside of --image_root"
-        except (ValueError, TypeError, LookupError, AttributeError):
-            return None, "its messages or a call could not be read"
-    with ThreadPoolExecutor() as pool:  # most of the time is spent decoding images
-        out, why = zip(*tqdm(pool.map(one, rows), desc="conversations", total=len(rows), disable=None, leave=False))
-    report = f"{path}: {why.count(None)} of {len(rows)} conversations are used" + "".join(
-        f"; {n} left out, the first is row {why.index(reason)}: {reason}" for reason, n in Counter(why).most_common() if reason)
-    if None not in why:
-        raise UserError(report)
-    if os.environ.get("RANK", "0") == "0":
-        print(report, flush=True)
-    return [row for row, reason in zip(out, why) if not reason]
+            reason = step(job, row)
+        except ConnectionError as e:
+            tqdm.write(f"{str(path)!r}: {e}; not recorded, so the same command asks again")
+            reason = "endpoint failed"
+        if reason:
+            return f"{step.__name__}: {reason}", "train", []
+    # 7. The photograph decides where a question goes, so that copies are on one side and a new photograph
+    # moves no other; without a trajectory it cannot be sft.
+    place = int(row["doc_id"][:8], 16) / 2 ** 32 - job.cfg.share_test
+    row["images"] = [os.path.relpath(path, job.cfg.out)]
+    found = row.pop("turns")
+    if found and 0 <= place < job.cfg.share_sft:
+        return "kept", "sft", [{**row, "turns": turns} for turns in found]
+    return "kept", "test" if place < 0 else "train", [row]
 
 
-def load_rows(path, image_root=""):
-    """FORK: the data set. Rows of a JSON list or JSONL file, with absolute image paths. path may lie "in" a file
-    (--data=cold.json): then that is read. Conversations are translated; what cannot be replayed is left out and counted.
-    Raises UserError naming file and row when a field is missing, or an image does not exist or lies outside of image_root.
+def construct(cfg):
+    """Rows and cold-start trajectories from the photographs of cfg.images."""
+    found = Path(cfg.images).rglob("*")
+    paths = sorted(path for path in found if path.suffix.lower() in Image.registered_extensions())
+    if not paths:
+        raise UserError(f"--images={cfg.images}: no images there; give a folder of photographs")
+    proposals = list(product(paths, range(cfg.per_image)))
+    job = Job(cfg)
+    fates, sides = Counter(), {"sft": [], "train": [], "test": []}
+    with ThreadPoolExecutor(cfg.parallel) as pool:
+        try:                                 # results come in the order of the proposals
+            results = pool.map(lambda proposal: build(job, *proposal), proposals)
+            for fate, side, rows in tqdm(results, total=len(proposals), desc="proposals", disable=None):
+                fates[fate] += 1
+                sides[side] += rows
+        finally:                             # after an error those under way stop before their next request
+            job.stopped = True
+    for side, rows in sides.items():
+        write_rows(cfg.out, side, rows)
+    sft.write_text(f"{cfg.out}/data_card.json", json.dumps({"proposals": fates}, indent=1))
+    print(f"{cfg.out}: {fates['kept']} questions of {len(proposals)} proposals; see data_card.json and"
+          f" `python eval.py --report={cfg.out}`")
+
+
+# --- Published benchmarks ----------------------------------------------------------------------------------
+# Rows as env.load_rows returns them, with `category`. Layouts: open-compass/VLMEvalKit, penghao-wu/vstar.
+
+def multiple_choice(where, image, question, options, letter, category):
+    """A row of a question with options, in the wording that all benchmarks get."""
+    letters = "ABCDE"[:len(options)]
+    if letter not in tuple(letters):
+        raise UserError(f"{where}: the answer {letter!r} is none of its {len(options)} options")
+    problem = question
+    for option_letter, option in zip(letters, options):
+        problem += f"\n{option_letter}. {option}"
+    problem += "\nAnswer with the letter of the right option."
+    return {"images": [image], "problem": problem, "solution": letter, "choices": options,
+            "doc_id": os.path.basename(where), "category": category}
+
+
+def unpack(text, folder):
+    """Write an image in base64 to a file named by its content, unless it is there. Returns its path."""
+    file = os.path.join(folder, hashlib.sha1(text.encode()).hexdigest())
+    if not os.path.exists(file):
+        os.makedirs(folder, exist_ok=True)
+        with open(f"{file}.{os.getpid()}", "wb") as f:         # other ranks may be writing the same image
+            f.write(base64.b64decode(text))
+        os.replace(f.name, file)
+    return file
+
+
+def read_options(item):
+    """The options of a line: the columns A to E that are not empty, or one list of "(A) red" (Lite)."""
+    if "A" in item:
+        return [item[letter] for letter in "ABCDE" if item.get(letter)]
+    return [option[len("(A) "):] for option in ast.literal_eval(item["multi-choice options"])]
+
+
+def read_tsv(path, image_root):
+    """Rows of a TSV of VLMEvalKit. MME-RealWorld's categories become "Perception/OCR/text/advert"; HR-Bench
+    has each question in four rotations of its options, told by cycle_category.
+
+    The column `image` holds base64, unpacked once to <path>.images/, or the index of the line that has it. A
+    _local.tsv, which VLMEvalKit writes for a file above 1 GB, has the column `image_path` in its place.
     """
-    path = os.path.dirname(path) if os.path.isfile(os.path.dirname(path)) else path
-    if path.endswith(".parquet"):
-        raise UserError(f"{path}: Parquet is not read; write its images to files and its rows to JSONL (Mini-o3: its "
-                        "preprocess_coldstart.py; else pandas.read_parquet and to_json(orient='records', lines=True))")
-    try:
-        with open(path, encoding="utf-8-sig") as f:
-            text = f.read()
-        rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(x) for x in text.split("\n") if x.strip()]
-    except OSError as e:
-        raise UserError(f"{path}: {e.strerror}; make the built-in scenes with `python data.py` or give --data=FOLDER")
-    except (ValueError, RecursionError) as e:
-        raise UserError(f"{path}: not JSON or JSONL ({e})")
-    if not rows:
-        raise UserError(f"{path}: no rows")
-    root = os.path.abspath(image_root or os.path.dirname(path))
-
-    def find(name, i=None):
-        full = env.inside(root, name, i) if image_root else os.path.join(root, name)
-        if not os.path.exists(full):
-            raise UserError(f"{path}: row {i}: image {full} does not exist; paths are relative to the file or to --image_root")
-        return full
-    if any(isinstance(r, dict) and any(k in r for k in CONVERSATIONS) for r in rows):
-        rows = translated(path, rows, find)
-    for i, row in enumerate(rows):
-        for key in ("images", "problem", "solution"):
-            if not isinstance(row, dict) or row.get(key) in (None, "", []) or not isinstance(row["images"], list):
-                raise UserError(f"{path}: row {i} has no `{key}`; every row needs images (a list of paths), problem and solution")
-        row["images"] = [find(str(p), i) for p in row["images"]]
-        row["problem"] = str(row["problem"]).replace("<image>", "").strip()  # the image always comes first
-        if row.get("choices") and not env.match(np.ravel(row["solution"])[0], row):
-            raise UserError(f"{path}: row {i}: its solution {row['solution']!r} is none of its choices {row['choices']}")
+    csv.field_size_limit(2 ** 31 - 1)
+    rows, files = [], {}
+    with open(path, newline="", encoding="utf-8-sig") as f:
+        for i, item in enumerate(csv.DictReader(f, delimiter="\t")):
+            image = item.get("image") or ""
+            if len(image) > 64:
+                image = files[item["index"]] = unpack(image, path + ".images")
+            elif not image:
+                image = os.path.join(image_root or os.path.dirname(path), item["image_path"])
+            category = item["category"]
+            if "l2-category" in item:
+                category += "/" + item["l2-category"].lower()
+            row = multiple_choice(f"{path}: row {i}", image, item["question"], read_options(item),
+                                  item["answer"].strip(), category)
+            row["cycle_category"] = item.get("cycle_category")
+            rows.append(row)
+    for row in rows:
+        image = row["images"][0]
+        row["images"] = [files.get(image, image)]
     return rows
 
 
-def check_images(rows, rank, world):
-    """Read the header of every image, shared out over the ranks, before hours are spent: raises env.open_image's UserError.
-    (An image that is cut short shows only when it is decoded.)"""
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(partial(env.open_image, decode=False), sorted({r["images"][0] for r in rows})[rank::world]))
+def read_vstar(path):
+    """V*Bench, 191 questions, as its published folder: test_questions.jsonl has question and options in one
+    text; X.json beside X.jpg has the evidence boxes as [x, y, w, h]."""
+    rows, table = [], f"{path}/test_questions.jsonl"
+    for i, item in enumerate(env.read_lines(table)):
+        if item["category"] not in ("direct_attributes", "relative_position"):
+            continue                         # the folders OCR and GPT4V-hard are not part of it
+        text = item["text"].partition("\nAnswer with the option")[0]
+        question, *options = re.split(r"\s*\([A-E]\)\s*", text)
+        image = os.path.join(path, item["image"])
+        row = multiple_choice(f"{table}: row {i}", image, question, options, item["label"], item["category"])
+        for x, y, w, h in sft.read_json(os.path.splitext(image)[0] + ".json", {}).get("bbox", []):
+            row.setdefault("boxes", []).append([x, y, x + w, y + h])
+        rows.append(row)
+    return rows
+
+
+def read_benches(spec, image_root, limit):
+    """FORK: {name: rows} of spec, "NAME:PATH,NAME:PATH"; of each at most limit rows (0: all). A .tsv is read
+    as VLMEvalKit's, a folder as V*Bench or VisualProbe (its three levels, each under its own name), else a
+    file of rows. UserError for a path or an image that does not exist, another layout, no questions."""
+    entries = []
+    for entry in spec.split(","):
+        name, _, path = entry.partition(":")
+        if not os.path.exists(path):
+            raise UserError(f"--bench: {entry!r} is not NAME:PATH of a file or folder")
+        levels = sorted(Path(path).glob("VisualProbe_*/val.json"))
+        for level in levels:
+            entries.append((level.parent.name.lower(), str(level), path))
+        if not levels:
+            entries.append((name, path, image_root))
+    benches = {}
+    for name, path, root in entries:
+        try:
+            if path.endswith(".tsv"):
+                rows = read_tsv(path, root)
+            elif os.path.isdir(path):
+                rows = read_vstar(path)
+            else:
+                rows = env.load_rows(path, root)
+        except Exception as e:               # whatever a damaged file makes a parser raise
+            raise UserError(f"{path}: damaged or not as {name} is published ({type(e).__name__}: {e})")
+        if not rows or name in benches:
+            raise UserError(f"{path}: no questions, or {name} is given twice")
+        benches[name] = rows[:limit or None]
+        for row in benches[name]:
+            image = os.path.abspath(row["images"][0])
+            row["images"] = [env.find_image("", image, row.get("doc_id"), False)]
+    return benches
+
+
+# --- The command -------------------------------------------------------------------------------------------
+def foreign(folder, images=""):
+    """Does a folder hold rows that are not of these photographs (default: not of the built-in scenes)?"""
+    made = sft.read_json(f"{folder}/config.json", {})
+    return made.get("images") != images and any(Path(folder).glob("*.jsonl"))
+
+
+def make(cfg):
+    """The rows of cfg.out, unless they are there."""
+    if foreign(cfg.out, cfg.images):
+        raise UserError(f"{cfg.out} holds rows that this command did not make; give another --out")
+    if cfg.task not in TASKS:
+        raise UserError(f"--task={cfg.task}: the tasks are {', '.join(TASKS)}")
+    if not cfg.images:
+        sft.same_settings(cfg.out, cfg)
+        if os.path.exists(f"{cfg.out}/tiny"):      # it is made last
+            return
+    os.makedirs(cfg.out, exist_ok=True)
+    sft.lock(cfg.out)
+    sft.write_text(f"{cfg.out}/config.json", json.dumps(asdict(cfg), indent=1))
+    if cfg.images:
+        construct(cfg)
+    else:
+        write_scenes(cfg)
+        save_tiny(cfg.out, cfg.seed)
 
 
 def main(cfg):
-    """Make the scenes of cfg.out unless they are there, or rows from the photographs of cfg.images."""
-    rank, world, device = env.setup()
-    here = lambda name: os.path.exists(os.path.join(cfg.out, name))
-    if rank == 0 and here("train.jsonl") and not here("answers" if cfg.images else "config.json"):
-        raise UserError(f"{cfg.out} holds rows that this command did not make; give another --out (rppo.py: --data)")
-    if cfg.images:
-        return construct(cfg, device)
-    if cfg.level not in LEVELS:
-        raise UserError(f"--level={cfg.level}: the levels are {', '.join(map(str, LEVELS))}")
-    if rank == 0 and not (env.same_settings(cfg.out, cfg) and here("train.jsonl")):
-        os.makedirs(cfg.out, exist_ok=True)
-        env.write_text(os.path.join(cfg.out, "config.json"), json.dumps(asdict(cfg), indent=1))   # first: by it we know our own rows
-        splits = dict(sft=(cfg.n_sft, cfg.seed), test=(cfg.n_test, 2 ** 32), train=(cfg.n_train, cfg.seed))
-        counts = {split: write_rows(cfg, split, n, seed) for split, (n, seed) in splits.items()}  # train.jsonl last: it means complete
-        print(f"{cfg.out}: " + ", ".join(f"{n} {split} rows" for split, n in counts.items()))
-    if world > 1:
-        env.dist.barrier()
+    """Make the rows of cfg.out: scenes, or questions about photographs. All ranks must reach this."""
+    rank, _, device = sft.setup()
+    if rank == 0:
+        make(cfg)
+    sft.all_sum([0], device)                 # the others wait
 
 
 if __name__ == "__main__":
-    env.run(main, Config, {})
+    sft.cli(main, Config, {})

@@ -1,468 +1,750 @@
-"""sft.py, file 3 of 5 (read env.py and data.py first): cold start by imitation.
+"""sft.py, file 2 of 5: command line, ranks, run folders, the policy, checkpoints, and the cold start.
 
-    torchrun sft.py                                                # the tiny model on the scenes of `python data.py`
-    torchrun --nproc-per-node=8 sft.py --model=Qwen/Qwen3-VL-4B-Instruct --data=data/mine
+    torchrun sft.py                                        # the tiny model on the scenes of `python data.py`
+    torchrun sft.py --model=Qwen/Qwen3-VL-2B-Instruct --data=data/mine
+    torchrun --nproc-per-node=8 sft.py --model=Qwen/Qwen3-VL-8B-Instruct --data=data/mine
 
-    loss = - sum_{i,t} m_it log p(token_it | tokens before it) / sum m        m = 1 on the assistant's tokens only
+    loss = - sum_{i,t} mask_it * log p(token_it | tokens before it) / sum_{i,t} mask_it
 
-The sums run over all conversations of a step on all ranks. A conversation is rendered by replaying its turns through
-the tool, by the code that makes rollouts. Rows are taken in the order of the file, so a curriculum is the data's affair.
-Reads <data>/sft.jsonl; writes <out>/checkpoints/<step>/ (plain save_pretrained), config.json, log.jsonl, last.
-Killed at any moment and started again, a run ends with the same bits: nothing that a step does depends on a random state.
+The sums run over all conversations of a step on all ranks; mask is 1 on the assistant's tokens only; p is the
+softmax over the vocabulary without the banned ids (vision tokens, ids without a text). A conversation is made
+by replaying its turns through the tools. Rows are taken in the order of the file, so a curriculum is the
+data's affair.
+
+Shapes: B conversations, T tokens of the longest, n trained tokens, N image tokens, V rows of the
+language-model head. Reads <data>/sft.jsonl and, without --model, the random model <data>/tiny. Writes
+<out>/checkpoints/<step>/, last, config.json, log.jsonl.
 """
-import hashlib
+import argparse
+import fcntl
+import inspect
 import json
 import math
 import os
+import re
 import shutil
+import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
+from pathlib import Path
+from types import MethodType
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
-import data
 import env
+from env import UserError
+
 
 @dataclass
-class Config(env.World):
+class TrainConfig(env.EpisodeConfig):
+    """Training: what sft.py and rppo.py have in common."""
     seed: int = 0
-    model: str = ""                  # a folder or hub id; empty: the tiny model, made here
-    data: str = "data/scenes-{seed}"
-    image_root: str = ""             # where the images of the rows lie; empty: relative to the file of the rows
-    out: str = "runs/sft"
-    steps: int = 420                 # x batch = 20,160 rows: one pass over the scenes, whose last 30 % are the imperfect ones
-    batch: int = 48                  # conversations per step, over all ranks
+    model: str = ""                  # a checkpoint, a run folder or a hub id; empty: the tiny built-in model
+    data: str = "data/scenes-{seed}" # folder of the rows
+    image_root: str = ""             # where the rows' images lie; empty: relative to the file of the rows
+    out: str = ""                    # run folder
+    steps: int = 100
     micro_batch: int = 16            # conversations per forward pass
-    lr: float = 4e-3
-    muon_lr: float = 0.03
-    warmup: int = 30                 # steps to reach lr
+    lr: float = 1e-3                 # AdamW's peak rate
+    warmup: int = 30                 # steps to reach the peak
     decay: float = 0.3               # last share of the steps: linear to zero
     weight_decay: float = 0.01
-    clip_norm: float = 1.0
-    log_every: int = 25              # steps between printed lines; log.jsonl has every step
-    save_every: int = 150
+    clip_norm: float = 1.0           # largest norm of a gradient
+    save_every: int = 150            # steps between checkpoints
     keep: int = 2                    # newest checkpoints kept
-    resume: bool = True              # go on from the last checkpoint in out; false: put the old run aside
-    max_skips: int = 5               # steps in a row without a finite gradient that end the run
+    resume: bool = True              # go on from the last checkpoint in out; false: refuse if there is one
     train_vision: bool = True        # false: the vision tower stays as it is
-    recompute: bool = False          # activation checkpointing: a third more computation for a fraction of the memory
-    shard: bool = False              # FSDP2 over all ranks (one is enough: it keeps fp32 weights and computes in bf16)
-    bf16_moments: bool = False       # Adam's moments in bf16: 4 bytes a parameter less (see AdamW16)
+    recompute: bool = False          # recompute activations: a third more computation for less memory
+    shard: bool = False              # FSDP2: weights, gradients and optimizer state are split over the ranks
 
 
-REAL = dict(steps=1000, batch=32, micro_batch=1, lr=1e-5, muon_lr=0.0, warmup=50, save_every=200, train_vision=False,
-            recompute=True, shard=True)
+@dataclass
+class Config(TrainConfig):
+    """Imitation."""
+    out: str = "runs/sft"
+    steps: int = 500
+    batch: int = 24                  # conversations per step, over all ranks
+    micro_batch: int = 24
+    warmup: int = 50
+    lr: float = 4e-3
+    muon_lr: float = 0.03            # Muon's peak rate, for matrices that are not embeddings; 0: AdamW alone
+    log_every: int = 25              # steps between printed lines; log.jsonl has every step
 
 
-def make_tiny(rows, seed):
-    """A randomly initialised Qwen3-VL of 0.6 M parameters and a tokenizer trained on the rows' own text.
-
-    Same special tokens and chat format as Qwen3-VL, on a small scale: a word is a token, and so are the system prompt
-    and the three constant pieces of a call. A patch is 8 pixels, an image token 16 x 16.
-    """
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLForConditionalGeneration
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
-               "<|image_pad|>", "<|video_pad|>"]
-    tok = Tokenizer(models.BPE())
-    tok.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(r"\s*</?\w+>|,? ?\w+|[^\w<]+|<"), "isolated"),
-                                                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    tok.decoder = decoders.ByteLevel()
-    frames = [env.SYSTEM, '\n{"name": "image_zoom_in_tool", "arguments": {"bbox_2d": [', '], "img_idx": ', "}}\n"]
-    texts = [t for r in rows for t in (r["problem"], *r["turns"])] + list(env.ERRORS.values()) * 50 + [env.SYSTEM_NO_TOOL] * 50
-    texts = [p for t in texts for p in _split(t, frames + list(env.TAGS))]
-    texts += ["user\n", "assistant\n", "system\n", "\n"] * 50
-    tok.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=1200, min_frequency=20, show_progress=False,
-                            special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    tok.add_tokens([AddedToken(t, normalized=False) for t in (*env.TAGS, *frames)])
-    tok = PreTrainedTokenizerFast(tokenizer_object=tok, eos_token="<|im_end|>", pad_token="<|endoftext|>")
-    ids = {k: tok.convert_tokens_to_ids(f"<|{k}|>") for k in ("image_pad", "video_pad", "vision_start", "vision_end", "im_end")}
-    torch.manual_seed(seed)
-    config = Qwen3VLConfig(
-        text_config=dict(vocab_size=len(tok), hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=3,
-                         num_key_value_heads=3, head_dim=32, max_position_embeddings=4096, tie_word_embeddings=True,
-                         eos_token_id=ids["im_end"],
-                         rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[6, 5, 5], mrope_interleaved=True)),
-        vision_config=dict(depth=2, hidden_size=64, intermediate_size=192, num_heads=2, patch_size=8, spatial_merge_size=2,
-                           temporal_patch_size=2, out_hidden_size=96, num_position_embeddings=64, deepstack_visual_indexes=[0]),
-        image_token_id=ids["image_pad"], video_token_id=ids["video_pad"], vision_start_token_id=ids["vision_start"],
-        vision_end_token_id=ids["vision_end"], tie_word_embeddings=True)
-    vlm = Qwen3VLForConditionalGeneration(config)
-    # At transformers' 0.02 an image token hardly says where it is, and finding the boxes takes three times as long to learn.
-    torch.nn.init.normal_(vlm.model.visual.pos_embed.weight, std=0.5)
-    return env.Policy(vlm, env.Processor(tok, 8, 2, (0.5,) * 3, (0.5,) * 3, len(tok)))
+REAL = dict(env.REAL_EPISODE, steps=1000, batch=32, micro_batch=1, lr=1e-5, muon_lr=0.0, warmup=50,
+            save_every=200, train_vision=False, recompute=True, shard=True)
 
 
-def _split(text, cuts):
-    """Text without the pieces in cuts."""
-    for c in cuts:
-        text = text.replace(c, "\0")
-    return [t for t in text.split("\0") if t]
+# --- The command line: argparse over the dataclasses ----------------------------------------------------
+AT_LEAST_ONE = ("steps batch micro_batch prompts samples updates keep k in_flight turn_tokens max_tokens "
+                "min_crop_side min_crop_pixels max_pixels max_crop_pixels save_every eval_every log_every "
+                "show_every per_image votes attempts parallel").split()
 
 
-def lr_scale(step, cfg):
-    """Share of the peak rate: linear warm-up, constant, then linear to zero over the last `decay` share of the steps."""
-    return min((step + 1) / max(cfg.warmup, 1), 1, (cfg.steps - step) / max(cfg.decay * cfg.steps, 1))
+def make_parser(cls, real):
+    """A flag for each field, grouped by the class that declares it. --help shows the comment behind the
+    field, its default and, in brackets, the default with a real checkpoint where that differs."""
+    parser = argparse.ArgumentParser(usage="%(prog)s [--FLAG=VALUE ...]", allow_abbrev=False,
+                                     description=inspect.getmodule(cls).__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     argument_default=argparse.SUPPRESS)
+    comments, groups = {}, {}
+    for base in reversed(cls.__mro__[:-1]):
+        group = parser.add_argument_group(inspect.getdoc(base).split("\n")[0])
+        for name, comment in re.findall(r"^    (\w+): [^#\n]*(?:# *(.*))?$", inspect.getsource(base), re.M):
+            groups.setdefault(name, group)
+            comments[name] = comment or comments.get(name, "")
+    for f in fields(cls):
+        text = f"{comments[f.name]} (default: {f.default})"
+        if real.get(f.name, f.default) != f.default:
+            text += f" [{real[f.name]}]"
+        kind = json.loads if f.type is bool else f.type        # true or false
+        groups[f.name].add_argument(f"--{f.name}", type=kind, help=text.replace("%", "%%"))
+    return parser
 
 
-class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised: every matrix moves by about the same in every direction (Jordan et al. 2024). As
-    torch.optim.Muon, but in fp32: its bf16 makes of a rounding difference between ranks one of 1 % of the step."""
-
-    def __init__(self, params, lr, momentum):
-        super().__init__(params, dict(lr=lr, momentum=momentum))
-
-    @torch.no_grad()
-    def step(self):
-        for g in self.param_groups:
-            for p in g["params"]:
-                if p.grad is None:
-                    continue
-                m = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
-                m.lerp_(p.grad, 1 - g["momentum"])
-                x = p.grad.lerp(m, g["momentum"])                     # Nesterov
-                tall = x.shape[0] > x.shape[1]
-                x = (x.T if tall else x) / x.norm().clamp_min(1e-7)
-                for _ in range(5):                                    # Newton-Schulz: singular values towards 1
-                    a = x @ x.T
-                    x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
-                p.add_(x.T if tall else x, alpha=-g["lr"] * max(1, p.shape[0] / p.shape[1]) ** 0.5)
+def checked(values, cls, where):
+    """The values that cls has a field for. UserError unless each has the field's type and range."""
+    known = {}
+    for f in fields(cls):
+        if f.name not in values:
+            continue
+        value = known[f.name] = values[f.name]
+        least = 1 if f.name in AT_LEAST_ONE else 1e-6 if f.name == "temperature" else 0
+        if type(value) is not f.type and (type(value), f.type) != (int, float):
+            raise UserError(f"{where}: {f.name} takes a value of type {f.type.__name__}, not {value!r}")
+        if f.type in (int, float) and not least <= value < 2 ** 63:
+            raise UserError(f"{where}: {f.name} is {value}; it has to be finite and at least {least}")
+    return known
 
 
-class AdamW16(torch.optim.Optimizer):
-    """AdamW (Loshchilov and Hutter 2019) that keeps its two moments in bf16 and computes in fp32. An average that moves by
-    1 - beta2 = 0.02 to 0.05 of the difference a step still moves at bf16's resolution of 2^-8; at 0.001 it would stand still."""
-
-    def __init__(self, params, lr, betas, weight_decay):
-        assert betas[1] <= 0.98
-        super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay))
-
-    @torch.no_grad()
-    def step(self):
-        for g in self.param_groups:
-            for p in (p for p in g["params"] if p.grad is not None):
-                s, (b1, b2) = self.state[p], g["betas"]
-                s["step"] = s.get("step", torch.zeros(())) + 1
-                averages = []
-                for k, b, x in (("exp_avg", b1, p.grad), ("exp_avg_sq", b2, p.grad ** 2)):
-                    averages.append(s[k].float().lerp(x, 1 - b) if k in s else x * (1 - b))
-                    s[k] = averages[-1].to(torch.bfloat16)
-                m, v = (a / (1 - b ** s["step"].item()) for a, b in zip(averages, g["betas"]))
-                p.mul_(1 - g["lr"] * g["weight_decay"]).sub_(g["lr"] * m / (v.sqrt() + 1e-8))
+def load_episode(path):
+    """Preset ("tiny" or "real") and EpisodeConfig fields of a checkpoint; no address or key is read."""
+    where = f"{path}/episode.json"
+    saved = read_json(where, {})
+    return saved.get("preset", "real"), checked(saved, env.EpisodeConfig, where)
 
 
-def adamw(params, cfg, betas):
-    """AdamW. foreach=False: on CUDA the other way needs temporaries as large as the weights."""
-    given = dict(lr=cfg.lr, betas=betas, weight_decay=cfg.weight_decay)
-    return AdamW16(params, **given) if cfg.bf16_moments else torch.optim.AdamW(params, **given, foreach=False)
+def configure(cls, real, argv=None, **given):
+    """The config (of class cls) of the flags in argv (default: this process's) and of fields given. With
+    --model the defaults are the numbers that the checkpoint was trained with, before those of real. Raises
+    UserError."""
+    values = {**given, **vars(make_parser(cls, real).parse_args(argv))}
+    if values.get("model"):
+        values["model"] = newest(values["model"])
+        preset, episode = load_episode(values["model"])
+        values = {**(real if preset == "real" else {}), **episode, **values}
+    cfg = cls(**checked(values, cls, "flags"))
+    for name, value in vars(cfg).items():
+        if isinstance(value, str):
+            setattr(cfg, name, value.replace("{seed}", str(cfg.seed)))
+    if isinstance(cfg, env.EpisodeConfig) and cfg.max_crop_pixels < cfg.min_crop_pixels:
+        raise UserError(f"--max_crop_pixels={cfg.max_crop_pixels} is below --min_crop_pixels")
+    return cfg
 
 
-def make_optimizers(policy, cfg):
-    """AdamW, and with muon_lr (the tiny preset) Muon for the weight matrices."""
-    if cfg.muon_lr and cfg.shard:
-        raise env.UserError("--shard=true: Muon needs whole matrices; give --muon_lr=0")
-    mats = {p for n, p in policy.named_parameters() if p.ndim == 2 and "embed" not in n and "lm_head" not in n and cfg.muon_lr}
-    rest = [p for p in policy.parameters() if p not in mats and p.requires_grad]
-    out = [adamw(rest, cfg, (0.9, 0.98))]
-    if mats:
-        out.append(Muon([p for p in policy.parameters() if p in mats and p.requires_grad], cfg.muon_lr, 0.95))
-    for o in out:
-        for g in o.param_groups:
-            g["peak"] = g["lr"]
-    return out
+def shared(cfg, cls):
+    """The fields of cfg that another config class has too, as a dict."""
+    return {f.name: getattr(cfg, f.name) for f in fields(cls) if hasattr(cfg, f.name)}
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# What both training stages need: run folders, checkpoints, sums over ranks (rppo.py imports these).
-
-def estimate(vlm, cfg, ranks):
-    """Estimate of GiB per GPU for training vlm (it may be on the meta device), as {part: GiB}.
-
-    Per parameter 4 bytes of weight, of gradient and of each Adam moment (2 with bf16_moments), shared out over the ranks
-    with cfg.shard. A rollout holds all weights in bf16 and its cache; an update its activations (with recompute one state
-    per layer and one layer's inside), slabs of logits and the embeddings; a step some copies of the largest weight. "peak" is
-    the largest of the three phases.
-    """
-    text, vision, split = vlm.config.get_text_config(), vlm.config.vision_config, ranks if cfg.shard else 1
-    n, tower = (sum(p.numel() for p in m.parameters()) for m in (vlm, vlm.model.visual))
-    trained = n if cfg.train_vision else n - tower
-    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-
-    def activations(tokens, part, layers):
-        states, inside = part.hidden_size, 8 * part.hidden_size + 3 * part.intermediate_size
-        return 2 * tokens * (states * layers + inside * (1 if cfg.recompute else layers))
-
-    tokens = cfg.micro_batch * cfg.max_tokens
-    patches = cfg.micro_batch * (cfg.max_pixels + cfg.max_crops * cfg.max_crop_pixels) / vision.patch_size ** 2
-    part = dict(weights=4 * n / split, adam=(4 if cfg.bf16_moments else 8) * trained / split, gathered=2 * n,
-                cache=4 * max(cfg.in_flight, getattr(cfg, "samples", 1)) * cfg.max_tokens * text.num_hidden_layers * text.num_key_value_heads * head,
-                gradients=4 * trained / split, logits=12 * min(2 ** 26, tokens * text.vocab_size) + 8 * text.vocab_size * text.hidden_size,
-                activations=activations(tokens, text, text.num_hidden_layers) + activations(patches, vision, vision.depth))
-    step = part["gradients"] + (8 if cfg.bf16_moments else 2) * 4 * text.vocab_size * text.hidden_size / split
-    phases = part["gathered"] + part["cache"], part["gradients"] + part["activations"] + part["logits"], step
-    return {k: v / 2 ** 30 for k, v in {**part, "peak": part["weights"] + part["adam"] + max(phases)}.items()}
-
-
-def announce_memory(policy, cfg, device, rank, ranks):
-    """Print the estimate and, on a GPU where it does not fit, what to change."""
-    need = estimate(policy.vlm, cfg, ranks)
-    there = torch.cuda.get_device_properties(device).total_memory / 2 ** 30 if device.type == "cuda" else None
-    if rank == 0:
-        print("memory per GPU, estimated: " + " ".join(f"{k} {v:.2f}" for k, v in need.items()) + " GiB" + (f" of {there:.1f}" if there else "")
-              + ("; it may not fit: use more ranks, --bf16_moments=true, --train_vision=false, or lower --in_flight, --max_tokens, "
-                 "--micro_batch" if there and need["peak"] > there else ""), flush=True)
-
-
-def whole(t, rank):
-    """A weight or moment, gathered if it is sharded (then all ranks must reach this): on rank 0, on the CPU; elsewhere None."""
-    t = t.full_tensor() if hasattr(t, "full_tensor") else t
-    return t.detach().cpu() if rank == 0 else None
-
-
-def save_checkpoint(out, step, policy, cfg, preset, optimizers, rank=0):
-    """Write out/checkpoints/<step>: a plain save_pretrained folder, world.json, the optimizer's state, and checksums.json.
-    Complete or absent: it is written beside and renamed, and only then does out/last name it. All ranks must reach this,
-    rank 0 writes."""
-    from safetensors.torch import save_file
-    names = {p: n for n, p in policy.named_parameters()}
-    weights = {n: whole(p, rank) for n, p in policy.vlm.named_parameters()}
-    moments = {f"{names[p]}|{k}": whole(v, rank) for o in optimizers for p, s in o.state.items() for k, v in s.items()}
-    if rank:
-        return
-    folder = os.path.join(out, "checkpoints", str(step))
-    tmp = folder + ".tmp"
+def cli(main, cls, real):
+    """The command line of a stage: main(cfg) on every rank."""
     try:
-        os.makedirs(tmp)
-        policy.vlm.save_pretrained(tmp, state_dict=weights)
-        policy.proc.save(tmp, cfg)
-        world = {"preset": preset, **{x.name: getattr(cfg, x.name) for x in fields(env.World)}}
-        env.write_text(os.path.join(tmp, "world.json"), json.dumps(world, indent=1))
-        save_file(moments, os.path.join(tmp, "optimizer.safetensors"))
-        sums = {x: checksum(os.path.join(tmp, x)) for x in sorted(os.listdir(tmp))}
-        env.write_text(os.path.join(tmp, "checksums.json"), json.dumps(sums, indent=1))
-        os.replace(tmp, folder)
-    except Exception:                              # a full disk
-        shutil.rmtree(tmp, ignore_errors=True)
-        raise
-    env.write_text(os.path.join(out, "last"), str(step))
+        main(configure(cls, real))
+    except torch.OutOfMemoryError as e:
+        raise UserError(f"out of GPU memory ({str(e).splitlines()[0]}); use more GPUs with "
+                        "--shard=true; lower --micro_batch (updates), --in_flight (rollouts), --max_tokens")
+    leave()
 
 
-def checksum(path):
-    """[bytes, sha256] of a file, which is then on the disk."""
-    sha = hashlib.sha256()
-    with open(path, "rb") as f:
-        while piece := f.read(2 ** 20):
-            sha.update(piece)
-        os.fsync(f.fileno())
-    return [os.path.getsize(path), sha.hexdigest()]
+# --- Ranks. Without torchrun there is one, and no process group -----------------------------------------
+def setup():
+    """Returns (rank, world_size, device); joins torchrun's process group when there is one."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        if local >= torch.cuda.device_count():
+            raise UserError(f"--nproc-per-node: there is no GPU for rank {local}; start fewer")
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+        torch.backends.cuda.enable_cudnn_sdp(False)        # it plans anew for every new length
+    else:
+        torch.use_deterministic_algorithms(True)           # else two threads add in changing order
+        torch.utils.deterministic.fill_uninitialized_memory = False
+    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        store, rank, _ = next(dist.rendezvous("env://"))
+        # torchrun keeps its store when it restarts the ranks, and with it the addresses of those that died.
+        store = dist.PrefixStore("restart" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size,
+                                timeout=timedelta(hours=2))        # rank 0 may be writing a large model
+    return rank, world_size, device
 
 
-def newest_whole(out):
-    """The step of the newest checkpoint whose files are as they were written, or 0. What is half-written is removed, what is
-    damaged (a file is missing, cut short or altered) is named and put aside."""
-    folder = os.path.join(out, "checkpoints")
-    names = os.listdir(folder) if os.path.exists(folder) else []
-    for x in names:
-        if x.endswith(".tmp"):
-            shutil.rmtree(os.path.join(folder, x))
-    for step in sorted((int(x) for x in names if x.isdigit()), reverse=True):
-        path = os.path.join(folder, str(step))
-        try:
-            with open(os.path.join(path, "checksums.json")) as f:
-                damage = [x for x, sums in json.load(f).items() if checksum(os.path.join(path, x)) != sums]
-        except (OSError, ValueError) as e:
-            damage = e
-        if not damage:
-            env.write_text(os.path.join(out, "last"), str(step))
-            return step
-        print(f"{path}: damaged ({damage}); it is now {path}.damaged, and the one before it is used")
-        shutil.rmtree(path + ".damaged", ignore_errors=True)
-        os.replace(path, path + ".damaged")
-    return 0
-
-
-def load_optimizer(folder, policy, optimizers):
-    """Restore what save_checkpoint wrote, each rank its shard."""
-    from safetensors import safe_open
-    from torch.distributed.tensor import distribute_tensor
-    params = dict(policy.named_parameters())
-    owner = {p: o for o in optimizers for g in o.param_groups for p in g["params"]}
-    with safe_open(os.path.join(folder, "optimizer.safetensors"), "pt") as f:
-        for key in f.keys():
-            name, k = key.split("|")
-            p, v = params[name], f.get_tensor(key)
-            v = v if k == "step" else v.to(p.device)
-            sharded = k != "step" and hasattr(p, "placements")
-            owner[p].state[p][k] = distribute_tensor(v, p.device_mesh, p.placements, src_data_rank=None) if sharded else v
-
-
-def prune(out, keep, best=None):
-    """Remove all but the newest `keep` checkpoints and the best one."""
-    steps = sorted(int(x) for x in os.listdir(os.path.join(out, "checkpoints")) if x.isdigit())
-    for step in steps[:-keep]:
-        if step != best:
-            shutil.rmtree(os.path.join(out, "checkpoints", str(step)))
-
-
-def begin(cfg, rank, world):
-    """Open the run folder cfg.out. Returns the step to go on from (0 for a new run). All ranks must reach this."""
-    step = 0
-    if rank == 0:
-        if not cfg.resume and os.path.exists(cfg.out) and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
-            aside = next(f"{cfg.out.rstrip('/')}.{i}" for i in range(1, 10 ** 6) if not os.path.exists(f"{cfg.out.rstrip('/')}.{i}"))
-            os.rename(cfg.out, aside)
-            print(f"--resume=false: the old run is now {aside}")
-        if env.same_settings(cfg.out, cfg) and (step := newest_whole(cfg.out)):
-            print(f"{cfg.out}: " + (f"going on from step {step} of {cfg.steps}" if step < cfg.steps else "finished before, reused"))
-        os.makedirs(cfg.out, exist_ok=True)
-        env.write_text(os.path.join(cfg.out, "config.json"), json.dumps(asdict(cfg), indent=1))
-        kept = [json.dumps(e) + "\n" for e in read_log(cfg.out) if e["step"] < step]
-        env.write_text(os.path.join(cfg.out, "log.jsonl"), "".join(kept))
-    return int(total([step], world, torch.device("cuda") if torch.cuda.is_available() else "cpu")[0])
-
-
-def read_log(out):
-    """The entries of log.jsonl; a killed run may leave half a line at the end."""
-    path = os.path.join(out, "log.jsonl")
-    return [json.loads(x) for x in open(path) if x.endswith("}\n")] if os.path.exists(path) else []
-
-
-def append_log(out, entry):
-    """Add a step to log.jsonl; it is on the disk before any checkpoint that includes it. JSON has no NaN: null."""
-    with open(os.path.join(out, "log.jsonl"), "a") as f:
-        f.write(json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}) + "\n")
-        f.flush()
-        os.fsync(f.fileno())
-
-
-def check_skips(cfg, entry, rows):
-    """Say that a step was skipped; UserError naming step and rows when it was the last of max_skips in a row."""
-    if entry["skipped"]:
-        print(f"step {entry['step']} skipped: loss or gradient not finite, rows {[r.get('doc_id') for r in rows]}", flush=True)
-        last = read_log(cfg.out)[-cfg.max_skips:]
-        if len(last) == cfg.max_skips and all(e["skipped"] for e in last):
-            raise env.UserError(f"step {entry['step']}: no finite gradient in {cfg.max_skips} steps in a row (--max_skips); lower --lr "
-                                f"or look at the rows of the last one, {[r.get('doc_id') for r in rows]}")
-
-
-def sync_gradients(policy, world, sums):
-    """Sum gradients over the ranks (each rank's loss is already divided by the global count), and in the same message the
-    numbers in `sums`, which it returns. All ranks must reach this."""
-    if world == 1:
-        return sums
-    params = [p for p in policy.parameters() if p.requires_grad]
-    if policy.sharded:                                 # FSDP2 has made averages of them already
-        for p in (p for p in params if p.grad is not None):
-            p.grad *= world
-        return total(sums, world, policy.device)
-    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
-    flat = torch.cat([g.flatten() for g in grads] + [torch.tensor(sums, device=policy.device)])
-    dist.all_reduce(flat)
-    *grads, sums = flat.split([p.numel() for p in params] + [len(sums)])
-    for p, g in zip(params, grads):
-        p.grad = g.view_as(p)
+def all_sum(values, device):
+    """Sums of a list of numbers over the ranks, in float64. All ranks must reach this."""
+    sums = torch.tensor(values, dtype=torch.float64, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(sums)
     return sums.tolist()
 
 
-def clip_gradients(policy, cfg):
-    """Scale the gradient to a norm of at most clip_norm. Returns the norm before, of all ranks' shards."""
+def gather_objects(obj):
+    """The objects of all ranks, rank by rank. All ranks must reach this."""
+    if not dist.is_initialized():
+        return [obj]
+    objects = [None] * dist.get_world_size()
+    dist.all_gather_object(objects, obj)
+    return objects
+
+
+def leave():
+    """Ranks leave together: one that is gone while others still write can end in an abort."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+@contextmanager
+def deferred_signals():
+    """Within it SIGTERM and Ctrl-C only fill the list that it yields: a step is finished and saved."""
+    asked, numbers = [], (signal.SIGTERM, signal.SIGINT)
+    handlers = [signal.signal(number, lambda number, frame: asked.append(number)) for number in numbers]
+    try:
+        yield asked
+    finally:
+        list(map(signal.signal, numbers, handlers))
+
+
+def stop(step, rank):
+    """End this process in good order after a signal. All ranks must reach this."""
+    if rank == 0:
+        print(f"stopped by a signal; the same command goes on from step {step}", flush=True)
+    leave()
+    raise SystemExit(0)
+
+
+# --- The run folder: config.json, log.jsonl, lock, checkpoints/<step>/, last ----------------------------
+FREE = ("resume", "out", "keep", "log_every", "show_every", "n_score")      # these do not change results
+locks = {}      # path -> locked file, open until the process ends
+
+
+def read_json(path, default):
+    """The JSON object in a file, or `default` without one. Raises UserError."""
+    if not os.path.exists(path):
+        return default
+    try:
+        return dict(json.loads(Path(path).read_text()))
+    except (ValueError, TypeError, RecursionError) as e:
+        raise UserError(f"{path}: not a JSON object ({e}); mend or remove the file")
+
+
+def write_text(path, text):
+    """Replace a file: whatever happens, it holds the old text or the new one."""
+    with open(path + ".tmp", "w") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(path + ".tmp", path)
+
+
+def read_log(folder):
+    """The entries of a run's log.jsonl, if there is one. A killed run may leave half a line at its end."""
+    path = Path(folder, "log.jsonl")
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}\n")]
+
+
+def append_log(folder, entry):
+    finite = {k: v for k, v in entry.items() if not isinstance(v, float) or math.isfinite(v)}
+    with open(f"{folder}/log.jsonl", "a") as f:
+        f.write(json.dumps(finite) + "\n")
+
+
+def newest(folder):
+    """A run folder stands for its newest checkpoint; anything else (a checkpoint, a hub id) for itself."""
+    last = Path(folder, "last")
+    return f"{folder}/checkpoints/{last.read_text().strip()}" if last.exists() else folder
+
+
+def lock(folder):
+    """Keep other processes out of a run folder until this one ends. UserError names the one that has it."""
+    path = f"{os.path.realpath(folder)}/lock"
+    if path in locks:
+        return
+    file = open(path, "a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{folder} is in use by {Path(path).read_text()[:-1]}; end it, or give another --out")
+    file.truncate(0)
+    print(f"process {os.getpid()} on {os.uname().nodename} since {time.ctime()}", file=file, flush=True)
+    locks[path] = file
+
+
+def same_settings(folder, cfg):
+    """UserError if a folder has other settings. A key that config.json lacks is at its default."""
+    old = read_json(f"{folder}/config.json", asdict(cfg))
+    changes = []
+    for f in fields(cfg):
+        before, value = old.get(f.name, f.default), getattr(cfg, f.name)
+        if f.name not in FREE and before != value:
+            changes.append(f"{f.name}: {before} -> {value}")
+    if changes:
+        raise UserError(f"{folder} was made with other settings ({'; '.join(changes)}); give another folder")
+
+
+def begin(cfg, rank, device):
+    """Open the run folder cfg.out: returns the step to go on from, 0 for a new run. All ranks must reach
+    this. UserError if another process has the folder, or if it holds a run with other settings."""
+    step = 0
+    if rank == 0:
+        os.makedirs(cfg.out, exist_ok=True)
+        lock(cfg.out)
+        same_settings(cfg.out, cfg)
+        last = newest(cfg.out)
+        if last != cfg.out:
+            step = int(os.path.basename(last))
+            if not cfg.resume and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+                raise UserError(f"--resume=false: {cfg.out} holds a run; give another --out or remove it")
+            print(f"{cfg.out}: going on from step {step} of {cfg.steps}", flush=True)
+        write_text(f"{cfg.out}/config.json", json.dumps(asdict(cfg), indent=1))
+        kept = [json.dumps(entry) + "\n" for entry in read_log(cfg.out) if entry["step"] < step]
+        write_text(f"{cfg.out}/log.jsonl", "".join(kept))
+    return int(all_sum([step], device)[0])
+
+
+# --- The policy: a Qwen VLM, driven through its parts so that positions, caches and logits are explicit -
+def linear_patches(self, hidden_states):
+    """The patch convolution (its kernel is its stride) as the matrix product that it is."""
+    return F.linear(hidden_states.to(self.proj.weight.dtype), self.proj.weight.flatten(1), self.proj.bias)
+
+
+def pack(views, proc):
+    """The distinct views, ordered by size, and for each image token of `views`, in order, the row of its
+    feature among theirs (N,). The G samples of a prompt hold the very same original: it is encoded once."""
+    distinct = sorted({id(view): view for view in views}.values(), key=lambda view: view.shape)
+    first, n = {}, 0
+    for view in distinct:
+        first[id(view)] = n
+        n += math.prod(proc.grid(view))
+    rows = [torch.zeros(0, dtype=torch.long)]
+    for view in views:
+        rows.append(torch.arange(math.prod(proc.grid(view))) + first[id(view)])
+    return distinct, torch.cat(rows)
+
+
+def collate(trajs, proc):
+    """Trajectories padded on the right: CPU tensors ids, mask, logp (as recorded while sampling) (B, T) and
+    pos (3, B, T); from `pack` the views and the `feature` (N,) of all image tokens in reading order."""
+    B, T = len(trajs), max(len(t.ids) for t in trajs)
+    ids = torch.full((B, T), proc.end)
+    mask, logp = torch.zeros(B, T), torch.zeros(B, T)
+    pos = torch.zeros(3, B, T, dtype=torch.long)
+    views = []
+    for b, t in enumerate(trajs):
+        n = len(t.ids)
+        ids[b, :n] = torch.tensor(t.ids)
+        mask[b, :n] = torch.tensor(t.mask)
+        logp[b, :n] = torch.tensor(t.logp)
+        pos[:, b, :n] = torch.from_numpy(t.pos)
+        views += [shown.view for shown in t.shown]
+    views, feature = pack(views, proc)
+    return dict(ids=ids, mask=mask, logp=logp, pos=pos, views=views, feature=feature)
+
+
+class Policy(torch.nn.Module):
+    """A transformers model, its env.Processor, and an image processor that makes patches of views."""
+
+    def __init__(self, vlm, proc, image_processor):
+        super().__init__()
+        self.vlm, self.proc, self.image_processor = vlm, proc, image_processor
+        vlm.model.visual.patch_embed.forward = MethodType(linear_patches, vlm.model.visual.patch_embed)
+        # A sampled vision token would be taken for an image, an id past the tokenizer decodes to nothing.
+        banned = torch.zeros(vlm.config.get_text_config().vocab_size, dtype=torch.bool)
+        for token in ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"):
+            banned[proc.tokenizer.convert_tokens_to_ids(token)] = True
+        banned[len(proc.tokenizer):] = True
+        self.register_buffer("banned", banned, persistent=False)
+        self.sharded = False
+
+    @property
+    def device(self):
+        return self.banned.device
+
+    def autocast(self):
+        """bf16 matrix products on CUDA, fp32 on the CPU; weights that are trained stay fp32."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
+
+    @contextmanager
+    def gathered(self):
+        """Meanwhile a sharded policy is whole on every rank (bf16 on CUDA): a token needs no collective, and
+        ranks may differ in turns. All ranks must reach this."""
+        parts = [module for module in self.modules() if hasattr(module, "reshard")]
+        for module in parts:
+            module.unshard()
+            module.set_reshard_after_forward(False, recurse=False)
+        yield
+        for module in parts:
+            module.reshard()
+            module.set_reshard_after_forward(module is not self, recurse=False)    # FSDP2's default
+
+    def see(self, views):
+        """Encode images: features (N, width) and, of Qwen3-VL, deepstack features (a list of (N, width))."""
+        arrays = [view.numpy() for view in views]
+        pixels = self.image_processor(images=arrays, input_data_format="channels_last", return_tensors="pt")
+        pixels = pixels.to(self.device)
+        out = self.vlm.model.visual(pixels["pixel_values"], grid_thw=pixels["image_grid_thw"])
+        return out.pooler_output, getattr(out, "deepstack_features", [])
+
+    def hidden(self, ids, pos, images=None, feature=None, mask=None, cache=None):
+        """Last hidden states (B, T, width) of ids (B, T) at pos (3, B, T). images: from `see`; feature (N,):
+        the row in it of each image token. Positions are given: inferred ones are wrong for an image beside a
+        cache."""
+        core = self.vlm.model
+        x = core.get_input_embeddings()(ids)
+        extra = {}
+        if images is not None:
+            features, deepstack = images
+            at = ids == self.proc.image
+            x = x.masked_scatter(at[..., None], features[feature].to(x.dtype))
+            if deepstack:
+                extra["visual_pos_masks"] = at
+                extra["deepstack_visual_embeds"] = [d[feature].to(x.dtype) for d in deepstack]
+        out = core.language_model(inputs_embeds=x, position_ids=pos, attention_mask=mask,
+                                  past_key_values=cache, use_cache=cache is not None, **extra)
+        return out.last_hidden_state
+
+    def logits(self, h, temperature):
+        """Logits of the sampling distribution in fp32: divided by the temperature, banned ids at -inf."""
+        return (self.vlm.lm_head(h).float() / temperature).masked_fill(self.banned, -torch.inf)
+
+    def score(self, h, target, temperature):
+        """Of hidden states h (n, width): log-probability of each target, entropy of what is sampled (n,)."""
+        logits = self.logits(h, temperature)                      # (n, V)
+        total = logits.logsumexp(-1)
+        with torch.no_grad():
+            p = (logits - total[:, None]).exp()
+            entropy = total - (p * logits.masked_fill(self.banned, 0)).sum(-1)
+        return logits.gather(1, target[:, None])[:, 0] - total, entropy
+
+    def forward(self, batch, temperature=1.0):
+        """Log-probability and entropy (n,) of every trained token, in the order of batch mask == 1. Logits
+        exist only there, 2^26 entries at a time, recomputed in the backward pass. No attention mask: padding
+        is on the right, where causal attention never looks."""
+        ids, mask, pos, feature = (batch[k].to(self.device) for k in ("ids", "mask", "pos", "feature"))
+        blank = torch.zeros(self.proc.factor, self.proc.factor, 3, dtype=torch.uint8)
+        images = self.see(batch["views"] or [blank])              # sharded, the tower must always take part
+        h = self.hidden(ids, pos, images, feature)                # (B, T, width)
+        trained = mask[:, 1:] > 0                                 # (B, T-1): state t predicts token t + 1
+        h, target = h[:, :-1][trained], ids[:, 1:][trained]       # (n, width), (n,)
+        size, parts = max(1, 2 ** 26 // len(self.banned)), []
+        if len(h) <= size:
+            return self.score(h, target, temperature)
+        for h_part, target_part in zip(h.split(size), target.split(size)):
+            parts.append(checkpoint(self.score, h_part, target_part, temperature, use_reentrant=False))
+        return tuple(map(torch.cat, zip(*parts)))
+
+
+# --- From a checkpoint to a policy that can be trained --------------------------------------------------
+# FORK: the model. The known families, with mean and standard deviation of the pixels that a tower expects.
+PIXELS = {"qwen3_vl": ((0.5,) * 3, (0.5,) * 3),
+          "qwen2_5_vl": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))}
+
+
+def make_policy(vlm, tokenizer):
+    """The Policy of a transformers model of one of the families in PIXELS."""
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+    vision = vlm.config.vision_config
+    mean, std = PIXELS[vlm.config.model_type]
+    images = Qwen2VLImageProcessorPil(do_resize=False, do_convert_rgb=False, patch_size=vision.patch_size,
+                                      temporal_patch_size=2, merge_size=vision.spatial_merge_size,
+                                      image_mean=list(mean), image_std=list(std))
+    ends = vlm.generation_config.eos_token_id
+    ends = [i for i in (ends if isinstance(ends, list) else [ends]) if isinstance(i, int)]
+    factor = vision.patch_size * vision.spatial_merge_size
+    return Policy(vlm, env.Processor(tokenizer, factor, ends), images)
+
+
+def load_policy(path, device, train=False):
+    """A Policy from a folder or a hub id; UserError. On CUDA its weights are bf16, enough for rollouts; to
+    train they are fp32, still on the CPU. Weights come from safetensors, and no code of a checkpoint is
+    run."""
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
+    from transformers.utils import logging
+    logging.disable_progress_bar()
+    dtype = torch.float32 if train or torch.device(device).type == "cpu" else torch.bfloat16
+    try:
+        family = AutoConfig.from_pretrained(path, trust_remote_code=False).model_type
+        if family not in PIXELS:
+            raise UserError(f"{path}: a {family} model; --model takes Qwen3-VL or Qwen2.5-VL")
+        vlm, found = AutoModelForImageTextToText.from_pretrained(
+            path, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True)
+        if found["missing_keys"]:                # transformers would leave them random
+            raise ValueError(f"no weights of {sorted(found['missing_keys'])[:3]}")
+        policy = make_policy(vlm, AutoTokenizer.from_pretrained(path, trust_remote_code=False))
+    except Exception as e:                       # a damaged folder can make a loader raise anything
+        raise does_not_load(path, e)
+    return policy if train else policy.to(device)
+
+
+def does_not_load(path, error):
+    """The UserError for a damaged checkpoint; of a run, it names those that are left."""
+    folder, step = os.path.split(path)
+    cure = "give another --model, or make one with `torchrun sft.py`"
+    if step.isdigit() and os.path.isdir(folder):
+        cure = f"write another of {set(os.listdir(folder)) - {step}} into {os.path.dirname(folder)}/last"
+    return UserError(f"{path}: does not load ({type(error).__name__}: {str(error)[:200]}); {cure}")
+
+
+def shard(policy, device):
+    """FSDP2 over torchrun's ranks (one is enough). A rank keeps its part of each block's weights; a block is
+    gathered while it computes, in bf16 on CUDA, and gradients come back as fp32 sums over the ranks."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    if not dist.is_initialized():
+        raise UserError("--shard=true: start with torchrun, or give --shard=false")
+    dtype = torch.bfloat16 if device.type == "cuda" else None
+    precision = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)   # angles stay fp32
+    blocks = (*policy.vlm.model.visual.blocks, *policy.vlm.model.language_model.layers)
+    for module in (*blocks, policy):             # the rest, tied embeddings among it, belongs to the root
+        fully_shard(module, mp_policy=precision)
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+    policy.sharded = True
+    # FSDP2 wants its first forward pass to go through the root, but a rollout goes through the parts.
+    blank = env.Trajectory({})
+    blank.extend(policy.proc, [policy.proc.end] * 2, sampled=True)
+    with torch.no_grad():
+        policy.to(device)(collate([blank], policy.proc))
+
+
+def load_trainable(cfg, start, first, device):
+    """Policy and preset of a training stage: of the checkpoint `start`, or of this run's at step `first`."""
+    policy = load_policy(newest(cfg.out) if first else start, device, train=True)
+    policy.vlm.model.visual.requires_grad_(cfg.train_vision)
+    if cfg.recompute:
+        policy.vlm.gradient_checkpointing_enable({"use_reentrant": False})
+    if cfg.shard:
+        shard(policy, device)
+    return policy.to(device), load_episode(start)[0]       # .to also shards the root again, left gathered
+
+
+# --- Optimizers, and gradients over the ranks -----------------------------------------------------------
+def make_optimizers(policy, cfg, betas, muon_lr=0.0):
+    """AdamW; with a muon_lr, Muon (Jordan et al., 2024) for the matrices that are not embeddings."""
+    if muon_lr and cfg.shard:
+        raise UserError("--shard=true: Muon needs whole matrices; give --muon_lr=0")
+    matrices, rest = [], []
+    for name, p in policy.named_parameters():
+        if p.requires_grad:
+            muon = muon_lr and p.ndim == 2 and "embed" not in name
+            (matrices if muon else rest).append(p)
+    # foreach=False: on CUDA the other way needs temporaries as large as the weights.
+    optimizers = [torch.optim.AdamW(rest, cfg.lr, betas, weight_decay=cfg.weight_decay, foreach=False)]
+    if matrices:
+        optimizers.append(torch.optim.Muon(matrices, muon_lr, weight_decay=0.0, momentum=0.95))
+    return optimizers
+
+
+def set_lr(optimizers, step, cfg):
+    """Linear warm-up, constant, linear to zero over the last `decay` share. Returns AdamW's rate."""
+    left = (cfg.steps - step) / max(cfg.decay * cfg.steps, 1)
+    scale = min((step + 1) / max(cfg.warmup, 1), 1, left)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = optimizer.defaults["lr"] * scale
+    return optimizers[0].param_groups[0]["lr"]
+
+
+def sync_gradients(policy):
+    """Sum over the ranks; each one's loss is divided by the global count. All ranks must reach this."""
+    for p in policy.parameters():
+        if p.requires_grad and dist.is_initialized() and not policy.sharded:   # FSDP2 has summed them
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            dist.all_reduce(p.grad)
+
+
+def optimizer_step(policy, optimizers, loss_sum, cfg, rest=False):
+    """Sum and clip the gradients and step, unless loss or norm is not finite or the caller says `rest`.
+    Returns the loss over all ranks, the norm before clipping, and if the step was skipped: the same on all
+    ranks."""
+    sync_gradients(policy)
+    loss_sum = all_sum([loss_sum], policy.device)[0]
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.clip_norm)
-    return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
+    norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
+    skipped = not math.isfinite(loss_sum + norm)
+    for optimizer in optimizers:
+        if not skipped and not rest:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return loss_sum, norm, int(skipped)
 
 
-def total(value, world, device):
-    """Sum of a number (float64) over the ranks. All ranks must reach this."""
-    t = torch.tensor(value, dtype=torch.float64, device=device)
-    if world > 1:
-        dist.all_reduce(t)
-    return t.tolist()
+# --- Checkpoints: servers load every *.safetensors of the folder, so training state lies in a subfolder ---
+def save_model(folder, policy, weights, cfg, preset):
+    """Write what transformers and servers load: weights, tokenizer with our chat template, processors; and
+    beside them episode.json, by which later stages ask as this one did."""
+    policy.vlm.save_pretrained(folder, state_dict=weights)
+    policy.proc.tokenizer.chat_template = env.CHAT_TEMPLATE
+    policy.proc.tokenizer.save_pretrained(folder)
+    areas = dict(shortest_edge=min(cfg.min_crop_pixels, cfg.max_pixels), longest_edge=cfg.max_pixels)
+    images = dict(policy.image_processor.to_dict(), do_resize=True, do_convert_rgb=True, size=areas,
+                  image_processor_type="Qwen2VLImageProcessor")
+    files = {"preprocessor_config.json": images, "episode.json": shared(cfg, env.EpisodeConfig)}
+    files["episode.json"]["preset"] = preset
+    if policy.vlm.config.model_type == "qwen3_vl":
+        files["video_preprocessor_config.json"] = dict(images, video_processor_type="Qwen3VLVideoProcessor")
+    for name, content in files.items():
+        write_text(f"{folder}/{name}", json.dumps(content, indent=1))
 
 
-def update(policy, optimizers, batches, step, cfg, world, asked):
-    """One step on this rank's micro-batches. Returns its log entry, and whether a signal asked any rank to stop."""
-    [n_tokens] = total([sum(b["mask"].sum().item() for b in batches)], world, policy.device)
+def save_checkpoint(step, policy, optimizers, cfg, preset):
+    """Write cfg.out/checkpoints/<step>. All ranks must reach this; rank 0 writes, and holds the weights, then
+    the optimizers' state. It is renamed when it is on the disk, and only then does cfg.out/last name it."""
+    from safetensors.torch import save_file
+    from torch.distributed.checkpoint import state_dict
+    options = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True,    # to rank 0; {} elsewhere
+                                          flatten_optimizer_state_dict=True)
+    folder = f"{cfg.out}/checkpoints/{step}"
+    tmp = f"{folder}.tmp"
+    weights = state_dict.get_model_state_dict(policy.vlm, options=options)
+    if weights:
+        shutil.rmtree(tmp, ignore_errors=True)
+        os.makedirs(f"{tmp}/training")
+        save_model(tmp, policy, weights, cfg, preset)
+    del weights
+    state = state_dict.get_optimizer_state_dict(policy.vlm, optimizers, options=options)
+    if state:
+        tensors = {name: value for name, value in state.items() if name.startswith("state.")}
+        save_file(tensors, f"{tmp}/training/optimizer.safetensors")
+        for path in Path(tmp).rglob("*.safetensors"):
+            path.chmod(0o644)                              # safetensors leaves them unreadable to others
+        os.sync()
+        shutil.rmtree(folder, ignore_errors=True)          # of a run that was killed before `last` named it
+        os.replace(tmp, folder)
+        write_text(f"{cfg.out}/last", str(step))
+    all_sum([0], policy.device)                            # it is there before anyone reads it
 
-    # 2. loss and gradient, normalised by the trained tokens of all ranks
+
+def load_training_state(folder, policy, optimizers):
+    """Restore the optimizers from a checkpoint, each rank its part. Raises UserError."""
+    from safetensors.torch import load_file
+    from torch.distributed.checkpoint import state_dict
+    options = state_dict.StateDictOptions(full_state_dict=True, strict=False)
+    state = state_dict.get_optimizer_state_dict(policy.vlm, optimizers)              # for its param_groups
+    state["state"] = {}
+    try:
+        for path, value in load_file(f"{folder}/training/optimizer.safetensors").items():
+            name, key = path.removeprefix("state.").rsplit(".", 1)
+            state["state"].setdefault(name, {})[key] = value
+        state_dict.set_optimizer_state_dict(policy.vlm, optimizers, state, options=options)
+    except Exception as e:                                 # whatever a damaged file makes the loaders raise
+        raise does_not_load(folder, e)
+
+
+def prune(cfg, step, best=None):
+    """Keep the newest checkpoints and that of step `best`, nothing that killed runs left half-written."""
+    paths = list(Path(cfg.out, "checkpoints").iterdir())
+    steps = sorted(int(path.name) for path in paths if path.name.isdigit() and int(path.name) <= step)
+    for path in paths:
+        if path.name not in map(str, (*steps[-cfg.keep:], best)):
+            shutil.rmtree(path)
+
+
+# --- Imitation ------------------------------------------------------------------------------------------
+def render_batches(proc, rows, cfg):
+    """Rows as micro-batches of conversations of like length, and how many are not trained because they call a
+    tool in the turn that may only answer. One that outgrows max_tokens is trained as far as it goes."""
+    trajs = [env.render(proc, row, row["turns"], cfg) for row in rows]
+    trajs.sort(key=lambda traj: len(traj.ids))
+    left_out = [traj for traj in trajs if traj.status == "over_turns"]
+    for traj in left_out:                # it stays, as ranks must have equal numbers of batches
+        traj.mask = [0] * len(traj.mask)
+    batches = []
+    for i in range(0, len(trajs), cfg.micro_batch):
+        batches.append(collate(trajs[i:i + cfg.micro_batch], proc))
+    return batches, len(left_out)
+
+
+def train_step(policy, optimizers, batches, step, cfg):
+    """One step on this rank's micro-batches. Returns its log entry."""
+    trained = sum(batch["mask"].sum().item() for batch in batches)
+    n_tokens = int(all_sum([trained], policy.device)[0])
     loss_sum = 0.0
-    for b in batches:
+    for batch in batches:
         with policy.autocast():
-            logp, _ = policy(b)
+            logp, _ = policy(batch)                        # (n,) the micro-batch's trained tokens
         loss = -logp.sum() / max(n_tokens, 1)
         loss.backward()
         loss_sum += loss.item()
-    loss_sum, stop = sync_gradients(policy, world, [loss_sum, float(len(asked))])
+    lr = set_lr(optimizers, step, cfg)
+    loss_sum, norm, skipped = optimizer_step(policy, optimizers, loss_sum, cfg)
+    return dict(step=step, loss=loss_sum, tokens=n_tokens, grad_norm=norm, skipped=skipped, lr=lr)
 
-    # 3. step, unless one rank's loss is not finite: then so is the norm or the sum of all, and none of them steps
-    norm = clip_gradients(policy, cfg)
-    skipped = not math.isfinite(loss_sum + norm)
-    for o in optimizers:
-        for g in o.param_groups:
-            g["lr"] = g["peak"] * lr_scale(step, cfg)
-        if not skipped:
-            o.step()
-        o.zero_grad(set_to_none=True)
-    return dict(step=step, loss=loss_sum, tokens=int(n_tokens), grad_norm=norm, skipped=int(skipped),
-                lr=optimizers[0].param_groups[0]["lr"]), stop
+
+def eta(entry, first, cfg):
+    """Time that is left, as minutes:seconds; after the first step on CUDA the peak of memory instead."""
+    if entry["step"] == first and torch.cuda.is_available():
+        return f"peak {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB"
+    left = entry["seconds"] / (entry["step"] + 1 - first) * (cfg.steps - entry["step"] - 1)
+    return f"eta {left // 60:3.0f}:{left % 60:02.0f}"
 
 
 def main(cfg):
-    rank, world, device = env.setup()
-    if cfg.batch % world:
-        raise env.UserError(f"--batch={cfg.batch} is not a multiple of the {world} ranks; change --batch or --nproc-per-node")
-    rows = data.load_rows(os.path.join(cfg.data, "sft.jsonl"), cfg.image_root)
-    if lacking := [i for i, r in enumerate(rows) if not r.get("turns")]:
-        raise env.UserError(f"{cfg.data}/sft.jsonl: row {lacking[0]} has no `turns` ({len(lacking)} rows in all)")
-    data.check_images(rows, rank, world)
-    resumed = begin(cfg, rank, world)              # the step to go on from, or 0
-    start = env.newest(cfg.out) if resumed else cfg.model
-    policy = env.load_policy(start, device, train=True) if start else make_tiny(rows, cfg.seed)
-    announce_memory(policy, cfg, device, rank, world)
-    with env.memory("loading", 0):
-        policy = env.make_trainable(policy, cfg, device)
-    optimizers = make_optimizers(policy, cfg)
-    if resumed:
-        load_optimizer(start, policy, optimizers)
-    preset = env.read_json(os.path.join(start, "world.json"), {"preset": "real"})["preset"] if start else "tiny"
-    rows_of = lambda step: [rows[(step * cfg.batch + i) % len(rows)] for i in range(cfg.batch)]
-
-    def batches_of(step):
-        """This rank's micro-batches of a step: conversations of like length together, so that little is padding."""
-        trajs = sorted((env.render(policy.proc, r, r["turns"], cfg) for r in rows_of(step)[rank::world]), key=lambda t: len(t.ids))
-        if cut := sum(t.status != "answered" for t in trajs):
-            print(f"{cut} conversations of step {step} do not fit --max_crops or --max_tokens: their ends are not trained", flush=True)
-        return [env.collate(trajs[i:i + cfg.micro_batch], policy.proc) for i in range(0, len(trajs), cfg.micro_batch)]
-
+    rank, world_size, device = setup()
+    if cfg.batch % world_size:
+        raise UserError(f"--batch={cfg.batch} is not a multiple of the {world_size} ranks; change --batch")
+    path = f"{cfg.data}/sft.jsonl"
+    rows = env.load_rows(path, cfg.image_root)
+    for i, row in enumerate(rows):
+        if not row.get("turns"):
+            raise UserError(f"{path}: row {i} has no `turns` (the assistant's texts); remove it")
+    env.check_images(rows, rank, world_size)
+    first = begin(cfg, rank, device)                       # the step to go on from, or 0
+    start = cfg.model or f"{cfg.data}/tiny"
+    policy, preset = load_trainable(cfg, start, first, device)
     policy.train()
-    t0 = time.time()
-    with env.interruptible() as asked, ThreadPoolExecutor(1) as pool:  # the next step is rendered while this one computes
-        pending = pool.submit(batches_of, resumed) if resumed < cfg.steps else None
-        for step in range(resumed, cfg.steps):
-            # 1. batch
-            batches = pending.result()
-            pending = pool.submit(batches_of, step + 1) if step + 1 < cfg.steps else None
-            with env.memory("update", max(b["ids"].shape[1] for b in batches)):
-                entry, stop = update(policy, optimizers, batches, step, cfg, world, asked)
+    optimizers = make_optimizers(policy, cfg, (0.9, 0.98), cfg.muon_lr)
+    if first:
+        load_training_state(newest(cfg.out), policy, optimizers)
 
-            # 4. log and save
+    def prepare(step):
+        chosen = [rows[i % len(rows)] for i in range(step * cfg.batch, (step + 1) * cfg.batch)]
+        return render_batches(policy.proc, chosen[rank::world_size], cfg)
+    started = time.time()
+    with deferred_signals() as asked, ThreadPoolExecutor(1) as pool:
+        pending = pool.submit(prepare, first)
+        for step in range(first, cfg.steps):
+            # 1. batch; the next one is rendered while this step computes
+            batches, left_out = pending.result()
+            pending = pool.submit(prepare, step + 1)
+            # 2. loss, gradient and step
+            entry = train_step(policy, optimizers, batches, step, cfg)
+            # 3. log
+            left_out, stopped = all_sum([left_out, len(asked)], device)
+            done = step + 1 == cfg.steps
+            entry.update(left_out=int(left_out), seconds=time.time() - started)
             if rank == 0:
-                seconds = time.time() - t0
-                eta = seconds / (step + 1 - resumed) * (cfg.steps - step - 1)
-                append_log(cfg.out, dict(entry, seconds=seconds))
-                check_skips(cfg, entry, rows_of(step))
-                if step % cfg.log_every == 0 or step + 1 == cfg.steps:
-                    print(f"step {step:5d} loss {entry['loss']:7.4f} norm {entry['grad_norm']:6.3f} tokens {entry['tokens']:6d} "
-                          f"{seconds:7.1f}s eta {int(eta) // 60:3d}:{int(eta) % 60:02d}", flush=True)
-            if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps or stop:
-                save_checkpoint(cfg.out, step + 1, policy, cfg, preset, optimizers, rank)
+                append_log(cfg.out, entry)
+                if step % cfg.log_every == 0 or done or entry["skipped"]:
+                    print(f"step {step:5d} loss {entry['loss']:7.4f} norm {entry['grad_norm']:6.3f} left out "
+                          f"{left_out:.0f} skipped {entry['skipped']}", eta(entry, first, cfg), flush=True)
+            # 4. save
+            if (step + 1) % cfg.save_every == 0 or done or stopped:
+                save_checkpoint(step + 1, policy, optimizers, cfg, preset)
                 if rank == 0:
-                    prune(cfg.out, cfg.keep)
-            if stop:
-                env.leave()
-    if world > 1:
-        dist.barrier()                             # the checkpoint is there before anyone reads it
+                    prune(cfg, step + 1)
+            if stopped:
+                stop(step + 1, rank)
 
 
 if __name__ == "__main__":
-    env.run(main, Config, REAL)
+    cli(main, Config, REAL)

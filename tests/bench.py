@@ -1,4 +1,4 @@
-"""How fast are env.rollout and rppo.update? Measured beside plain transformers, on the same prompts with the same forced turns.
+"""How fast are rollout (eval.py) and update (rppo.py)? Measured beside plain transformers, on the same prompts with the same forced turns.
 
     python tests/bench.py                                             # the tiny model, on the CPU
     python tests/bench.py --shape=main-job                            # the same at the main job's sizes, see Config
@@ -25,23 +25,26 @@ import time
 from collections import Counter
 from contextlib import redirect_stdout
 from ctypes import CDLL
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import median
 from unittest.mock import patch
 
 import numpy as np
 import torch
 import transformers
+from PIL import Image
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import data  # noqa: E402
 import env  # noqa: E402
+import eval as evaluation  # noqa: E402
 import rppo  # noqa: E402
 import sft  # noqa: E402
 
 
 @dataclass
 class Config:
+    """The benchmark."""
     shape: str = "tiny"              # the tiny model, image : crop : turn as in the real preset, an eighth of its tokens;
     #                                  main-job: the tiny model on the main job's 2 x 2 tokens an image; or one of SHAPES
     prompts: int = 8                 # P
@@ -66,10 +69,10 @@ SHAPES = {"qwen3-vl-2b": (2048, 6144, 28, 16, 8, 151936, True, 1024, 4096, 24, 1
 
 def make_policy(cfg, rows, device):
     """The tiny policy of sft.py, or a random one of a true shape, made on the device, with the tiny one's tokenizer."""
-    tiny = sft.make_tiny(rows, cfg.seed)
+    tiny = data.make_tiny(rows, cfg.seed)
     if cfg.shape not in SHAPES:
         return tiny.to(device)
-    tok, three, less = tiny.proc.tok, cfg.shape.startswith("qwen3"), lambda n, least=1: max(least, n // cfg.shrink)
+    tok, three, less = tiny.proc.tokenizer, cfg.shape.startswith("qwen3"), lambda n, least=1: max(least, n // cfg.shrink)
     width, mlp, layers, heads, kv, vocab, tied, v_width, v_mlp, blocks, v_heads, marks = SHAPES[cfg.shape]
     scale, v_scale, depth = less(heads) / heads, less(v_heads) / v_heads, less(blocks, 4)
     marks = sorted({i * depth // blocks for i in marks})
@@ -88,12 +91,11 @@ def make_policy(cfg, rows, device):
     config = getattr(transformers, kind + "Config")(text_config=text, vision_config=vision, tie_word_embeddings=tied, **ids)
     with torch.device(device):
         vlm = getattr(transformers, kind + "ForConditionalGeneration")(config)
-    proc = env.Processor(tok, vision["patch_size"], 2, (0.5,) * 3, (0.5,) * 3, text["vocab_size"])
-    return env.Policy(vlm, proc).to(device)
+    return sft.make_policy(vlm, tok).to(device)
 
 
 def without_patches(vlm):
-    """The model as transformers has it: a copy that shares the weights, without env.Policy's forwards of the tower."""
+    """The model as transformers has it: a copy that shares the weights, without sft.Policy's forward of the patches."""
     plain = copy.deepcopy(vlm, {id(p): p for p in vlm.parameters()})
     for module in plain.modules():
         module.__dict__.pop("forward", None)
@@ -102,13 +104,17 @@ def without_patches(vlm):
 
 def settings(cfg, turns=None, **given):
     """rppo.py's settings for this shape, with room for all scripted turns; given: what differs, for the tables of `scaling`."""
-    preset = {**env.REAL_WORLD, **rppo.REAL} if cfg.shape in SHAPES else {}
-    pixels = {k: v for k, v in env.REAL_WORLD.items() if k.endswith("pixels") and cfg.shape != "main-job"}
+    preset = {**env.REAL_EPISODE, **rppo.REAL} if cfg.shape in SHAPES else {}
+    pixels = {k: v for k, v in env.REAL_EPISODE.items() if k.endswith("pixels") and cfg.shape != "main-job"}
     # a token of the tiny model is a quarter of Qwen3-VL's 32 x 32 pixels
     preset |= {k: v // (cfg.shrink if preset else 8 * 4) for k, v in pixels.items()}
     longest = cfg.turn_tokens or (256 // min(cfg.shrink, 5) if cfg.shape in SHAPES else 32)
-    return rppo.Config(**{**preset, "max_crops": (turns or cfg.turns) - 1, "turn_tokens": longest, "max_tokens": 10 ** 6,
-                          "in_flight": 10 ** 6, "samples": cfg.samples, "prompts": cfg.prompts, "seed": cfg.seed, **given})
+    task = rppo.Config(**{**preset, "max_crops": (turns or cfg.turns) - 1, "turn_tokens": longest, "in_flight": 10 ** 6,
+                          "samples": cfg.samples, "prompts": cfg.prompts, "seed": cfg.seed, **given})
+    side = 16 if cfg.shape not in SHAPES else 32 if cfg.shape.startswith("qwen3") else 28
+    each = task.turn_tokens + task.max_crop_pixels // side ** 2 + 64
+    task.max_tokens = task.max_pixels // side ** 2 + 512 + each * (task.max_crops + 1)    # slots of the cache
+    return task
 
 
 class Script:
@@ -118,7 +124,7 @@ class Script:
         """Makes `turns`, a list (turns) of lists (B) of ids, `table` (turns, turn_tokens, B, 1), padded with the end, and room
         for what the scripted tokens' logits were, `raw`, alike."""
         proc, rng, B = policy.proc, np.random.default_rng(task.seed), task.prompts * task.samples
-        ids, self.turns = lambda text: proc.encode(text, keep=env.TAGS), []
+        ids, self.turns = lambda text: proc.encode_data(text, keep=env.TAGS), []
         for k in range(task.max_crops + 1):
             corner, sizes = rng.integers(0, 4, (B, 2)), rng.integers(task.turn_tokens // 2, task.turn_tokens + 1, B)
             acts = [data.look(250 * np.array([*c, *c + 1])) if k < task.max_crops else "<answer>red</answer>" for c in corner]
@@ -142,14 +148,13 @@ class Script:
 
 
 def our_rollout(policy, rows, task, script):
-    real = env.sample_turn
-
-    def sample_turn(policy, cache, last, trajs, *more):
-        script.begin(len(trajs[0].turns))
-        return real(policy, cache, last, trajs, *more)
-    with patch.object(env, "sample_turn", sample_turn), \
-         patch.object(policy, "logits", lambda h, t: script(None, env.Policy.logits(policy, h, t))):
-        return env.rollout(policy, rows, task, task.samples)
+    class Decoder(evaluation.Decoder):
+        def __init__(self, policy, cache, hidden, trajs, *more):
+            script.begin(len(trajs[0].turns))
+            super().__init__(policy, cache, hidden, trajs, *more)
+    with patch.object(evaluation, "Decoder", Decoder), \
+         patch.object(policy, "logits", lambda h, t: script(None, sft.Policy.logits(policy, h, t))):
+        return evaluation.rollout(policy, rows, task, task.samples)
 
 
 def padded(trajs, policy, left):
@@ -160,15 +165,16 @@ def padded(trajs, policy, left):
         rows = [[fill] * (T - len(x)) + x if left else x + [fill] * (T - len(x)) for x in lists]
         return torch.tensor(rows, device=policy.device)
     ids = pad([t.ids for t in trajs], policy.proc.end)
-    pixels, grid = policy.proc.patchify([v for t in trajs for v in t.views], policy.device)
-    return dict(input_ids=ids, attention_mask=pad([[1] * len(t.ids) for t in trajs], 0), pixel_values=pixels,
-                mm_token_type_ids=(ids == policy.proc.image).int(), image_grid_thw=grid.to(ids)), pad([t.mask for t in trajs], 0)
+    views = [x.view.numpy() for t in trajs for x in t.shown]
+    pixels = policy.image_processor(views, input_data_format="channels_last", return_tensors="pt").to(policy.device)
+    return dict(pixels, input_ids=ids, attention_mask=pad([[1] * len(t.ids) for t in trajs], 0),
+                mm_token_type_ids=(ids == policy.proc.image).int()), pad([t.mask for t in trajs], 0)
 
 
 @torch.no_grad()
 def plain_rollout(vlm, policy, rows, task, script):
     end, prompts = policy.proc.end, [env.reset(policy.proc, row, task) for row in rows]
-    trajs = [replace(t, boxes=list(t.boxes), turns=[]) for t in prompts for _ in range(task.samples)]
+    trajs = [t.fork() for t in prompts for _ in range(task.samples)]
     vlm.eval()
     for k in range(task.max_crops + 1):
         script.begin(k)
@@ -177,8 +183,7 @@ def plain_rollout(vlm, policy, rows, task, script):
             out = vlm.generate(**batch, logits_processor=[script], max_new_tokens=task.turn_tokens, do_sample=True,
                                temperature=1.0, top_k=0, top_p=1.0, eos_token_id=end, pad_token_id=end)
         for t, ids in zip(trajs, out[:, batch["input_ids"].shape[1]:].tolist()):
-            env.respond(t, policy.proc, ids[:ids.index(end) + 1])
-            env.observe(t, policy.proc, task)
+            env.step(t, env.respond(t, policy.proc, ids[:ids.index(end) + 1]), task, policy.proc)
     return trajs
 
 
@@ -255,8 +260,9 @@ def parts_of(rollout, policy):
             spent[name] += clock(policy.device) - t
             return out
         return run
-    with patch.object(env, "prefill", timed("prefill", env.prefill)), patch.object(policy, "see", timed("vision", policy.see)), \
-         patch.object(env, "sample_turn", timed("decode", env.sample_turn)):
+    with patch.object(evaluation, "prefill", timed("prefill", evaluation.prefill)), \
+         patch.object(policy, "see", timed("vision", policy.see)), \
+         patch.object(evaluation.Decoder, "run", timed("decode", evaluation.Decoder.run)):
         timed("python", rollout)()
     spent["prefill"] -= spent["vision"]  # each was timed with what it calls
     spent["python"] -= spent["prefill"] + spent["vision"] + spent["decode"]
@@ -292,8 +298,8 @@ def counted(policy, trajs, script, samples):
     attend = 6 * depth * text.num_attention_heads * per_head  # half of 12, for it is causal
     work = sum(6 * stack * len(t.ids) + attend * len(t.ids) ** 2 + 6 * head * sum(t.mask) for t in trajs)
     full = len(getattr(vision, "fullatt_block_indexes", range(vision.depth)))
-    for v in {id(v): v for t in trajs for v in t.views}.values():
-        n = v.shape[0] * v.shape[1] // policy.proc.patch ** 2
+    for v in {id(x.view): x.view for t in trajs for x in t.shown}.values():
+        n = v.shape[0] * v.shape[1] // vision.patch_size ** 2
         work += 6 * tower * n + 12 * full * vision.hidden_size * n * n
     return read, work
 
@@ -303,7 +309,7 @@ def check_equal(script, ours, plain, our_raw, plain_raw):
     for a, b, turns in zip(ours, plain, zip(*script.turns), strict=True):
         assert a.ids == b.ids and a.mask == b.mask and a.status == b.status == "answered"
         assert [i for i, m in zip(a.ids, a.mask) if m] == sum(turns, [])
-        assert len(a.views) == len(b.views) and all(torch.equal(x, y) for x, y in zip(a.views, b.views))
+        assert all(torch.equal(x.view, y.view) for x, y in zip(a.shown, b.shown, strict=True))
     for turns, gap in zip(script.turns, (our_raw - plain_raw).abs()[..., 0]):  # (turn_tokens, B)
         length = torch.tensor([len(t) for t in turns], device=gap.device)  # what a row computes after its end has no meaning
         over = torch.arange(len(gap), device=gap.device)[:, None] >= length
@@ -325,7 +331,8 @@ def compare_updates(cfg, policy, plain, trajs, task):
     """At learning rate 0 every repetition computes the same. A flat group has advantage 0: ours leaves it out."""
     optimizer, advantages = torch.optim.AdamW(policy.parameters(), lr=0.0), [1.0 - 2 * (i % 2) for i in range(len(trajs))]
     half = [a * (i // task.samples % 2) for i, a in enumerate(advantages)]
-    ours = lambda a=advantages: float(rppo.update(policy, optimizer, trajs, a, task, 1)[1]["grad_norm"])
+    samples = lambda a: [rppo.Sample(t, {}, x) for t, x in zip(trajs, a)]
+    ours = lambda a=advantages: rppo.update(policy, [optimizer], samples(a), task)["grad_norm"]
     theirs = lambda: plain_update(plain, policy, optimizer, trajs, advantages, task)
     a, b = ours(), theirs()
     assert abs(a - b) < (0.05 if policy.device.type == "cuda" else 1e-3) * b, (a, b)
@@ -385,11 +392,15 @@ def main(cfg):
     with tempfile.TemporaryDirectory() as folder:
         with redirect_stdout(None):
             data.main(data.Config(out=folder + "/words", n_sft=40, n_train=0, n_test=0))
-            data.main(data.Config(out=folder, n_sft=0, n_train=cfg.prompts, n_test=0, level={"main-job": 0, "tiny": 1}.get(cfg.shape, 2)))
-        policy = make_policy(cfg, data.load_rows(folder + "/words/sft.jsonl"), torch.device("cuda" if cuda else "cpu"))
+            data.main(data.Config(out=folder, n_sft=0, n_train=cfg.prompts, n_test=0))
+        policy = make_policy(cfg, env.load_rows(folder + "/words/sft.jsonl"), torch.device("cuda" if cuda else "cpu"))
         policy.banned.zero_()  # the plain side bans nothing
-        rows = data.load_rows(folder + "/train.jsonl")
-        for row in rows:  # the system prompt is one token of the tiny tokenizer, and hundreds of a real one's
+        rows = env.load_rows(folder + "/train.jsonl")
+        for row in rows:
+            if cfg.shape != "main-job":
+                side = 2048 if real else 1024
+                Image.open(row["images"][0]).resize((side, side)).save(row["images"][0])
+            # the system prompt is one token of the tiny tokenizer, and hundreds of a real one's
             row["problem"] += " black" * (0 if cfg.shape == "main-job" else 300 // (cfg.shrink if real else 8))
         plain, task, upd = without_patches(policy.vlm), settings(cfg), {}
         script = Script(policy, task)
@@ -411,9 +422,9 @@ def main(cfg):
                     operations_per_s=product, update_operations=work, update_share=work / upd["ours_s"] / product if upd else 0.0))
     report(result)
     os.makedirs(os.path.dirname(cfg.out) or ".", exist_ok=True)
-    env.write_text(cfg.out, json.dumps(result, indent=1))
+    sft.write_text(cfg.out, json.dumps(result, indent=1))
     return result
 
 
 if __name__ == "__main__":
-    env.run(main, Config, {})
+    sft.cli(main, Config, {})

@@ -1,26 +1,34 @@
-"""Fixtures of all tests: a very small set of built-in scenes and two tiny random policies, one of each model family."""
+"""Fixtures of all tests: a few built-in scenes, and two tiny random policies, one of each model family."""
+import copy
+import http.server
+import json
 import os
 import sys
+import threading
+from contextlib import contextmanager
 
 import pytest
 import torch
+from PIL import Image
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path[:0] = [ROOT, os.path.join(ROOT, "tests")]
 import data  # noqa: E402
 import env  # noqa: E402
 import sft  # noqa: E402
 
-torch.set_num_threads(1)  # the models are tiny: on busy cores a second thread makes the tests several times slower
+torch.set_num_threads(1)   # the models are tiny: on busy cores a second thread makes the tests several times slower
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", 'slow: left out unless -m names it; everything runs with -m "slow or not slow"')
+    config.addinivalue_line("markers", 'slow: left out unless -m names it; all run with -m "slow or not slow"')
     config.option.markexpr = config.option.markexpr or "not slow"
 
 
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory):
-    """A folder as data.py leaves it: {sft,train,test}.jsonl and images of 40, 24 and 8 level-0 scenes."""
+    """A folder as data.py leaves it: {sft,train,test}.jsonl with images, and the random model tiny/."""
     folder = str(tmp_path_factory.mktemp("scenes"))
     data.main(data.Config(seed=0, out=folder, n_sft=40, n_train=24, n_test=8))
     return folder
@@ -29,44 +37,107 @@ def scenes(tmp_path_factory):
 @pytest.fixture(scope="session")
 def rows(scenes):
     """The cold-start rows of the scenes."""
-    return data.load_rows(os.path.join(scenes, "sft.jsonl"))
+    return env.load_rows(f"{scenes}/sft.jsonl")
 
 
 @pytest.fixture(scope="session")
-def policy(rows):
-    """The tiny Qwen3-VL as sft.py makes it, untrained. Shared: a test that trains makes its own."""
-    return sft.make_tiny(rows, seed=0).eval()
+def policy(scenes):
+    """The tiny Qwen3-VL, untrained. Shared: a test that trains loads its own."""
+    return sft.load_policy(f"{scenes}/tiny", "cpu").eval()
 
 
 @pytest.fixture(scope="session")
 def policy25(policy):
-    """A tiny random Qwen2.5-VL: patches of 14, window attention, grouped queries, a head of its own, more rows in the
-    head than the tokenizer has ids (as the real ones have). Same tokenizer as `policy`. Shared, as that is."""
+    """A tiny random Qwen2.5-VL: patches of 14, window attention, grouped queries, a head of its own, and more rows in
+    the head than the tokenizer has ids (as the real ones have). Same tokenizer as `policy`. Shared, as that is."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-    tok = policy.proc.tok
-    ids = {f"{k}_token_id": tok.convert_tokens_to_ids(f"<|{n}|>") for k, n in dict(
-        image="image_pad", video="video_pad", vision_start="vision_start", vision_end="vision_end").items()}
-    vocab = len(tok) + 8
+    tokenizer = policy.proc.tokenizer
+    ids = {}
+    for name in ("image", "video", "vision_start", "vision_end"):
+        token = f"<|{name}|>" if "vision" in name else f"<|{name}_pad|>"
+        ids[f"{name}_token_id"] = tokenizer.convert_tokens_to_ids(token)
+    rope = dict(rope_type="default", rope_theta=10000.0, mrope_section=[4, 6, 6])
+    text = dict(vocab_size=len(tokenizer) + 8, hidden_size=96, intermediate_size=192, num_hidden_layers=3,
+                num_attention_heads=3, num_key_value_heads=1, max_position_embeddings=4096, tie_word_embeddings=False,
+                bos_token_id=None, eos_token_id=tokenizer.eos_token_id, rope_parameters=rope)
+    vision = dict(depth=3, hidden_size=64, intermediate_size=128, num_heads=2, patch_size=14, spatial_merge_size=2,
+                  temporal_patch_size=2, out_hidden_size=96, window_size=56, fullatt_block_indexes=[1])
     torch.manual_seed(0)
-    config = Qwen2_5_VLConfig(
-        text_config=dict(vocab_size=vocab, hidden_size=96, intermediate_size=192, num_hidden_layers=3, num_attention_heads=3,
-                         num_key_value_heads=1, max_position_embeddings=4096, tie_word_embeddings=False, bos_token_id=None,
-                         eos_token_id=tok.eos_token_id,
-                         rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[4, 6, 6])),
-        vision_config=dict(depth=3, hidden_size=64, intermediate_size=128, num_heads=2, patch_size=14, spatial_merge_size=2,
-                           temporal_patch_size=2, out_hidden_size=96, window_size=56, fullatt_block_indexes=[1]),
-        tie_word_embeddings=False, **ids)
-    mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-    vlm = amplify(Qwen2_5_VLForConditionalGeneration(config))
-    return env.Policy(vlm, env.Processor(tok, 14, 2, mean, std, vocab)).eval()
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False, **ids)
+    return sft.make_policy(amplify(Qwen2_5_VLForConditionalGeneration(config)), tokenizer).eval()
 
 
 @torch.no_grad()
 def amplify(vlm, factor=8.0):
     """Enlarge the initial weights: logits of order 1 to 10, on which a wrong position, mask or image shows."""
     seen = set()
-    for p in vlm.parameters():  # tied weights are listed once
+    for p in vlm.parameters():     # tied weights are listed once
         if p.ndim > 1 and p.data_ptr() not in seen:
             seen.add(p.data_ptr())
             p.mul_(factor)
     return vlm
+
+
+@contextmanager
+def serving(script):
+    """Yields the address of an endpoint that says script(body): a text, an HTTP status or "cut"."""
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            reply = script(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(reply if isinstance(reply, int) else 200)
+            self.end_headers()
+            text = json.dumps({"choices": [{"message": {"role": "assistant", "content": reply}}]})
+            self.wfile.write(text[:20 if reply == "cut" else None].encode())
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/v1"
+        server.shutdown()
+
+
+@pytest.fixture(params=["qwen3_vl", "qwen2_5_vl"])
+def family(request, policy, policy25):
+    """A policy of each family that a test may change."""
+    if request.param == "qwen2_5_vl":
+        return copy.deepcopy(policy25)
+    family = copy.deepcopy(policy)
+    amplify(family.vlm)
+    return family
+
+
+def stock(policy):
+    """transformers' own model with the policy's weights."""
+    model = type(policy.vlm)(policy.vlm.config)
+    model.load_state_dict(policy.vlm.state_dict())
+    return model.eval()
+
+
+def plain(model, policy, traj, temperature=1.0):
+    """Log-probabilities (T-1, V) of one whole trajectory, without banned ids."""
+    vision = model.config.vision_config
+    mean, std = sft.PIXELS[model.config.model_type]
+    patches = Qwen2VLImageProcessorPil(patch_size=vision.patch_size, merge_size=vision.spatial_merge_size,
+                                       image_mean=mean, image_std=std, do_resize=False)
+    views = [Image.fromarray(shown.view.numpy()) for shown in traj.shown]
+    pixels = patches(views, return_tensors="pt")
+    ids = torch.tensor([traj.ids])
+    kinds = (ids == policy.proc.image).int()
+    out = model(input_ids=ids, mm_token_type_ids=kinds, use_cache=False, **pixels)
+    logits = out.logits[0, :-1] / temperature
+    return logits.masked_fill(policy.banned, -torch.inf).log_softmax(-1)
+
+
+def gradient(model):
+    return torch.cat([p.grad.flatten() for p in model.parameters()]).double()
+
+
+def picture(seed=0, size=(40, 30)):
+    return Image.new("RGB", size, (20 * seed, 90, 160))
+
+
+def refusal(function, *args):
+    """The message of the UserError that a call ends with: one line."""
+    with pytest.raises(env.UserError) as e:
+        function(*args)
+    assert "\n" not in str(e.value)
+    return str(e.value)

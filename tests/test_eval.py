@@ -1,0 +1,162 @@
+"""Evaluating (eval.py): metrics, results files that the same command continues, judge."""
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import serving
+from PIL import Image
+
+import env
+import eval as evaluation
+import sft
+
+CALL = '<tool_call>{"name": "image_zoom_in_tool", "arguments": {"bbox_2d": [%s]}}</tool_call>'
+ROW = """{"images": ["a.png"], "problem": "q%d", "solution": "%s", "doc_id": "t%d", "difficulty": %d,\
+ "boxes": [[0, 0, 20, 20]]}"""
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Makes every rollout a random but fixed conversation; lists the number of rows of each."""
+    numbers = []
+
+    def rollout(policy, rows, cfg, samples=1, seed=(0, 0), prompt_ids=(0,), greedy=False):
+        numbers.append(len(rows))
+        trajs = []
+        for i in range(len(rows) * samples):
+            rng = np.random.default_rng((prompt_ids[i // samples], i % samples, greedy, cfg.max_crops))
+            texts = [CALL % "0, 0, 500, 500"] * rng.integers(4)
+            texts += [rng.choice(["<answer>red</answer>", "<answer>green</answer>", "junk"])] * 9
+            traj = env.begin(rows[i // samples], cfg)
+            while traj.status == "open":
+                env.step(traj, str(texts.pop(0)), cfg)
+            trajs.append(traj)
+        return trajs
+
+    monkeypatch.setattr(evaluation, "rollout", rollout)
+    monkeypatch.setattr(evaluation, "show", lambda traj, proc: "shown")
+    policy = torch.nn.Linear(3, 3)
+    policy.proc = None
+    monkeypatch.setattr(sft, "load_policy", lambda path, device: policy)
+    return numbers
+
+
+@pytest.fixture
+def folder(tmp_path, asked):
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    lines = []
+    for i in range(10):
+        lines.append(ROW % (i, "green" if i % 2 else "red", i, i % 2 + 1))
+    (tmp_path / "test.jsonl").write_text("\n".join(lines))
+    return tmp_path
+
+
+def run(folder, **fields):
+    given = dict(model="m", data=str(folder), out=str(folder / "runs/eval"), in_flight=4)
+    return evaluation.main(evaluation.Config(**{**given, **fields}))
+
+
+def bench(folder, **fields):
+    return run(folder, bench=f"rows:{folder}/test.jsonl", **fields)
+
+
+def traj_of(answer, crops, boxes=((10, 10, 20, 20),), errors=()):
+    """A finished trajectory on a 100 x 100 image. errors: (text, key of ERRORS) of its refused turns."""
+    image = Image.new("RGB", (100, 100))
+    shown = [env.Shown(image, (0, 0, 100, 100), 1, 1)]
+    for box in crops:
+        shown.append(env.Shown(image, box, 1, 1, tool="crop"))
+    turns = [env.Turn(text, None, error) for text, error in errors]
+    row = {"solution": "red", "boxes": list(boxes)}
+    return env.Trajectory(row, shown, turns, answer=answer, status="answered" if answer else "over_turns")
+
+
+def metrics_of(*trajs):
+    return evaluation.metrics([evaluation.measure(traj, 0.3) for traj in trajs])
+
+
+def test_metrics():
+    """Every metric of eight hand-made trajectories, worked out by hand."""
+    same = (60, 60, 100, 100)
+    errors = [("<tool_call>{}</tool_call>", "malformed"),
+              (CALL % "5, 5, 5, 5", "empty"),
+              (f"<think>{CALL}</think>", "none")]                # a thought is no call
+    got = metrics_of(
+        traj_of("red", [(0, 0, 50, 50)]),                            # right; the crop covers the evidence
+        traj_of("red", []),                                          # right, but a guess
+        traj_of("blue", [same, same]),                               # redundancy 0.7 / 4; a repeat
+        traj_of(None, [(0, 0, 50, 50), (50, 0, 99, 50), (5, 0, 55, 50)], errors=errors),    # 45/55: a repeat
+        traj_of("blue", [(0, 0, 60, 60)]),                           # more than a quarter: nothing is covered
+        traj_of("blue", [(0, 0, 40, 40), (0, 0, 20, 40)]),           # IoU 0.5: redundancy 0.2 / 4; no repeat
+        traj_of(None, []),                                           # gave up
+        traj_of("red", [(0, 0, 5, 5)], boxes=()))                    # no evidence: counts for neither rate
+    assert got == pytest.approx({
+        "n": 8, "accuracy": 3 / 8, "crops_right": 2 / 3, "crops_wrong": 8 / 5,
+        "redundancy_wrong": (0.7 / 4 + (45 / 55 - 0.3) / 9 + 0.2 / 4) / 3,
+        "overlap_wrong": 3 / 5, "unanswered_rate": 2 / 8, "guess_rate": 3 / 7,
+        "evidence_coverage": 3 / 7, "repeat_rate": 2 / 10, "invalid_call_rate": 2 / 12,
+        "judge_failed_rate": None})
+    assert len(evaluation.line(got)) == len(evaluation.HEADER) <= 58
+    assert "-" in evaluation.line(metrics_of(traj_of("blue", [])))
+
+
+def test_rows(folder, asked, capsys):
+    """Sampled and greedy answers of a file of rows, by difficulty."""
+    result = run(folder, k=2)
+    assert result["n"] == 20 and result["greedy"]["n"] == 10 and set(result["categories"]) == {"1", "2"}
+    records = evaluation.read_records(f"{folder}/runs/eval/results-sampled-tool_on.jsonl")
+    assert len(records) == 20 and records[3, 1]["doc_id"] == "t3"
+    assert result["accuracy"] == np.mean([entry["right"] for entry in records.values()])
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines()[:-1])) <= 110 and "runs/report.html" in printed
+    assert (folder / "runs/report.html").exists()
+    assert json.loads((folder / "runs/eval/eval.json").read_text())["accuracy"] == result["accuracy"]
+
+
+def test_the_same_command_continues(folder, asked):
+    """And refuses other settings; one that an older file lacks counts as its default."""
+    first = bench(folder, k=2)
+    path = folder / "runs/eval/results-rows-tool_on.jsonl"
+    lines = path.read_text().splitlines()
+    settings = json.loads(lines[0])["settings"]
+    del settings["eps"]
+    lines[0] = json.dumps({"settings": settings})
+    path.write_text("\n".join(lines[:6]) + "\n" + lines[6][:50])   # killed in the midst of row 2
+    asked.clear()
+    again = bench(folder, k=2)
+    assert sum(asked) == 8 and again["rows"] == first["rows"]
+    asked.clear()
+    assert bench(folder, k=2, in_flight=1)["rows"] == first["rows"] and not asked
+    for change in (dict(max_tokens=99), dict(limit=3), dict(k=3), dict(seed=1), dict(eps=0.2)):
+        with pytest.raises(env.UserError, match="give another --out"):
+            bench(folder, **{"k": 2, **change})
+
+
+def test_with_and_without_the_tool(folder):
+    on = bench(folder)["rows"]
+    off = bench(folder, max_crops=0)["rows"]
+    assert "repaired" not in on and off["repaired"] > 0
+    assert off["repaired"] - off["broken"] == pytest.approx(on["accuracy"] - off["accuracy"])
+
+
+def test_judge(folder):
+    """Its verdict counts, its failure is counted, and when it refuses the run ends."""
+    plain = bench(folder)["rows"]
+    for reply, failed in (("perhaps", 1), ("<think>no</think>\n**Yes**", 0), ("No, it is not.", 0), (401, 0)):
+        with serving(lambda body: reply) as url:
+            fields = dict(out=f"{folder}/{reply}"[:-1], judge_url=url, judge_name="j")
+            if reply == 401:
+                with pytest.raises(env.UserError, match="401"):
+                    bench(folder, **fields)
+                continue
+            judged = bench(folder, **fields)["rows"]
+        expected = 1 - plain["unanswered_rate"] if "Yes" in reply else plain["accuracy"]
+        assert judged["judge_failed_rate"] == failed and judged["accuracy"] == pytest.approx(expected)
+
+
+def test_a_question_about_an_image(folder, capsys):
+    answer = run(folder, image=f"{folder}/a.png", question="what?")
+    records = evaluation.read_records(f"{folder}/runs/eval/results-question.jsonl")
+    assert answer["right"] is None and records[0, 0]["problem"] == "what?"
+    assert "shown" in capsys.readouterr().out and "what?" in (folder / "runs/eval/report.html").read_text()

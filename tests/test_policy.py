@@ -1,0 +1,207 @@
+"""The policy (sft.py): it computes what transformers' own model computes, for both families, and its
+checkpoints are plain folders that transformers and servers load.
+"""
+import json
+import os
+import shutil
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from conftest import gradient, plain, stock
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText, AutoTokenizer
+
+import env
+import rppo
+import sft
+
+close = torch.testing.assert_close
+CFG = env.EpisodeConfig(max_pixels=150 * 150, max_crop_pixels=90 * 90, max_tokens=4000, turn_tokens=200)
+
+
+@pytest.fixture
+def trajs(family):
+    """Images of two shapes; crops of crops, an error, an early answer."""
+    call = '<tool_call>{"name":"image_zoom_in_tool","arguments":{"bbox_2d": %s,"img_idx": %d}}</tool_call>'
+    first = call % ([250, 0, 750, 1000], 0)
+    second = call % ([0, 500, 900, 1000], 1)
+    wrong = call % ([0, 0, 500, 500], 9)
+    answer = "<think>At A1 green.</think>\n<answer>green</answer>"
+    out = []
+    for size, turns in (((320, 200), [first, second, answer]), ((320, 200), [answer]),
+                        ((150, 400), [wrong, first, "hm", answer])):
+        image = Image.effect_noise(size, 90).convert("RGB")
+        row = {"images": [image], "problem": "Which?", "solution": "green"}
+        out.append(env.render(family.proc, row, turns, CFG))
+    out[1].shown[0] = out[0].shown[0]            # as in a group, the two hold the same image
+    return out
+
+
+@pytest.mark.parametrize("chunk", [None, 40])
+def test_forward_against_transformers(family, trajs, chunk, monkeypatch):
+    """Log-probabilities, entropies and the gradient, with and without logits in recomputed pieces."""
+    batch = sft.collate(trajs, family.proc)
+    assert len(batch["views"]) == 5              # of 6 images
+    if chunk:
+        monkeypatch.setattr(sft, "max", lambda *_: chunk, raising=False)   # the size of a piece
+    logp, entropy = family(batch, 0.8)
+    model = stock(family)
+    expected, entropies = [], []
+    for traj in trajs:
+        sampled = torch.tensor(traj.mask[1:]) > 0
+        logps = plain(model, family, traj, 0.8)[sampled]
+        ids = torch.tensor(traj.ids[1:])[sampled]
+        entropies.append(-(logps.exp() * logps).nansum(-1))
+        expected.append(logps.gather(1, ids[:, None])[:, 0])
+    close(logp, torch.cat(expected), atol=1e-4, rtol=0)
+    close(entropy, torch.cat(entropies), atol=1e-4, rtol=0)
+    logp.sum().backward()
+    torch.cat(expected).sum().backward()
+    found = gradient(family.vlm)
+    assert (found - gradient(model)).norm() < 1e-5 * found.norm()
+
+
+def test_sft_loss_is_that_of_labels(family, rows):
+    """The loss and the gradient's norm of a step are those of labels, -100 where nothing is trained."""
+    cfg = sft.Config(micro_batch=2, clip_norm=1e9)
+    batches, left_out = sft.render_batches(family.proc, rows[:5], cfg)
+    optimizer = torch.optim.SGD(family.parameters(), 0.0)
+    entry = sft.train_step(family, [optimizer], batches, 0, cfg)
+    model = stock(family)
+    logps, labels = [], []
+    for row in rows[:5]:
+        traj = env.render(family.proc, row, row["turns"], cfg)
+        logps.append(plain(model, family, traj))
+        labels.append(torch.tensor(traj.ids).where(torch.tensor(traj.mask) > 0, -100)[1:])
+    loss = torch.nn.functional.nll_loss(torch.cat(logps), torch.cat(labels), ignore_index=-100)
+    loss.backward()
+    assert left_out == 0 and entry["tokens"] == (torch.cat(labels) >= 0).sum()
+    assert entry["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert entry["grad_norm"] == pytest.approx(gradient(model).norm().item(), rel=1e-5)
+
+
+def test_muon_has_the_matrices(policy25):
+    """All that are no embeddings; AdamW has the rest."""
+    adamw, muon = sft.make_optimizers(policy25, sft.Config(), (0.9, 0.98), 0.03)
+    for optimizer, matrices in ((adamw, False), (muon, True)):
+        chosen = {id(weight) for weight in optimizer.param_groups[0]["params"]}
+        for name, weight in policy25.named_parameters():
+            is_matrix = weight.ndim == 2 and "embed" not in name
+            assert (id(weight) in chosen) == (is_matrix == matrices), name
+
+
+def save(policy, out, step=1):
+    cfg = rppo.Config(out=out, judge_url="https://judge", judge_name="j", image_root="https://images")
+    optimizers = sft.make_optimizers(policy, cfg, (0.9, 0.98))
+    sft.save_checkpoint(step, policy, optimizers, cfg, "real")
+    return sft.newest(out)
+
+
+def test_hub_folders_and_ours(family, trajs, tmp_path):
+    """A folder of the hub (shards, an old preprocessor file) loads, and what we save of it is one again:
+    transformers alone loads it, and every weight file in it, which servers take, belongs to the model."""
+    hub = str(tmp_path / "hub")
+    family.vlm.generation_config.eos_token_id = [family.proc.end, 0]
+    family.vlm.save_pretrained(hub, max_shard_size="300KB")
+    family.proc.tokenizer.save_pretrained(hub)
+    old = dict(min_pixels=3136, max_pixels=12845056, image_processor_type="Qwen2VLImageProcessor")
+    Path(hub, "preprocessor_config.json").write_text(json.dumps(old))
+    loaded = sft.load_policy(hub, "cpu", train=True).eval()
+    assert loaded.proc.ends == {family.proc.end, 0}
+    out = save(loaded, str(tmp_path / "run"))
+    [weights] = Path(out).glob("*.safetensors")
+    index = json.loads(Path(hub, "model.safetensors.index.json").read_text())
+    assert load_file(weights).keys() == index["weight_map"].keys()
+    theirs = AutoModelForImageTextToText.from_pretrained(out, dtype=torch.float32).eval()
+    batch = sft.collate(trajs, family.proc)
+    with torch.no_grad():
+        assert torch.equal(family(batch)[0], loaded(batch)[0])
+        expected = plain(stock(family), family, trajs[0])
+        assert torch.equal(plain(theirs, family, trajs[0]), expected)
+    assert AutoTokenizer.from_pretrained(out).chat_template == env.CHAT_TEMPLATE
+    episode = json.loads(Path(out, "episode.json").read_text())
+    assert set(episode) == {"preset", *(f.name for f in fields(env.EpisodeConfig))}
+    for path in Path(out).glob("*.json"):
+        assert "tokenizer" in path.name or "https://" not in path.read_text()
+
+
+def test_damaged_checkpoints_name_the_ones_left(policy, tmp_path):
+    """Weights or training state that end early: one line names the checkpoints to go back to."""
+    run = str(tmp_path)
+    save(policy, run, 1)
+    last = save(policy, run, 2)
+    optimizers = sft.make_optimizers(policy, sft.Config(), (0.9, 0.98))
+    for file, load in (("training/optimizer", lambda: sft.load_training_state(last, policy, optimizers)),
+                       ("model", lambda: sft.load_policy(last, "cpu"))):
+        load()                                   # nothing is wrong with it yet
+        os.truncate(f"{last}/{file}.safetensors", 40)
+        with pytest.raises(env.UserError) as e:
+            load()
+        assert str(e.value).startswith(f"{last}: does not load")
+        assert "'1'" in str(e.value) and f"into {run}/last" in str(e.value)
+
+
+def test_other_models_are_refused(scenes, tmp_path):
+    """A tensor is missing (it would be random numbers); only pickle reads the weights; another family."""
+    folder = tmp_path / "tiny"
+    shutil.copytree(f"{scenes}/tiny", folder)
+    weights = load_file(folder / "model.safetensors")
+    torch.save(weights, folder / "pytorch_model.bin")
+    weights.pop("model.language_model.layers.1.mlp.up_proj.weight")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    for _ in range(2):
+        with pytest.raises(env.UserError, match="does not load"):
+            sft.load_policy(str(folder), "cpu")
+        (folder / "model.safetensors").unlink(missing_ok=True)
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(env.UserError, match="llama model; --model takes Qwen3-VL"):
+        sft.load_policy(str(folder), "cpu")
+
+
+HOSTILE = [None, "9", "", -1, 0, 0.5, float("nan"), 2 ** 70, True, [], [3], {}, {"a": [1]}, "\x1b[2J"]
+
+
+def one_line(act):
+    try:
+        return act()
+    except env.UserError as e:
+        assert str(e) and str(e).isprintable()
+
+
+def test_hostile_episode_files(tmp_path):
+    """A value is one that a flag could have, or one line refuses it. Nothing else is read."""
+    path = tmp_path / "episode.json"
+    for f in fields(env.EpisodeConfig):
+        for value in HOSTILE:
+            path.write_text(json.dumps({f.name: value, "judge_url": "https://evil", "lam": -3}))
+            legal = type(value) is int and (f.name != "max_crops") <= value < 2 ** 63
+            found = one_line(lambda: sft.load_episode(tmp_path))
+            assert found == (("real", {f.name: value}) if legal else None)
+    path.write_text('{"preset": ["tiny"], "max_crops": 3, "judge_url": "https://evil", "seed": 7}')
+    cfg = sft.configure(rppo.Config, rppo.REAL, [f"--model={tmp_path}"])
+    assert (cfg.max_crops, cfg.judge_url) == (3, "")
+    for text in (b"", b"3", b"{", b"\xff", b"[" * 100_000, b'{"max_crops": ' + b"9" * 9999 + b"}"):
+        path.write_bytes(text)
+        assert one_line(lambda: sft.load_episode(tmp_path)) in (None, ("real", {}))
+
+
+def test_hostile_config_files(scenes, tmp_path):
+    """Whatever these files say, a folder loads or one line says no."""
+    folder = tmp_path / "tiny"
+    shutil.copytree(f"{scenes}/tiny", folder)
+    for file, part, key in (("config.json", None, "model_type"),
+                            ("config.json", "text_config", "hidden_size"),
+                            ("config.json", "vision_config", "patch_size"),
+                            ("generation_config.json", None, "eos_token_id"),
+                            ("tokenizer_config.json", None, "tokenizer_class")):
+        good = (folder / file).read_text()
+        for value in HOSTILE:
+            changed = json.loads(good)
+            inner = changed[part] if part else changed
+            inner[key] = value
+            (folder / file).write_text(json.dumps(changed))
+            one_line(lambda: sft.load_policy(str(folder), "cpu"))
+        (folder / file).write_text(good)

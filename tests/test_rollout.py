@@ -1,0 +1,236 @@
+"""The rollout (eval.py): its cache against whole forward passes, its budgets, its random streams and bans."""
+import copy
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from conftest import plain, stock
+import torch
+from PIL import Image
+
+import env
+import eval as evaluation
+import sft
+
+# Large images (several windows of attention), and a temperature that is not 1.
+ROOMY = evaluation.RolloutConfig(
+    max_crops=3,
+    max_pixels=150 * 150,
+    max_crop_pixels=90 * 90,
+    turn_tokens=64,
+    max_tokens=700,
+    temperature=0.8)
+SHORT = evaluation.RolloutConfig(max_crops=2, turn_tokens=7)
+ANSWER = "<think>At A1 green.</think>\n<answer>green</answer>"
+IDLE = "<think>hm</think>"
+
+
+def crop(bbox, img_idx=0):
+    """The text of a crop call."""
+    arguments = {"name": "image_zoom_in_tool", "arguments": {"bbox_2d": bbox, "img_idx": img_idx}}
+    return f"<tool_call>\n{json.dumps(arguments)}\n</tool_call>"
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """script({(prompt, sample): [ids of turn 1, ids of turn 2, ...]}) makes rollouts sample these tokens.
+
+    Only the draw is replaced: the random number of a token becomes its id.
+    """
+    def install(turns, cfg):
+        def uniforms(seed, prompt, sample, n):
+            numbers = torch.zeros(n // cfg.turn_tokens, cfg.turn_tokens, dtype=torch.float64)
+            for row, ids in zip(numbers, turns[prompt, sample]):
+                row[:len(ids)] = torch.tensor(ids) / 2 ** 20
+            return numbers.flatten()
+        monkeypatch.setattr(evaluation, "uniforms", uniforms)
+        monkeypatch.setattr(evaluation, "draw", lambda logp, u: (u * 2 ** 20).round().long())
+    return install
+
+
+def turns_of(policy, texts):
+    return [policy.proc.encode_data(text, keep=env.TAGS) + [policy.proc.end] for text in texts]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Two rows with images of different shape; every region looks different."""
+    rows = []
+    for i, (width, height) in enumerate(((320, 200), (150, 400))):
+        path = str(tmp_path_factory.mktemp("pictures") / f"{i}.png")
+        noise = Image.effect_noise((width // 10, height // 10), 90)
+        noise.convert("RGB").resize((width, height), Image.BICUBIC).save(path)
+        rows.append({
+            "images": [path],
+            "problem": f"Which colour is it{' now' * i}?",
+            "solution": "green"})
+    return rows
+
+
+@pytest.fixture
+def searched(family, pictures, script):
+    """Six searches, rolled out as one ragged batch: images arrive midway, rows leave one after the other."""
+    left = crop([0, 0, 500, 999])
+    right = crop([500, 100, 999, 900])
+    lower = crop([0, 500, 900, 999], 1)
+    upper = crop([0, 0, 999, 400], 1)
+    texts = {
+        (0, 0): [left, lower, ANSWER],
+        (0, 1): [ANSWER],
+        (0, 2): [IDLE, right, "cut off", ANSWER],
+        (1, 0): [crop([0, 0, 500, 500], 9), right, upper, IDLE],
+        (1, 1): [left, ANSWER],
+        (1, 2): [right, lower, left, ANSWER]}
+    turns = {}
+    for key, value in texts.items():
+        turns[key] = turns_of(family, value)
+    turns[0, 2][2] = (family.proc.encode(" black") * 200)[:ROOMY.turn_tokens]
+    script(turns, ROOMY)
+    return evaluation.rollout(family, pictures, ROOMY, samples=3)
+
+
+def sampled_logp(trajs):
+    numbers = []
+    for t in trajs:
+        numbers += [p for p, m in zip(t.logp, t.mask) if m]
+    return torch.tensor(numbers)
+
+
+@torch.no_grad()
+def test_cached_decoding_equals_a_full_forward(family, searched):
+    """What was recorded while sampling equals the update's (one padded batch) and the stock model's."""
+    assert [len(t.crops) for t in searched] == [2, 0, 1, 2, 1, 3]
+    model = stock(family)
+    want = []
+    for t in searched:
+        at = np.flatnonzero(t.mask)
+        logp = plain(model, family, t, ROOMY.temperature)
+        want.append(logp[at - 1, np.array(t.ids)[at]])
+    want = torch.cat(want)
+    assert want.std() > 0.5                      # the policy prefers something
+    torch.testing.assert_close(sampled_logp(searched), want, atol=1e-4, rtol=0)
+    updated, _ = family(sft.collate(searched, family.proc), ROOMY.temperature)
+    torch.testing.assert_close(updated, want, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_greedy_tokens(family, rows):
+    """Greedy tokens are those that the stock model finds likeliest, given the whole sequence so far."""
+    model = stock(family)
+    cfg = replace(SHORT, turn_tokens=20)
+    for t in evaluation.rollout(family, rows[:3], cfg, samples=2, greedy=True):
+        at = np.flatnonzero(t.mask)
+        want = plain(model, family, t)[at - 1].argmax(-1)
+        assert want.tolist() == [t.ids[i] for i in at]
+
+
+def test_render_is_a_scripted_rollout(policy, pictures, script):
+    """An SFT example and a rollout that samples the same turns: same ids, mask, boxes, views, answer."""
+    texts = [
+        crop([250, 0, 750, 1000]),
+        crop([0, 500, 500, 1000], 1),
+        crop([0, 0, 1, 1], 7),
+        ANSWER]
+    script({(0, 0): turns_of(policy, texts)}, ROOMY)
+    [sampled] = evaluation.rollout(policy, pictures[:1], ROOMY)
+    rendered = env.render(policy.proc, pictures[0], texts, ROOMY)
+    for name in ("ids", "mask", "crops", "answer", "status"):
+        assert getattr(sampled, name) == getattr(rendered, name), name
+    assert np.array_equal(sampled.pos, rendered.pos)
+    assert rendered.crops == [(80, 0, 240, 200), (80, 100, 160, 200)]
+    assert rendered.answer == "green"
+
+
+def test_budgets(policy, pictures, script):
+    """Never a token above max_tokens; an observation is entered whole or not at all; one token is enough."""
+    texts = [crop([0, 0, 500, 500]), crop([0, 0, 500, 500], 1), ANSWER]
+    script({(0, 0): turns_of(policy, texts)}, ROOMY)
+    whole = env.render(policy.proc, pictures[0], texts[:1], ROOMY)     # up to the header of turn 2
+    budget = len(whole.ids) + 2
+    [traj] = evaluation.rollout(policy, pictures[:1], replace(ROOMY, max_tokens=budget))
+    assert traj.mask[budget - 2:] == [1, 0]
+    assert len(traj.shown) == 2
+    assert traj.status == "over_tokens"
+    prompt = len(env.reset(policy.proc, pictures[0], ROOMY).ids)
+    for room in (2, 40, 100):
+        cfg = replace(ROOMY, max_tokens=prompt + room)
+        [traj] = evaluation.rollout(policy, pictures[:1], cfg)
+        assert len(traj.ids) <= cfg.max_tokens
+        assert traj.ids[-1] == policy.proc.end
+    with pytest.raises(env.UserError, match="max_tokens"):
+        evaluation.rollout(policy, pictures[:1], replace(ROOMY, max_tokens=prompt + 1))
+
+
+def test_several_end_ids(policy, pictures, script, monkeypatch):
+    """Any id in proc.ends ends a turn; <|im_end|> is put behind one that is another."""
+    other = policy.proc.tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    monkeypatch.setattr(policy.proc, "ends", {policy.proc.end, other})
+    first, second = turns_of(policy, [IDLE, ANSWER])
+    script({(0, 0): [first[:-1] + [other, 5, 5], second]}, ROOMY)
+    [traj] = evaluation.rollout(policy, pictures[:1], ROOMY)
+    at = traj.ids.index(other)
+    assert traj.ids[at + 1] == policy.proc.end
+    assert traj.mask[at:at + 2] == [1, 0]
+    assert [turn.text for turn in traj.turns] == [IDLE, ANSWER]
+    assert traj.answer == "green"
+
+
+def test_random_streams(family, rows):
+    """What is sampled depends on (seed, step, prompt, sample) alone: not on the batch or how it is cut."""
+    def ids(rows, samples=2, cfg=SHORT, **how):
+        return [t.ids for t in evaluation.rollout(family, rows, cfg, samples=samples, **how)]
+    three = list({row["problem"]: row for row in rows}.values())[:3]
+    together = ids(three, prompt_ids=[4, 7, 9])
+    assert together[2:4] == ids([three[1]], prompt_ids=[7])
+    assert together[4:] + together[:2] == ids([three[2], three[0]], prompt_ids=[9, 4])
+    pieces = replace(SHORT, in_flight=2)
+    assert together == ids(three, prompt_ids=[4, 7, 9], cfg=pieces)
+    different = set()
+    streams = (7, (0, 0)), (8, (0, 0)), (7, (1, 0)), (7, (0, 1))
+    for prompt, seed in streams:
+        for sampled in ids([three[1]], prompt_ids=[prompt], seed=seed):
+            different.add(tuple(sampled))
+    assert len(different) == 8
+
+
+@torch.no_grad()
+def test_banned_ids_are_never_sampled(policy25, rows, monkeypatch):
+    """However much the model wants them; and the update's distribution is the sampler's."""
+    tokenizer = policy25.proc.tokenizer
+    head = policy25.vlm.lm_head
+    names = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
+    banned = tokenizer.convert_tokens_to_ids(names)
+    banned += range(len(tokenizer), len(tokenizer) + 8)
+    assert policy25.banned.nonzero()[:, 0].tolist() == sorted(banned)
+    forward = head.forward
+    monkeypatch.setattr(head, "forward", lambda h: forward(h) + 100 * policy25.banned)
+    for greedy in (False, True):
+        trajs = evaluation.rollout(policy25, rows[:4], SHORT, samples=4, greedy=greedy)
+        for t in trajs:
+            sampled = [i for i, m in zip(t.ids, t.mask) if m]
+            assert not set(sampled) & set(banned)
+        logp, _ = policy25(sft.collate(trajs, policy25.proc))
+        torch.testing.assert_close(logp, sampled_logp(trajs), atol=1e-4, rtol=0)
+
+
+def test_draws_follow_the_distribution():
+    """Ids are drawn as often as they are likely. The extreme numbers draw possible ones, too."""
+    torch.manual_seed(0)
+    impossible = torch.arange(1000) % 997 < 5
+    logp = torch.randn(1000).masked_fill(impossible, -torch.inf).log_softmax(-1)
+    n = 20_000
+    numbers = (torch.arange(n, dtype=torch.float64) + 0.5) / n
+    ids = evaluation.draw(logp.expand(n, -1), numbers)
+    share = ids.bincount(minlength=1000) / n
+    torch.testing.assert_close(share, logp.exp(), atol=2 / n, rtol=0)
+    ends = torch.tensor([0.0, 1 - 2 ** -53], dtype=torch.float64)
+    assert evaluation.draw(logp.expand(2, -1), ends).tolist() == [5, 996]
+
+
+@pytest.mark.parametrize("greedy", [False, True])
+def test_logits_that_are_no_numbers_end_in_one_line(policy, rows, greedy):
+    broken = copy.deepcopy(policy)
+    torch.nn.init.constant_(broken.vlm.model.language_model.norm.weight, float("nan"))
+    with pytest.raises(env.UserError, match="rollout of step 3: .*not finite"):
+        evaluation.rollout(broken, rows[:2], SHORT, seed=(0, 3), greedy=greedy)
