@@ -318,3 +318,9 @@ def test_imports():
             if modules and node.col_offset:        # in a function: loaded when it is called
                 allowed |= {"transformers", "tokenizers", "safetensors"}
             assert {module.split(".")[0] for module in modules} <= allowed
+
+
+def test_two_threads_add_in_one_order():
+    """What the same bits at two threads rest on: the kill tests are too small to see it missing."""
+    sft.setup()
+    assert torch.are_deterministic_algorithms_enabled()
