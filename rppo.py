@@ -59,9 +59,12 @@ class Config(sft.TrainConfig, evaluation.RolloutConfig, env.RewardConfig):
     n_score: int = 512               # test rows scored at the end; 0 leaves scoring to eval.py
 
 
-REAL = dict(env.REAL_EPISODE, in_flight=16, steps=200, prompts=32, samples=8, micro_batch=1, lr=1e-6,
-            decay=0.0, eval_every=20, eval_rows=64, save_every=20, show_every=5, n_score=0,
-            train_vision=False, recompute=True, shard=True)
+REAL = dict(
+    env.REAL_EPISODE, in_flight=16,
+    steps=200, prompts=32, samples=8, micro_batch=1,
+    lr=1e-6, decay=0.0,
+    eval_every=20, eval_rows=64, save_every=20, show_every=5, n_score=0,
+    train_vision=False, recompute=True, shard=True)
 
 
 # --- The objective. FORK: the algorithm, in the next five functions --------
@@ -185,8 +188,13 @@ def update(policy, optimizers, samples, cfg):
         skipped += skip
     trained, entropy, gap, clipped = sft.all_sum(sums.tolist(), device)
     trained = max(trained, 1)
-    return dict(tokens=int(n_tokens), entropy=entropy / trained, log_ratio=gap / trained,
-                clip_share=clipped / trained, grad_norm=norm, skipped=skipped)
+    return dict(
+        tokens=int(n_tokens),
+        entropy=entropy / trained,
+        log_ratio=gap / trained,
+        clip_share=clipped / trained,
+        grad_norm=norm,
+        skipped=skipped)
 
 
 def log_sums(logp, old_logp, sampled, mask, entropy, cfg):
@@ -200,8 +208,11 @@ def log_sums(logp, old_logp, sampled, mask, entropy, cfg):
 # --- The log --------------------------------------------------------------------------------------------
 def summarise(samples, cfg):
     """What a step's log entry says of all ranks' trajectories. All ranks must reach this."""
-    mine = [(evaluation.measure(s.traj, cfg.eps), s.parts) for s in samples]
-    measures, parts = zip(*sum(sft.gather_objects(mine), []))
+    mine = []
+    for sample in samples:
+        mine.append((evaluation.measure(sample.traj, cfg.eps), sample.parts))
+    everyone = sum(sft.gather_objects(mine), [])
+    measures, parts = zip(*everyone)
     means = {name: float(np.mean([p[name] for p in parts])) for name in parts[0]}
     totals = np.array([p["total"] for p in parts]).reshape(-1, cfg.samples)   # (P, G)
     flat = (totals.max(1) == totals.min(1)).mean()
@@ -271,8 +282,9 @@ def train(policy, optimizers, rows, held_out, first, preset, cfg, rank, world_si
             t = time.time()
             lr = sft.set_lr(optimizers, step, cfg)
             stats = update(policy, optimizers, samples, cfg)
-            entry = dict(step=step, **summarise(samples, cfg), **stats, lr=lr, rollout_s=rollout_s,
-                         update_s=time.time() - t, seconds=time.time() - started)
+            entry = dict(step=step, **summarise(samples, cfg), **stats)
+            entry.update(lr=lr, rollout_s=rollout_s, update_s=time.time() - t)
+            entry.update(seconds=time.time() - started)
 
             # 3. evaluate
             done = step + 1 == cfg.steps
