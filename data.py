@@ -83,10 +83,9 @@ class Config(ScenesConfig, PhotosConfig):
 
 
 # --- The built-in scenes: coloured boxes on a 4 x 4 grid, whose evidence can be seen in crops alone --------
-# In every box of the asked colour a mark is printed in dots: in the target what is asked for, in its
-# look-alikes nothing of use. Between the dots the box is shifted the other way, so that its mean stays: when
-# the whole is shrunk, the dots are gone (tests/probe.py). So: list the boxes, zoom into one, and if it is not
-# the target, go on.
+# In every box of the asked colour a mark is printed in dots: the answer in the target, nothing of use in its
+# look-alikes. Between the dots the box is shifted the other way, so that its mean stays: when the whole is
+# shrunk, the dots are gone (tests/probe.py).
 
 GRID = 4
 # Every channel is 12 more than a multiple of 24: what a dot adds, the pixels around it give back unrounded.
@@ -104,7 +103,7 @@ SIGNS = dict(zip("cross plus ring dash 1 2 3 4 5".split(), "X + O - I II III III
 NUMBERS = (3, 4, 5, 6), (2, 3)       # boxes of a scene's two colours; only a cold start asks about the second
 NOISE = np.array([-12, -4, 4, 12], np.int16)
 # The flaws of the cold start, for RL to mend.
-MOST_BOXES = 3                       # no demonstration looks at more; a later target means a guess after two
+MOST_BOXES = 3                       # no demonstration looks at more; a target beyond means a guess after two
 GIVE_UP = 0.3                        # probability that it guesses after an empty box
 AGAIN = 0.3                          # probability that it looks at an empty box again, a little shifted
 
@@ -167,8 +166,7 @@ def draw_box(rng, pixels, cell, colour, kind, value, task):
     corner -= corner % len(task.dot)                     # the dots are in line with the scene
     tile = square(pixels, corner, task.tile)
     if task.label:
-        base = GREY
-        tile[:] = base
+        tile[:] = base = GREY
     tile += halftone(kind, value, base, task)
     return np.append(corner, corner + task.tile).tolist()
 
@@ -220,25 +218,27 @@ def listing(question):
 
 
 def oracle(question, rng, task, max_crops):
-    """The assistant's turns: list the boxes, look at those of the asked colour one by one, read, answer; with
-    the flaws above. A thought states only what can be seen by then, and needs a short look back only."""
-    marks, answer, cells = question["marks"], question["answer"], list(question["marks"])
+    """The assistant's turns: list the boxes, look at those of the asked colour in turn from any one on, read,
+    answer; with the flaws above. A thought states what can be seen by then, and needs a short look back."""
+    marks, answer = question["marks"], question["answer"]
+    boxes = np.roll(list(enumerate(marks, 1)), rng.integers(len(marks)), 0).tolist()     # [number, cell]
     thought, verb = f"Boxes {listing(question)}.", "Look"
     turns, at = [], 0
     while len(turns) < max_crops:
-        name = cell_name(cells[at])
-        corner = corner_of(cells[at], 1000 // GRID)
+        number, cell = boxes[at]
+        name = f"{number} {cell_name(cell)}"
+        corner = corner_of(cell, 1000 // GRID)
         if verb == "Again":                  # a fifth of its width nearer to the middle of the image
             axis = rng.integers(2)
             corner[axis] += 200 // GRID if corner[axis] < 500 else -200 // GRID
         call = look(np.append(corner, corner + 1000 // GRID))
         turns.append(f"<think>{thought} {verb} {name}.</think>\n{call}")
-        seen = marks[cells[at]]
+        seen = marks[cell]
         if task.label and len(turns) == max_crops:
             seen = "too small"
         elif task.label:
             margin = task.tile // 10
-            label = np.add(question["tiles"][cells[at]], [-margin, -margin, margin, margin])
+            label = np.add(question["tiles"][cell], [-margin, -margin, margin, margin])
             call = look((label * 1000 / task.size).clip(0, 1000))
             turns.append(f"<think>{name} bears a label. Look closer.</think>\n{call}")
         thought = f"{name} {seen}."
@@ -247,7 +247,7 @@ def oracle(question, rng, task, max_crops):
         verb = "Again" if rng.random() < AGAIN else "Look"
         if verb == "Look":
             at += 1
-            beyond = answer not in list(marks.values())[:MOST_BOXES]
+            beyond = answer not in [marks[cell] for _, cell in boxes[:MOST_BOXES]]
             if at == MOST_BOXES - 1 and beyond or rng.random() < GIVE_UP:
                 break
     guess = rng.choice(question["answers"])

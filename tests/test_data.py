@@ -110,6 +110,8 @@ def test_demonstrations(name, policy, tmp_path):
             seen = seen or near and env.intersection(box, evidence) == env.area(evidence)
         assert seen != ("Guess." in row["turns"][-1])
         assert not seen or env.is_right(traj) and env.covers(traj)
+        places = [i for i, box in enumerate(traj.crops) if not any(env.iou(box, b) > 0.5 for b in traj.crops[:i])]
+        assert task.label or len(places) <= data.MOST_BOXES            # RL has to find out that going on pays
         right += env.is_right(traj)
         repeated += env.redundancy(traj.crops, 0.5) > 0
     if n == 60:                                                        # flaws for RL to mend
