@@ -39,12 +39,12 @@ class Config(sft.TrainConfig, evaluation.RolloutConfig, env.RewardConfig):
     """RPPO."""
     out: str = "runs/rppo"
     task: str = "tiny"               # the built-in task (data.py) of the main job; large is for real models
-    steps: int = 100
+    steps: int = 40
     prompts: int = 16                # P per step, over all ranks
     samples: int = 8                 # G per prompt
     updates: int = 1                 # passes over each rollout; above 1 the ratio leaves 1 and clipping acts
     micro_batch: int = 32            # trajectories of mean length per forward pass; fewer if they are long
-    lr: float = 2.5e-4
+    lr: float = 5e-4
     warmup: int = 5
     decay: float = 0.4
     weight_decay: float = 0.0
@@ -52,10 +52,10 @@ class Config(sft.TrainConfig, evaluation.RolloutConfig, env.RewardConfig):
     clip_high: float = 0.28          # a wider upper clip, as in DAPO (arXiv 2503.14476)
     norm_std: bool = False           # divide advantages by the group's std
     mask_over_turns: bool = False    # no loss on trajectories that ran out of turns or tokens (Mini-o3)
-    eval_every: int = 25             # steps between held-out evaluations ...
+    eval_every: int = 10             # steps between held-out evaluations ...
     eval_rows: int = 128             # ... on the last rows of train.jsonl; their images are never trained on
-    show_every: int = 25             # steps between printed trajectories
-    save_every: int = 50
+    show_every: int = 20             # steps between printed trajectories
+    save_every: int = 20
     n_score: int = 512               # test rows scored at the end; 0 leaves scoring to eval.py
 
 

@@ -68,7 +68,7 @@ class TrainConfig(env.EpisodeConfig):
 class Config(TrainConfig):
     """Imitation."""
     out: str = "runs/sft"
-    steps: int = 500
+    steps: int = 450
     batch: int = 24                  # conversations per step, over all ranks
     micro_batch: int = 24
     warmup: int = 50
