@@ -641,7 +641,7 @@ def read_tsv(path, image_root):
     csv.field_size_limit(2 ** 31 - 1)
     rows, files = [], {}
     with open(path, newline="", encoding="utf-8-sig") as f:
-        for i, item in enumerate(csv.DictReader(f, delimiter="\t")):
+        for i, item in enumerate(tqdm(csv.DictReader(f, delimiter="\t"), desc=path, disable=None)):
             image = item.get("image") or ""
             if len(image) > 64:
                 image = files[item["index"]] = unpack(image, path + ".images")

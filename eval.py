@@ -651,22 +651,24 @@ def write_report(folders, out):
         folder = str(path.parent)
         scores = {}
         if path.name == "log.jsonl":
-            configs[folder] = sft.read_json(f"{folder}/config.json", {})
+            configs[folder] = config = sft.read_json(f"{folder}/config.json", {})
             logs[folder] = log = sft.read_log(folder)
-            lead += f"{folder}: {len(log)} steps, seed {configs[folder].get('seed')}.\n"
+            lead += f"{folder}: {len(log)} steps, seed {config.get('seed')}, commit {config.get('commit')}.\n"
             for entry in log:
                 scores = entry.get("held_out") or scores
                 entry["held_out_accuracy"] = entry.get("held_out", {}).get("accuracy")
         elif path.name == "eval.json":
             scores = sft.read_json(path, {})
+        elif path.name == "summary.json":
+            both = sft.read_json(path, {})
+            lead = (f"{folder}: {both['sft']['accuracy']:.1%} of {both['sft']['n']} answers right after the cold "
+                    f"start, {both['rppo']['accuracy']:.1%} after RL.\n{lead}")
         elif path.name == "data_card.json":
             content += f"<section><h2>{escape(folder)}</h2>{questions_html(folder)}</section>"
         elif path.name.startswith("results-"):
             records[path] = read_records(path)
         for label, means in scores_in(str(path), scores):
             scored.append([label] + [means.get(name) for name in ("n", *METRICS)])
-            if label == str(path):
-                lead += f"{label}: {means['accuracy']:.1%} of {means.get('n')} answers are right.\n"
     for path, after in records.items():
         before = records.get(path.parent.parent / "sft" / path.name, {})
         if after and before is not after:

@@ -143,6 +143,7 @@ def test_main_job(small, tmp_path):
     cfg = rppo.Config(**RPPO, seed=3, data=f"{tmp_path}/rows", out=f"{tmp_path}/runs/rppo")
     rppo.main(cfg)
     assert set(os.listdir(tmp_path / "runs")) == {"sft", "rppo", "eval", "summary.json", "report.html"}
+    assert "% of 4 answers right after the cold start, " in (tmp_path / "runs/report.html").read_text()
     for folder in ("rows", "runs/sft", "runs/rppo"):
         assert json.loads((tmp_path / folder / "config.json").read_text())["seed"] == 3
     before = made(tmp_path)
