@@ -280,8 +280,7 @@ JUDGE = ("You grade a short answer to a question about an image that you do not 
 
 def judge(trajs, cfg):
     """With --judge_url, set the verdict of answers to open questions (no options, no number) that the rules
-    do not accept. Without a usable reply it has failed: wrong, and counted. UserError when the endpoint
-    refuses."""
+    do not accept. Without a usable reply it has failed: wrong, and counted. UserError when refused."""
     def ask_about(traj):
         row = traj.row
         if row.get("choices") or env.number(row["solution"]) or not traj.answer or env.is_right(traj):
@@ -397,9 +396,10 @@ def read_records(path, settings={}):
 
 def evaluate(policy, rows, cfg, rank, world_size, k=1, greedy=False, done={}, results=None):
     """Answer rows k times each, shared out over the ranks: their records in order, on all ranks. `done` has
-    those of an interrupted run; the file `results` gets the new ones. All ranks must reach this."""
+    those of an earlier run; the file `results` gets the new ones. All ranks must reach this."""
     records = dict(done)
-    missing = [i for i in range(len(rows)) if (i, k - 1) not in done]      # a row's last sample
+    failed = [i for (i, _), old in done.items() if old["metrics"]["judge_failed_rate"][0]]    # asked again
+    missing = [i for i in range(len(rows)) if (i, k - 1) not in done or i in failed]    # a row's last sample
     size = max(1, cfg.in_flight // k) * world_size
     for start in tqdm(range(0, len(missing), size), desc="eval", disable=rank > 0 or None, leave=False):
         chosen = missing[start + rank:start + size:world_size]    # may be empty: ranks go together
@@ -736,6 +736,8 @@ def main(cfg):
     result["seconds"] = round(time.time() - started, 1)
     if rank == 0:
         sft.write_text(f"{cfg.out}/eval.json", json.dumps(result, indent=1))
+        if cfg.bench:
+            print(cfg)
         print(f"{'':37}n{HEADER}")
         for label, means in scores_in(cfg.model, result):
             print(f"{label[-32:]:32}{means['n']:6}{line(means)}")

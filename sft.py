@@ -407,8 +407,7 @@ class Policy(torch.nn.Module):
 
     def hidden(self, ids, pos, images=None, feature=None, mask=None, cache=None):
         """Last hidden states (B, T, width) of ids (B, T) at pos (3, B, T). images: from `see`; feature (N,):
-        the row in it of each image token. Positions are given: inferred ones are wrong for an image beside a
-        cache."""
+        the row in it of each image token. Positions are given: inferred beside a cache, they are wrong."""
         core = self.vlm.model
         x = core.get_input_embeddings()(ids)
         extra = {}
@@ -476,8 +475,7 @@ def make_policy(vlm, tokenizer):
 
 def load_policy(path, device, train=False):
     """A Policy from a folder or a hub id; UserError. On CUDA its weights are bf16, enough for rollouts; to
-    train they are fp32, still on the CPU. Weights come from safetensors, and no code of a checkpoint is
-    run."""
+    train they are fp32, still on the CPU. Only safetensors are read, no code of a checkpoint is run."""
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
     from transformers.utils import logging
     logging.disable_progress_bar()
@@ -592,6 +590,8 @@ def optimizer_step(policy, optimizers, loss_sum, cfg, rest=False):
 def save_model(folder, policy, weights, cfg, preset):
     """Write what transformers and servers load: weights, tokenizer with our chat template, processors; and
     beside them episode.json, by which later stages ask as this one did."""
+    for name in policy.vlm.all_tied_weights_keys:          # gathered from ranks it would be a second copy
+        weights.pop(name, None)
     policy.vlm.save_pretrained(folder, state_dict=weights)
     policy.proc.tokenizer.chat_template = env.CHAT_TEMPLATE
     policy.proc.tokenizer.save_pretrained(folder)

@@ -73,9 +73,19 @@ LLAMA_FACTORY = r"""{"images": [{"path": "0.jpg"}, {"path": "1.jpg"}], "conversa
 {"from": "human", "value": "<image>Which?"}, {"from": "function_call", "value": "<think>Hm.</think>
  [{\"name\": \"image_zoom_in_tool\", \"arguments\": {\"bbox_2d\": [90, 70, 450, 420]}}]"},
 {"from": "observation", "value": "<image>"}, {"from": "gpt", "value": "<answer>STOP</answer>"}]}"""
+MS_SWIFT = r"""{"image": "0.jpg", "messages": [{"role": "user", "content": "<image>Which?"},
+{"role": "tool_call", "content": "{\"name\": \"image_zoom_in_tool\",
+ \"arguments\": \"{\\\"bbox_2d\\\": [90, 70, 450, 420]}\"}"}, {"role": "tool_response", "content": "<image>"},
+{"role": "assistant", "content": "<answer>STOP</answer>"}]}"""
+OPENAI = r"""{"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "0.jpg"}},
+{"type": "text", "text": "Which?"}]}, {"role": "assistant", "content": "Hm.", "tool_calls": [{"function":
+{"name": "image_zoom_in_tool", "arguments": "{\"bbox_2d\": [90, 70, 450, 420]}"}}]},
+{"role": "tool", "content": [{"type": "image_url", "image_url": "1.jpg"}]},
+{"role": "assistant", "content": "<answer>STOP</answer>"}]}"""
 
 
-@pytest.mark.parametrize("text, box", [(PIXEL_REASONER, (0, 0, 540, 490)), (LLAMA_FACTORY, FIRST)])
+@pytest.mark.parametrize("text, box", [(PIXEL_REASONER, (0, 0, 540, 490)), (LLAMA_FACTORY, FIRST),
+                                       (MS_SWIFT, FIRST), (OPENAI, FIRST)])
 def test_other_layouts(tmp_path, text, box):
     """Calls of their own, answers in a box, images as dicts; instructions are cut off."""
     row, = converted(tmp_path, [json.loads(text.replace("\n", ""))])

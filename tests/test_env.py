@@ -197,6 +197,13 @@ def test_a_second_tool(policy, row, monkeypatch):
     assert traj.crops == [(0, 0, 160, 100)]
 
 
+def test_the_prompt_is_one_that_stock_models_know():
+    """The sentences of the Hermes form, word for word, around the schema."""
+    before, after = env.SYSTEM.split(json.dumps(env.CROP_SCHEMA))
+    assert "You may call one or more functions to assist with the user query." in before
+    assert "For each function call, return a json object with function name and arguments within" in after
+
+
 def test_prompt_without_tools(policy, row):
     text = policy.proc.decode(env.reset(policy.proc, row, EpisodeConfig(max_crops=0)).ids)
     assert env.SYSTEM_NO_TOOL in text and "tool" not in text

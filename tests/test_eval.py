@@ -133,15 +133,16 @@ def test_the_same_command_continues(folder, asked):
             bench(folder, **{"k": 2, **change})
 
 
-def test_with_and_without_the_tool(folder):
+def test_with_and_without_the_tool(folder, capsys):
     on = bench(folder)["rows"]
     off = bench(folder, max_crops=0)["rows"]
+    assert "Config(max_crops=0, max_pixels=1024, " in capsys.readouterr().out          # what answers rest on
     assert "repaired" not in on and off["repaired"] > 0
     assert off["repaired"] - off["broken"] == pytest.approx(on["accuracy"] - off["accuracy"])
 
 
-def test_judge(folder):
-    """Its verdict counts, its failure is counted, and when it refuses the run ends."""
+def test_judge(folder, asked):
+    """Its verdict counts, its failure is counted and asked about again, and when it refuses the run ends."""
     plain = bench(folder)["rows"]
     for reply, failed in (("perhaps", 1), ("<think>no</think>\n**Yes**", 0), ("No, it is not.", 0), (401, 0)):
         with serving(lambda body: reply) as url:
@@ -153,6 +154,11 @@ def test_judge(folder):
             judged = bench(folder, **fields)["rows"]
         expected = 1 - plain["unanswered_rate"] if "Yes" in reply else plain["accuracy"]
         assert judged["judge_failed_rate"] == failed and judged["accuracy"] == pytest.approx(expected)
+    asked.clear()
+    with serving(lambda body: "yes") as url:
+        again = bench(folder, out=f"{folder}/perhap", judge_url=url, judge_name="j")["rows"]
+    assert again["judge_failed_rate"] == 0 and again["accuracy"] == 1 - plain["unanswered_rate"]
+    assert 0 < sum(asked) < 10
 
 
 def test_a_question_about_an_image(folder, capsys):

@@ -82,14 +82,18 @@ def test_hrbench(tmp_path):
 
 
 def test_visualprobe(tmp_path):
-    """BASE/VisualProbe_Hard/val.json, images relative to BASE."""
-    os.makedirs(tmp_path / "VisualProbe_Hard/images")
-    picture().save(tmp_path / "VisualProbe_Hard/images/0.jpg")
-    row = {"problem": "<image>\nWhat?", "images": ["VisualProbe_Hard/images/0.jpg"], "solution": "7"}
-    (tmp_path / "VisualProbe_Hard/val.json").write_text(json.dumps([row, row]))
-    row, = read("visualprobe", tmp_path, limit=1)["visualprobe_hard"]
-    assert row["solution"] == "7" and row["problem"] == "What?"
-    assert row["images"] == [str(tmp_path / "VisualProbe_Hard/images/0.jpg")]
+    """BASE/VisualProbe_Hard/val.json, images relative to BASE: three levels, each under its own name."""
+    for level in ("Easy", "Medium", "Hard"):
+        image = f"VisualProbe_{level}/images/0.jpg"
+        os.makedirs((tmp_path / image).parent)
+        picture().save(tmp_path / image)
+        row = {"problem": "<image>\nWhat?", "images": [image], "solution": level}
+        (tmp_path / f"VisualProbe_{level}/val.json").write_text(json.dumps([row, row]))
+    benches = read("visualprobe", tmp_path, limit=1)
+    assert set(benches) == {"visualprobe_easy", "visualprobe_medium", "visualprobe_hard"}
+    [row] = benches["visualprobe_hard"]
+    assert row["solution"] == "Hard" and row["problem"] == "What?"
+    assert row["images"] == [str(tmp_path / image)]
 
 
 def test_vstar(tmp_path):

@@ -13,7 +13,7 @@ ANSWERS = {
          " | It's red | The car is red in the picture | A\n\nThe crop shows it",
     "B": "B | b | (B) | (B). | B. | **B** | `B` | 'B' | B: | B. dark green | (B) dark green | B) dark green"
          " | B: dark green | B.dark green | b) dark green | B. green | B. Because I saw it"
-         " | B, dark green | dark green | Dark Green. | dark\n green | the dark green | \"dark green\""
+         " | B, dark green | B dark green | dark green | Dark Green. | dark\n green | the dark green | \"dark green\""
          " | The answer is B | the answer is b | Answer: (B). | Answer:B | **Answer:** B"
          " | So, the best answer is: B | Option B is correct | Option “B” | \\boxed{B}"
          " | The answer is $\\boxed{\\text{B}}$. | \\boxed{A} or \\boxed{B} | I choose B."
@@ -61,6 +61,9 @@ def test_options(options, answer, named):
     ("12%", "12 % | 12 percent | 12", "$12 | 12 dollars"),
     ("3000.5", "3,000.5 | $3,000.50", "300,0.5 | 3000"),
     ("3.1416", "3.14159", "3.15"),
+    ("-3", "−3", "3"),
+    ("$5", "5", "5% | 5 %"),
+    ("1e998", "1e998", "1e999"),
     ("9" * 15, "9" * 15, "9" * 14 + "8"),
 ])
 def test_open_answers(solution, accepted, refused):

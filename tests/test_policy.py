@@ -83,6 +83,15 @@ def test_sft_loss_is_that_of_labels(family, rows):
     assert entry["grad_norm"] == pytest.approx(gradient(model).norm().item(), rel=1e-5)
 
 
+def test_sft_leaves_out_what_ends_in_a_call(policy, rows):
+    """A call in the turn that may only answer trains nothing, and its conversation is counted."""
+    cfg = sft.Config(max_crops=1)
+    rows = sorted(rows, key=lambda row: len(row["turns"]))[::40]
+    long = [row for row in rows if len(row["turns"]) > 2]
+    [batch], left_out = sft.render_batches(policy.proc, rows, cfg)
+    assert 0 < left_out == len(long) < len(rows) == (batch["mask"].sum(1) > 0).sum() + left_out
+
+
 def test_muon_has_the_matrices(policy25):
     """All that are no embeddings; AdamW has the rest."""
     adamw, muon = sft.make_optimizers(policy25, sft.Config(), (0.9, 0.98), 0.03)
@@ -115,6 +124,13 @@ def test_hub_folders_and_ours(family, trajs, tmp_path):
     [weights] = Path(out).glob("*.safetensors")
     index = json.loads(Path(hub, "model.safetensors.index.json").read_text())
     assert load_file(weights).keys() == index["weight_map"].keys()
+    copies = {name: value.clone() for name, value in loaded.vlm.state_dict().items()}    # as ranks give them
+    sft.save_model(f"{out}.copies", loaded, copies, CFG, "real")
+    assert load_file(f"{out}.copies/model.safetensors").keys() == index["weight_map"].keys()
+    files = [path for path in Path(out).rglob("*") if path.is_file()]
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o644}
+    is_new = family.vlm.config.model_type == "qwen3_vl"                   # its servers ask for that file
+    assert Path(out, "video_preprocessor_config.json").exists() == is_new
     theirs = AutoModelForImageTextToText.from_pretrained(out, dtype=torch.float32).eval()
     batch = sft.collate(trajs, family.proc)
     with torch.no_grad():

@@ -146,6 +146,8 @@ def test_main_job(small, tmp_path):
     assert "% of 4 answers right after the cold start, " in (tmp_path / "runs/report.html").read_text()
     for folder in ("rows", "runs/sft", "runs/rppo"):
         assert json.loads((tmp_path / folder / "config.json").read_text())["seed"] == 3
+    for entry in sft.read_log(tmp_path / "runs/sft"):
+        assert entry["left_out"] == 0              # the demonstrations were planned with the run's max_crops
     before = made(tmp_path)
     rppo.main(cfg)
     assert made(tmp_path) == before
