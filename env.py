@@ -307,25 +307,26 @@ AFTER_QUESTION = "<|im_end|>\n<|im_start|>assistant\n"
 OBSERVATION = "\n<|im_start|>user\n<tool_response>\n{seen}\n</tool_response>" + AFTER_QUESTION
 
 # Renders messages as `reset` and `step` do. With `tools` it writes our system prompt around them; calls and
-# results may come in OpenAI's form (tool_calls, role tool), images in any of the customary part forms.
+# results may come in OpenAI's form (tool_calls, role tool), images in any of the customary part forms. Servers
+# (vLLM, SGLang) look for the loop over `m.content`: without it they flatten parts, images first.
 CHAT_TEMPLATE = (
-    "{%- macro parts(content) -%}{%- if content is string -%}{{ content }}{%- else -%}"
-    "{%- for c in content or [] -%}"
+    "{%- macro parts(m) -%}{%- if m.content is string -%}{{ m.content }}{%- else -%}"
+    "{%- for c in m.content | default([], true) -%}"
     "{%- if c.image or c.image_url or c.type in ('image', 'image_url') -%}{{ '" + IMAGE + "' }}"
     "{%- else -%}{{ c.text }}{%- endif -%}{%- endfor -%}{%- endif -%}{%- endmacro -%}"
-    "{%- set first = parts(messages[0].content) if messages[0].role == 'system' else '' -%}"
+    "{%- set first = parts(messages[0]) if messages[0].role == 'system' else '' -%}"
     "{%- set add_tools = tools and '<tools>' not in first -%}"
     "{%- if add_tools -%}{{ '<|im_start|>system\n' + (first or intro) + before }}"
     "{%- for tool in tools -%}{{ '\n' + (tool | tojson) }}{%- endfor -%}{{ after + '<|im_end|>\n' }}"
     "{%- endif -%}"
     "{%- for m in messages -%}"
-    "{%- if m.role == 'tool' -%}{{ '<|im_start|>user\n<tool_response>\n' }}{{ parts(m.content) }}"
+    "{%- if m.role == 'tool' -%}{{ '<|im_start|>user\n<tool_response>\n' }}{{ parts(m) }}"
     "{{ '\n</tool_response><|im_end|>\n' }}"
     "{%- elif not (m.role == 'system' and add_tools) -%}{{ '<|im_start|>' + m.role + '\n' }}"
     "{%- if m.reasoning_content -%}{{ '<think>' + m.reasoning_content + '</think>\n' }}{%- endif -%}"
-    "{{ parts(m.content) }}"
+    "{{ parts(m) }}"
     "{%- for call in m.tool_calls or [] -%}{%- set f = call.function or call -%}"
-    "{{ '\n' if m.content else '' }}{{ '<tool_call>\n{\"name\": \"' + f.name + '\", \"arguments\": ' }}"
+    "{{ '\n' if parts(m) else '' }}{{ '<tool_call>\n{\"name\": \"' + f.name + '\", \"arguments\": ' }}"
     "{{ f.arguments if f.arguments is string else f.arguments | tojson }}{{ '}\n</tool_call>' }}"
     "{%- endfor -%}{{ '<|im_end|>\n' }}{%- endif -%}{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}")

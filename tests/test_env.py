@@ -296,7 +296,8 @@ def own_messages(row, image):
 
 
 def openai_messages(row, as_text):
-    """The same in OpenAI's form: image_url, reasoning_content, tool_calls, role tool, no system prompt."""
+    """The same in OpenAI's form: image_url, reasoning_content, tool_calls, role tool, no system prompt. as_text:
+    arguments are text; else as vLLM gives it, arguments parsed and an empty content in parts."""
     messages = own_messages(row, {"type": "image_url", "image_url": {"url": "data:,"}})[1:]
     for message in messages[1:]:
         if message["role"] == "user":
@@ -308,7 +309,8 @@ def openai_messages(row, as_text):
             function = json.loads(body.split("\n")[1])
             if as_text:
                 function["arguments"] = json.dumps(function["arguments"])
-            message.update(content=None, tool_calls=[{"id": "1", "type": "function", "function": function}])
+            content = None if as_text else [{"type": "text", "text": ""}]
+            message.update(content=content, tool_calls=[{"id": "1", "type": "function", "function": function}])
     return messages
 
 
@@ -330,6 +332,16 @@ def test_chat_template(image, as_text, policy, row):
         assert opened == env.render(policy.proc, row, SEARCH[:turns], ROOMY).ids
     for system in ([], [{"role": "system", "content": env.INTRO}]):
         assert template_ids(policy.proc, system + openai_messages(row, as_text), tools=tools) == ids
+
+
+def test_servers_see_that_the_template_takes_parts():
+    """vLLM's and SGLang's rule for it: a loop over the content of the variable of a loop over the messages.
+    Otherwise they give it text, with all images of a message in front."""
+    from jinja2 import Environment, nodes
+    loops = list(Environment().parse(env.CHAT_TEMPLATE).find_all(nodes.For))
+    [message] = [loop.target for loop in loops if getattr(loop.iter, "name", None) == "messages"]
+    accessed = [loop.iter.node for loop in loops if isinstance(loop.iter, nodes.Filter)]
+    assert [(node.node.name, node.attr) for node in accessed] == [(message.name, "content")]
 
 
 def test_special_tokens_in_data_stay_text(policy, row):

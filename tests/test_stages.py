@@ -20,6 +20,7 @@ import zlib
 from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -323,7 +324,20 @@ def test_imports():
             assert {module.split(".")[0] for module in modules} <= allowed
 
 
-def test_two_threads_add_in_one_order():
-    """What the same bits at two threads rest on: the kill tests are too small to see it missing."""
+def test_two_threads_add_in_one_order(policy, monkeypatch):
+    """Features that many image tokens share get the same bits of gradient each time. The kill tests are too
+    small to see two threads add in changing order."""
+    def language_model(inputs_embeds, **_):
+        return SimpleNamespace(last_hidden_state=inputs_embeds)
     sft.setup()
-    assert torch.are_deterministic_algorithms_enabled()
+    torch.set_num_threads(2)
+    monkeypatch.setattr(policy.vlm.model.language_model, "forward", language_model)
+    ids = torch.full((1, 40_000), policy.proc.image)
+    feature = torch.randint(40, (40_000,))
+    features = torch.randn(40, 96, requires_grad=True)
+    noise, found = torch.randn(40_000, 96), set()
+    for _ in range(4):
+        loss = (policy.hidden(ids, None, (features, []), feature) * noise).sum()
+        found.add(torch.autograd.grad(loss, features)[0].numpy().tobytes())
+    torch.set_num_threads(1)
+    assert len(found) == 1
