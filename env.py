@@ -307,8 +307,8 @@ AFTER_QUESTION = "<|im_end|>\n<|im_start|>assistant\n"
 OBSERVATION = "\n<|im_start|>user\n<tool_response>\n{seen}\n</tool_response>" + AFTER_QUESTION
 
 # Renders messages as `reset` and `step` do. With `tools` it writes our system prompt around them; calls and
-# results may come in OpenAI's form (tool_calls, role tool), images in any of the customary part forms. Servers
-# (vLLM, SGLang) look for the loop over `m.content`: without it they flatten parts, images first.
+# results may come in OpenAI's form (tool_calls, role tool), images in any of the customary part forms.
+# Servers (vLLM, SGLang) look for the loop over `m.content`: without it they put images before all text.
 CHAT_TEMPLATE = (
     "{%- macro parts(m) -%}{%- if m.content is string -%}{{ m.content }}{%- else -%}"
     "{%- for c in m.content | default([], true) -%}"
