@@ -397,7 +397,7 @@ def evaluate(policy, rows, cfg, rank, world_size, k=1, greedy=False, done={}, re
     """Answer rows k times each, shared out over the ranks: their records in order, on all ranks. `done` has
     those of an earlier run; the file `results` gets the new ones. All ranks must reach this."""
     records = dict(done)
-    failed = [i for (i, _), old in done.items() if old["metrics"]["judge_failed_rate"][0]]    # asked again
+    failed = {i for (i, _), old in done.items() if old["metrics"]["judge_failed_rate"][0]}    # asked again
     missing = [i for i in range(len(rows)) if (i, k - 1) not in done or i in failed]    # a row's last sample
     size = max(1, cfg.in_flight // k) * world_size
     for start in tqdm(range(0, len(missing), size), desc="eval", disable=rank > 0 or None, leave=False):
