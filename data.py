@@ -740,10 +740,10 @@ def make(cfg):
 
 def main(cfg):
     """Make the rows of cfg.out: scenes, or questions about photographs. All ranks must reach this."""
-    rank, _, device = sft.setup()
+    rank = sft.setup()[0]
     if rank == 0:
         make(cfg)
-    sft.all_sum([0], device)                 # the others wait
+    sft.gather_objects(0)                    # the others wait
 
 
 if __name__ == "__main__":

@@ -159,7 +159,7 @@ def update(policy, optimizers, samples, cfg):
     micro = micro_batches([s for s in samples if has_gradient(s, cfg)], cfg.micro_batch)
     busy = len(micro)
     tokens = sum(sum(s.traj.mask) for s in samples if counts(s, cfg))
-    n_tokens, n_busy = sft.all_sum([tokens, busy], device)
+    n_tokens, n_busy = sft.all_sum(tokens, busy)
     if policy.sharded:   # ranks must pass equally often: some repeat a trajectory, with advantage 0
         idle = replace(min(samples, key=length), advantage=0.0)
         micro += [[idle]] * (max(sft.gather_objects(busy)) - busy)
@@ -186,10 +186,10 @@ def update(policy, optimizers, samples, cfg):
         # In a step of flat groups alone, the optimizers' momentum would still move the weights.
         _, norm, skip = sft.optimizer_step(policy, optimizers, loss_sum, cfg, rest=n_busy == 0)
         skipped += skip
-    trained, entropy, gap, clipped = sft.all_sum(sums.tolist(), device)
+    trained, entropy, gap, clipped = sft.all_sum(*sums.tolist())
     trained = max(trained, 1)
     return dict(
-        tokens=int(n_tokens),
+        tokens=n_tokens,
         entropy=entropy / trained,
         log_ratio=gap / trained,
         clip_share=clipped / trained,
@@ -294,7 +294,7 @@ def train(policy, optimizers, rows, held_out, first, preset, cfg, rank, world_si
                 entry["held_out"] = evaluation.metrics([record["metrics"] for record in records])
 
             # 4. log
-            stopped = sft.all_sum([len(asked)], policy.device)[0]
+            [stopped] = sft.all_sum(len(asked))
             if rank == 0:
                 sft.append_log(cfg.out, entry)
                 print_step(entry, samples, policy.proc, first, cfg)
@@ -362,11 +362,8 @@ def main(cfg):
         raise env.UserError(f"{cfg.data}/train.jsonl: too few rows for --eval_rows={cfg.eval_rows}; lower it")
     env.check_images(rows + held_out, rank, world_size)
 
-    first = sft.begin(cfg, rank, device)         # the step to go on from, or 0
-    policy, preset = sft.load_trainable(cfg, start, first, device)
-    optimizers = sft.make_optimizers(policy, cfg, (0.9, 0.95))
-    if first:
-        sft.load_training_state(sft.newest(cfg.out), policy, optimizers)
+    first = sft.begin(cfg, rank)         # the step to go on from, or 0
+    policy, optimizers, preset = sft.load_trainable(cfg, start, first, device, (0.9, 0.95))
     if rank == 0:
         print(f"rppo: {cfg.prompts} prompts x {cfg.samples} samples on {world_size} ranks, from {start}")
     t = time.time()

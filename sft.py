@@ -8,8 +8,7 @@
 
 The sums run over all conversations of a step on all ranks; mask is 1 on the assistant's tokens only; p is the
 softmax over the vocabulary without the banned ids (vision tokens, ids without a text). A conversation is made
-by replaying its turns through the tools. Rows are taken in the order of the file, so a curriculum is the
-data's affair.
+by replaying its turns through the tools, row by row in the order of the file.
 
 Shapes: B conversations, T tokens of the longest, n trained tokens, N image tokens, V rows of the
 language-model head. Reads <data>/sft.jsonl and, without --model, the random model <data>/tiny. Writes
@@ -35,6 +34,7 @@ from types import MethodType
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 import env
@@ -61,7 +61,7 @@ class TrainConfig(env.EpisodeConfig):
     resume: bool = True              # go on from the last checkpoint in out; false: refuse if there is one
     train_vision: bool = True        # false: the vision tower stays as it is
     recompute: bool = False          # recompute activations: a third more computation for less memory
-    shard: bool = False              # FSDP2: weights, gradients and optimizer state are split over the ranks
+    shard: bool = False              # FSDP2: torchrun's ranks share weights, gradients and optimizer state
 
 
 @dataclass
@@ -82,14 +82,11 @@ REAL = dict(env.REAL_EPISODE, steps=1000, batch=32, micro_batch=1, lr=1e-5, muon
 
 
 # --- The command line: argparse over the dataclasses ----------------------------------------------------
-AT_LEAST_ONE = ("steps batch micro_batch prompts samples updates keep k in_flight turn_tokens max_tokens "
-                "min_crop_side min_crop_pixels max_pixels max_crop_pixels save_every eval_every log_every "
-                "show_every per_image votes attempts parallel").split()
+MAY_BE_ZERO = "seed warmup max_crops eval_rows n_score limit n_sft n_train n_test blind agree".split()
 
 
 def make_parser(cls, real):
-    """A flag for each field, grouped by the class that declares it. --help shows the comment behind the
-    field, its default and, in brackets, the default with a real checkpoint where that differs."""
+    """A flag for each field. --help has its comment, default and, in brackets, default with a real model."""
     parser = argparse.ArgumentParser(usage="%(prog)s [--FLAG=VALUE ...]", allow_abbrev=False,
                                      description=inspect.getmodule(cls).__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -116,7 +113,7 @@ def checked(values, cls, where):
         if f.name not in values:
             continue
         value = known[f.name] = values[f.name]
-        least = 1 if f.name in AT_LEAST_ONE else 1e-6 if f.name == "temperature" else 0
+        least = 1e-6 if f.name == "temperature" else int(f.type is int and f.name not in MAY_BE_ZERO)
         if type(value) is not f.type and (type(value), f.type) != (int, float):
             raise UserError(f"{where}: {f.name} takes a value of type {f.type.__name__}, not {value!r}")
         if f.type in (int, float) and not least <= value < 2 ** 63:
@@ -131,11 +128,10 @@ def load_episode(path):
     return saved.get("preset", "real"), checked(saved, env.EpisodeConfig, where)
 
 
-def configure(cls, real, argv=None, **given):
-    """The config (of class cls) of the flags in argv (default: this process's) and of fields given. With
-    --model the defaults are the numbers that the checkpoint was trained with, before those of real. Raises
-    UserError."""
-    values = {**given, **vars(make_parser(cls, real).parse_args(argv))}
+def configure(cls, real, argv=None):
+    """The config (of class cls) of the flags in argv (default: this process's). With --model the defaults are
+    the numbers that the checkpoint was trained with, before those of real. Raises UserError."""
+    values = vars(make_parser(cls, real).parse_args(argv))
     if values.get("model"):
         values["model"] = newest(values["model"])
         preset, episode = load_episode(values["model"])
@@ -189,14 +185,6 @@ def setup():
     return rank, world_size, device
 
 
-def all_sum(values, device):
-    """Sums of a list of numbers over the ranks, in float64. All ranks must reach this."""
-    sums = torch.tensor(values, dtype=torch.float64, device=device)
-    if dist.is_initialized():
-        dist.all_reduce(sums)
-    return sums.tolist()
-
-
 def gather_objects(obj):
     """The objects of all ranks, rank by rank. All ranks must reach this."""
     if not dist.is_initialized():
@@ -204,6 +192,11 @@ def gather_objects(obj):
     objects = [None] * dist.get_world_size()
     dist.all_gather_object(objects, obj)
     return objects
+
+
+def all_sum(*values):
+    """The sum of each number over the ranks. All ranks must reach this."""
+    return [sum(column) for column in zip(*gather_objects(values))]
 
 
 def leave():
@@ -292,17 +285,14 @@ def lock(folder):
 
 def same_settings(folder, cfg):
     """UserError if a folder has other settings. A key that config.json lacks is at its default."""
-    old = read_json(f"{folder}/config.json", asdict(cfg))
-    changes = []
-    for f in fields(cfg):
-        before, value = old.get(f.name, f.default), getattr(cfg, f.name)
-        if f.name not in FREE and before != value:
-            changes.append(f"{f.name}: {before} -> {value}")
+    old = {**asdict(type(cfg)()), **read_json(f"{folder}/config.json", asdict(cfg))}
+    changes = [f"{name}: {old[name]} -> {value}" for name, value in asdict(cfg).items()
+               if name not in FREE and old[name] != value]
     if changes:
         raise UserError(f"{folder} was made with other settings ({'; '.join(changes)}); give another folder")
 
 
-def begin(cfg, rank, device):
+def begin(cfg, rank):
     """Open the run folder cfg.out: returns the step to go on from, 0 for a new run. All ranks must reach
     this. UserError if another process has the folder, or if it holds a run with other settings."""
     step = 0
@@ -319,7 +309,7 @@ def begin(cfg, rank, device):
         write_text(f"{cfg.out}/config.json", json.dumps(asdict(cfg), indent=1))
         kept = [json.dumps(entry) + "\n" for entry in read_log(cfg.out) if entry["step"] < step]
         write_text(f"{cfg.out}/log.jsonl", "".join(kept))
-    return int(all_sum([step], device)[0])
+    return gather_objects(step)[0]
 
 
 # --- The policy: a Qwen VLM, driven through its parts so that positions, caches and logits are explicit -
@@ -332,32 +322,26 @@ def pack(views, proc):
     """The distinct views, ordered by size, and for each image token of `views`, in order, the row of its
     feature among theirs (N,). The G samples of a prompt hold the very same original: it is encoded once."""
     distinct = sorted({id(view): view for view in views}.values(), key=lambda view: view.shape)
-    first, n = {}, 0
+    rows, n = {}, 0
     for view in distinct:
-        first[id(view)] = n
-        n += math.prod(proc.grid(view))
-    rows = [torch.zeros(0, dtype=torch.long)]
-    for view in views:
-        rows.append(torch.arange(math.prod(proc.grid(view))) + first[id(view)])
-    return distinct, torch.cat(rows)
+        size = math.prod(proc.grid(view))
+        rows[id(view)] = torch.arange(n, n + size)
+        n += size
+    none = torch.zeros(0, dtype=torch.long)
+    return distinct, torch.cat([none, *(rows[id(view)] for view in views)])
 
 
 def collate(trajs, proc):
     """Trajectories padded on the right: CPU tensors ids, mask, logp (as recorded while sampling) (B, T) and
     pos (3, B, T); from `pack` the views and the `feature` (N,) of all image tokens in reading order."""
-    B, T = len(trajs), max(len(t.ids) for t in trajs)
-    ids = torch.full((B, T), proc.end)
-    mask, logp = torch.zeros(B, T), torch.zeros(B, T)
-    pos = torch.zeros(3, B, T, dtype=torch.long)
     views = []
-    for b, t in enumerate(trajs):
-        n = len(t.ids)
-        ids[b, :n] = torch.tensor(t.ids)
-        mask[b, :n] = torch.tensor(t.mask)
-        logp[b, :n] = torch.tensor(t.logp)
-        pos[:, b, :n] = torch.from_numpy(t.pos)
+    for t in trajs:
         views += [shown.view for shown in t.shown]
     views, feature = pack(views, proc)
+    ids = pad_sequence([torch.tensor(t.ids) for t in trajs], True, proc.end)
+    mask = pad_sequence([torch.tensor(t.mask).float() for t in trajs], True)
+    logp = pad_sequence([torch.tensor(t.logp).float() for t in trajs], True)
+    pos = pad_sequence([torch.from_numpy(t.pos.T) for t in trajs], True).permute(2, 0, 1)
     return dict(ids=ids, mask=mask, logp=logp, pos=pos, views=views, feature=feature)
 
 
@@ -436,9 +420,8 @@ class Policy(torch.nn.Module):
         return logits.gather(1, target[:, None])[:, 0] - total, entropy
 
     def forward(self, batch, temperature=1.0):
-        """Log-probability and entropy (n,) of every trained token, in the order of batch mask == 1. Logits
-        exist only there, 2^26 entries at a time, recomputed in the backward pass. No attention mask: padding
-        is on the right, where causal attention never looks."""
+        """Log-probability and entropy (n,) of every trained token. Logits exist only there, 2^26 entries at a
+        time, recomputed in the backward pass. Padding is on the right, where causal attention never looks."""
         ids, mask, pos, feature = (batch[k].to(self.device) for k in ("ids", "mask", "pos", "feature"))
         blank = torch.zeros(self.proc.factor, self.proc.factor, 3, dtype=torch.uint8)
         images = self.see(batch["views"] or [blank])              # sharded, the tower must always take part
@@ -495,20 +478,15 @@ def load_policy(path, device, train=False):
 
 
 def does_not_load(path, error):
-    """The UserError for a damaged checkpoint; of a run, it names those that are left."""
-    folder, step = os.path.split(path)
-    cure = "give another --model, or make one with `torchrun sft.py`"
-    if step.isdigit() and os.path.isdir(folder):
-        cure = f"write another of {set(os.listdir(folder)) - {step}} into {os.path.dirname(folder)}/last"
-    return UserError(f"{path}: does not load ({type(error).__name__}: {str(error)[:200]}); {cure}")
+    """The UserError for a damaged checkpoint."""
+    return UserError(f"{path}: does not load ({type(error).__name__}: {str(error)[:200]}); give another "
+                     "--model, or write the number of an older checkpoint into the run's file `last`")
 
 
 def shard(policy, device):
     """FSDP2 over torchrun's ranks (one is enough). A rank keeps its part of each block's weights; a block is
     gathered while it computes, in bf16 on CUDA, and gradients come back as fp32 sums over the ranks."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-    if not dist.is_initialized():
-        raise UserError("--shard=true: start with torchrun, or give --shard=false")
     dtype = torch.bfloat16 if device.type == "cuda" else None
     precision = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)   # angles stay fp32
     blocks = (*policy.vlm.model.visual.blocks, *policy.vlm.model.language_model.layers)
@@ -524,15 +502,19 @@ def shard(policy, device):
         policy.to(device)(collate([blank], policy.proc))
 
 
-def load_trainable(cfg, start, first, device):
-    """Policy and preset of a training stage: of the checkpoint `start`, or of this run's at step `first`."""
+def load_trainable(cfg, start, first, device, betas, muon_lr=0.0):
+    """Policy, optimizers and preset of a stage, from the checkpoint `start` or as it was at step `first`."""
     policy = load_policy(newest(cfg.out) if first else start, device, train=True)
     policy.vlm.model.visual.requires_grad_(cfg.train_vision)
     if cfg.recompute:
         policy.vlm.gradient_checkpointing_enable({"use_reentrant": False})
-    if cfg.shard:
+    if cfg.shard and dist.is_initialized():
         shard(policy, device)
-    return policy.to(device), load_episode(start)[0]       # .to also shards the root again, left gathered
+    policy.to(device)                            # it also shards the root again, left gathered
+    optimizers = make_optimizers(policy, cfg, betas, muon_lr)
+    if first:
+        load_training_state(newest(cfg.out), policy, optimizers)
+    return policy, optimizers, load_episode(start)[0]
 
 
 # --- Optimizers, and gradients over the ranks -----------------------------------------------------------
@@ -557,25 +539,18 @@ def set_lr(optimizers, step, cfg):
     left = (cfg.steps - step) / max(cfg.decay * cfg.steps, 1)
     scale = min((step + 1) / max(cfg.warmup, 1), 1, left)
     for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = optimizer.defaults["lr"] * scale
+        optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * scale
     return optimizers[0].param_groups[0]["lr"]
-
-
-def sync_gradients(policy):
-    """Sum over the ranks; each one's loss is divided by the global count. All ranks must reach this."""
-    for p in policy.parameters():
-        if p.requires_grad and dist.is_initialized() and not policy.sharded:   # FSDP2 has summed them
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            dist.all_reduce(p.grad)
 
 
 def optimizer_step(policy, optimizers, loss_sum, cfg, rest=False):
     """Sum and clip the gradients and step, unless loss or norm is not finite or the caller says `rest`.
-    Returns the loss over all ranks, the norm before clipping, and if the step was skipped: the same on all
-    ranks."""
-    sync_gradients(policy)
-    loss_sum = all_sum([loss_sum], policy.device)[0]
+    Returns, the same on all ranks: the loss, the norm before clipping, and if the step was skipped."""
+    for p in policy.parameters():
+        if p.requires_grad and dist.is_initialized() and not policy.sharded:   # FSDP2 has summed them
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            dist.all_reduce(p.grad)
+    [loss_sum] = all_sum(loss_sum)
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.clip_norm)
     norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
     skipped = not math.isfinite(loss_sum + norm)
@@ -588,8 +563,7 @@ def optimizer_step(policy, optimizers, loss_sum, cfg, rest=False):
 
 # --- Checkpoints: servers load every *.safetensors of the folder, so training state lies in a subfolder ---
 def save_model(folder, policy, weights, cfg, preset):
-    """Write what transformers and servers load: weights, tokenizer with our chat template, processors; and
-    beside them episode.json, by which later stages ask as this one did."""
+    """Write what transformers and servers load, and episode.json, by which later stages ask as this one."""
     for name in policy.vlm.all_tied_weights_keys:          # gathered from ranks it would be a second copy
         weights.pop(name, None)
     policy.vlm.save_pretrained(folder, state_dict=weights)
@@ -631,7 +605,7 @@ def save_checkpoint(step, policy, optimizers, cfg, preset):
         shutil.rmtree(folder, ignore_errors=True)          # of a run that was killed before `last` named it
         os.replace(tmp, folder)
         write_text(f"{cfg.out}/last", str(step))
-    all_sum([0], policy.device)                            # it is there before anyone reads it
+    gather_objects(0)                                      # it is there before anyone reads it
 
 
 def load_training_state(folder, policy, optimizers):
@@ -677,7 +651,7 @@ def render_batches(proc, rows, cfg):
 def train_step(policy, optimizers, batches, step, cfg):
     """One step on this rank's micro-batches. Returns its log entry."""
     trained = sum(batch["mask"].sum().item() for batch in batches)
-    n_tokens = int(all_sum([trained], policy.device)[0])
+    [n_tokens] = all_sum(int(trained))
     loss_sum = 0.0
     for batch in batches:
         with policy.autocast():
@@ -708,13 +682,10 @@ def main(cfg):
         if not row.get("turns"):
             raise UserError(f"{path}: row {i} has no `turns` (the assistant's texts); remove it")
     env.check_images(rows, rank, world_size)
-    first = begin(cfg, rank, device)                       # the step to go on from, or 0
+    first = begin(cfg, rank)                       # the step to go on from, or 0
     start = cfg.model or f"{cfg.data}/tiny"
-    policy, preset = load_trainable(cfg, start, first, device)
+    policy, optimizers, preset = load_trainable(cfg, start, first, device, (0.9, 0.98), cfg.muon_lr)
     policy.train()
-    optimizers = make_optimizers(policy, cfg, (0.9, 0.98), cfg.muon_lr)
-    if first:
-        load_training_state(newest(cfg.out), policy, optimizers)
 
     def prepare(step):
         chosen = [rows[i % len(rows)] for i in range(step * cfg.batch, (step + 1) * cfg.batch)]
@@ -729,14 +700,14 @@ def main(cfg):
             # 2. loss, gradient and step
             entry = train_step(policy, optimizers, batches, step, cfg)
             # 3. log
-            left_out, stopped = all_sum([left_out, len(asked)], device)
+            left_out, stopped = all_sum(left_out, len(asked))
             done = step + 1 == cfg.steps
-            entry.update(left_out=int(left_out), seconds=time.time() - started)
+            entry.update(left_out=left_out, seconds=time.time() - started)
             if rank == 0:
                 append_log(cfg.out, entry)
                 if step % cfg.log_every == 0 or done or entry["skipped"]:
                     print(f"step {step:5d} loss {entry['loss']:7.4f} norm {entry['grad_norm']:6.3f} left out "
-                          f"{left_out:.0f} skipped {entry['skipped']}", eta(entry, first, cfg), flush=True)
+                          f"{left_out} skipped {entry['skipped']}", eta(entry, first, cfg), flush=True)
             # 4. save
             if (step + 1) % cfg.save_every == 0 or done or stopped:
                 save_checkpoint(step + 1, policy, optimizers, cfg, preset)

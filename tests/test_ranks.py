@@ -25,7 +25,7 @@ import rppo  # noqa: E402
 import sft  # noqa: E402
 
 pytestmark = pytest.mark.slow
-parse_action, sync_gradients, collect = env.parse_action, sft.sync_gradients, rppo.collect
+parse_action, collect, clip = env.parse_action, rppo.collect, torch.nn.utils.clip_grad_norm_
 
 
 # --- What is done by one process, and by each of two ranks ----------------------------------------------
@@ -57,11 +57,12 @@ def work(rows, out, shard):
     rank, world_size, _ = sft.setup()
     ids, gradients = {}, []
 
-    def recorded_sync(policy):
-        sync_gradients(policy)
+    def recorded_clip(parameters, limit):
+        weights = list(parameters)
         if len(gradients) < 7:
-            found = [whole(p.grad).flatten() for p in policy.parameters() if p.grad is not None]
+            found = [whole(p.grad).flatten() for p in weights if p.grad is not None]
             gradients.append(torch.cat(found).double())
+        return clip(weights, limit)
 
     def recorded_collect(policy, rows, prompt_ids, step, cfg):
         """In the third step only prompts with odd numbers have a gradient: with two ranks rank 0 has none."""
@@ -79,7 +80,7 @@ def work(rows, out, shard):
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(sys.stderr):
         patch.setattr(env, "parse_action", acting)
         patch.setattr(env, "rewards", by_chance)
-        patch.setattr(sft, "sync_gradients", recorded_sync)
+        patch.setattr(torch.nn.utils, "clip_grad_norm_", recorded_clip)
         patch.setattr(rppo, "collect", recorded_collect)
         muon = 0.0 if shard else 0.03
         sft.main(sft.Config(**training, out=f"{out}/sft", muon_lr=muon, batch=8))
