@@ -1,4 +1,4 @@
-"""sft.py, file 2 of 5: command line, ranks, run folders, the policy, checkpoints, and the cold start.
+"""sft.py, file 2 of 5: command line, ranks, run folders, the policy, LoRA, checkpoints, and the cold start.
 
     torchrun sft.py                                        # the tiny model on the scenes of `python data.py`
     torchrun sft.py --model=Qwen/Qwen3-VL-2B-Instruct --data=data/mine
@@ -60,6 +60,9 @@ class TrainConfig(env.EpisodeConfig):
     keep: int = 2                    # newest checkpoints kept
     resume: bool = True              # go on from the last checkpoint in out; false: refuse if there is one
     train_vision: bool = True        # false: the vision tower stays as it is
+    lora: int = 0                    # rank of the updates of the text blocks, which alone are trained; 0: off
+    lora_alpha: float = 32.0         # the updates are multiplied by lora_alpha / lora
+    lora_lr: float = 2.5e-3          # replaces lr; about ten times it is best (LoRA Without Regret, 2025)
     recompute: bool = False          # recompute activations: a third more computation for less memory
     shard: bool = False              # FSDP2: torchrun's ranks share weights, gradients and optimizer state
 
@@ -73,16 +76,16 @@ class Config(TrainConfig):
     micro_batch: int = 24
     warmup: int = 50
     lr: float = 4e-3
-    muon_lr: float = 0.03            # Muon's peak rate, for matrices that are not embeddings; 0: AdamW alone
+    muon_lr: float = 0.03            # Muon's peak rate, for matrices, not embeddings; off with lora or shard
     log_every: int = 25              # steps between printed lines; log.jsonl has every step
 
 
-REAL = dict(env.REAL_EPISODE, steps=1000, batch=32, micro_batch=1, lr=1e-5, muon_lr=0.0, warmup=50,
-            save_every=200, train_vision=False, recompute=True, shard=True)
+REAL = dict(env.REAL_EPISODE, steps=1000, batch=32, micro_batch=1, lr=1e-5, lora_lr=1e-4, muon_lr=0.0,
+            warmup=50, save_every=200, train_vision=False, recompute=True, shard=True)
 
 
 # --- The command line: argparse over the dataclasses ----------------------------------------------------
-MAY_BE_ZERO = "seed warmup max_crops eval_rows n_score limit n_sft n_train n_test blind agree".split()
+MAY_BE_ZERO = "seed lora warmup max_crops eval_rows n_score limit n_sft n_train n_test blind agree".split()
 
 
 def make_parser(cls, real):
@@ -370,8 +373,7 @@ class Policy(torch.nn.Module):
 
     @contextmanager
     def gathered(self):
-        """Meanwhile a sharded policy is whole on every rank (bf16 on CUDA): a token needs no collective, and
-        ranks may differ in turns. All ranks must reach this."""
+        """A sharded policy is whole meanwhile, as ranks differ in turns. All ranks must reach this."""
         parts = [module for module in self.modules() if hasattr(module, "reshard")]
         for module in parts:
             module.unshard()
@@ -456,6 +458,10 @@ def make_policy(vlm, tokenizer):
     return Policy(vlm, env.Processor(tokenizer, factor, ends), images)
 
 
+DAMAGED = ("{}: does not load ({!r:.200}); give another --model, or write the number of an older checkpoint "
+           "into the run's file `last`")
+
+
 def load_policy(path, device, train=False):
     """A Policy from a folder or a hub id; UserError. On CUDA its weights are bf16, enough for rollouts; to
     train they are fp32, still on the CPU. Only safetensors are read, no code of a checkpoint is run."""
@@ -473,14 +479,36 @@ def load_policy(path, device, train=False):
             raise ValueError(f"no weights of {sorted(found['missing_keys'])[:3]}")
         policy = make_policy(vlm, AutoTokenizer.from_pretrained(path, trust_remote_code=False))
     except Exception as e:                       # a damaged folder can make a loader raise anything
-        raise does_not_load(path, e)
+        raise UserError(DAMAGED.format(path, e))
     return policy if train else policy.to(device)
 
 
-def does_not_load(path, error):
-    """The UserError for a damaged checkpoint."""
-    return UserError(f"{path}: does not load ({type(error).__name__}: {str(error)[:200]}); give another "
-                     "--model, or write the number of an older checkpoint into the run's file `last`")
+def add_lora(policy, cfg):
+    """Freeze the policy and give every linear map W of the text model's blocks fp32 adapters A, B:
+    y = W x + lora_alpha / lora B A x (Hu et al., arXiv 2106.09685). B is zero: nothing changes at first."""
+    def forward(self, x):
+        return F.linear(x, self.weight, self.bias) + F.linear(scale * F.linear(x, self.lora_A), self.lora_B)
+    policy.requires_grad_(False)
+    scale = cfg.lora_alpha / cfg.lora
+    generator = torch.Generator().manual_seed(cfg.seed)                # A is the same on all ranks
+    for module in policy.vlm.model.language_model.layers.modules():
+        if isinstance(module, torch.nn.Linear):
+            bound = module.in_features ** -0.5
+            A = torch.empty(cfg.lora, module.in_features).uniform_(-bound, bound, generator=generator)
+            module.lora_A = torch.nn.Parameter(A)
+            module.lora_B = torch.nn.Parameter(torch.zeros(module.out_features, cfg.lora))
+            module.forward = MethodType(forward, module)
+
+
+def merge_lora(weights, cfg):
+    """Add the adapters among weights (name -> tensor) to the others, and return them, taken out."""
+    adapters = {name: weights.pop(name) for name in list(weights) if "lora_" in name}
+    for name, A in adapters.items():
+        if name.endswith("lora_A"):
+            plain = name.replace("lora_A", "weight")
+            delta = cfg.lora_alpha / cfg.lora * adapters[name.replace("lora_A", "lora_B")] @ A
+            weights[plain] = (weights[plain] + delta).to(weights[plain].dtype)
+    return adapters
 
 
 def shard(policy, device):
@@ -503,9 +531,14 @@ def shard(policy, device):
 
 
 def load_trainable(cfg, start, first, device, betas, muon_lr=0.0):
-    """Policy, optimizers and preset of a stage, from the checkpoint `start` or as it was at step `first`."""
-    policy = load_policy(newest(cfg.out) if first else start, device, train=True)
+    """Policy, optimizers and preset of a stage, from the checkpoint `start` or as saved at step `first`."""
+    from safetensors.torch import load_file
+    from torch.distributed.checkpoint import state_dict
+    last = newest(cfg.out)                       # with LoRA, training/ has what is added to `start`
+    policy = load_policy(last if first and not cfg.lora else start, device, train=not cfg.lora)
     policy.vlm.model.visual.requires_grad_(cfg.train_vision)
+    if cfg.lora:
+        add_lora(policy, cfg)
     if cfg.recompute:
         policy.vlm.gradient_checkpointing_enable({"use_reentrant": False})
     if cfg.shard and dist.is_initialized():
@@ -513,22 +546,33 @@ def load_trainable(cfg, start, first, device, betas, muon_lr=0.0):
     policy.to(device)                            # it also shards the root again, left gathered
     optimizers = make_optimizers(policy, cfg, betas, muon_lr)
     if first:
-        load_training_state(newest(cfg.out), policy, optimizers)
+        options = state_dict.StateDictOptions(full_state_dict=True, strict=False)   # to each rank its part
+        state = state_dict.get_optimizer_state_dict(policy.vlm, optimizers)         # for its param_groups
+        state["state"] = {}
+        try:
+            if cfg.lora:
+                adapters = load_file(f"{last}/training/adapters.safetensors")
+                state_dict.set_model_state_dict(policy.vlm, adapters, options=options)
+            for path, value in load_file(f"{last}/training/optimizer.safetensors").items():
+                name, key = path.removeprefix("state.").rsplit(".", 1)
+                state["state"].setdefault(name, {})[key] = value
+            state_dict.set_optimizer_state_dict(policy.vlm, optimizers, state, options=options)
+        except Exception as e:
+            raise UserError(DAMAGED.format(last, e))
     return policy, optimizers, load_episode(start)[0]
 
 
 # --- Optimizers, and gradients over the ranks -----------------------------------------------------------
 def make_optimizers(policy, cfg, betas, muon_lr=0.0):
-    """AdamW; with a muon_lr, Muon (Jordan et al., 2024) for the matrices that are not embeddings."""
-    if muon_lr and cfg.shard:
-        raise UserError("--shard=true: Muon needs whole matrices; give --muon_lr=0")
+    """AdamW; with a muon_lr, Muon (Jordan et al., 2024) for whole matrices, not embeddings or LoRA's."""
     matrices, rest = [], []
     for name, p in policy.named_parameters():
         if p.requires_grad:
-            muon = muon_lr and p.ndim == 2 and "embed" not in name
+            muon = muon_lr and not policy.sharded and not cfg.lora and p.ndim == 2 and "embed" not in name
             (matrices if muon else rest).append(p)
+    lr = cfg.lora_lr if cfg.lora else cfg.lr
     # foreach=False: on CUDA the other way needs temporaries as large as the weights.
-    optimizers = [torch.optim.AdamW(rest, cfg.lr, betas, weight_decay=cfg.weight_decay, foreach=False)]
+    optimizers = [torch.optim.AdamW(rest, lr, betas, weight_decay=cfg.weight_decay, foreach=False)]
     if matrices:
         optimizers.append(torch.optim.Muon(matrices, muon_lr, weight_decay=0.0, momentum=0.95))
     return optimizers
@@ -593,6 +637,9 @@ def save_checkpoint(step, policy, optimizers, cfg, preset):
     if weights:
         shutil.rmtree(tmp, ignore_errors=True)
         os.makedirs(f"{tmp}/training")
+        adapters = merge_lora(weights, cfg)
+        if adapters:
+            save_file(adapters, f"{tmp}/training/adapters.safetensors")
         save_model(tmp, policy, weights, cfg, preset)
     del weights
     state = state_dict.get_optimizer_state_dict(policy.vlm, optimizers, options=options)
@@ -606,22 +653,6 @@ def save_checkpoint(step, policy, optimizers, cfg, preset):
         os.replace(tmp, folder)
         write_text(f"{cfg.out}/last", str(step))
     gather_objects(0)                                      # it is there before anyone reads it
-
-
-def load_training_state(folder, policy, optimizers):
-    """Restore the optimizers from a checkpoint, each rank its part. Raises UserError."""
-    from safetensors.torch import load_file
-    from torch.distributed.checkpoint import state_dict
-    options = state_dict.StateDictOptions(full_state_dict=True, strict=False)
-    state = state_dict.get_optimizer_state_dict(policy.vlm, optimizers)              # for its param_groups
-    state["state"] = {}
-    try:
-        for path, value in load_file(f"{folder}/training/optimizer.safetensors").items():
-            name, key = path.removeprefix("state.").rsplit(".", 1)
-            state["state"].setdefault(name, {})[key] = value
-        state_dict.set_optimizer_state_dict(policy.vlm, optimizers, state, options=options)
-    except Exception as e:                                 # whatever a damaged file makes the loaders raise
-        raise does_not_load(folder, e)
 
 
 def prune(cfg, step, best=None):

@@ -1,6 +1,7 @@
 """The policy (sft.py): it computes what transformers' own model computes, for both families, and its
 checkpoints are plain folders that transformers and servers load.
 """
+import copy
 import json
 import os
 import shutil
@@ -102,6 +103,44 @@ def test_muon_has_the_matrices(policy25):
             assert (id(weight) in chosen) == (is_matrix == matrices), name
 
 
+def test_lora(family, trajs, tmp_path):
+    """With B = 0 nothing changes. Gradients of A and B are those of weights summed explicitly. Only text blocks have
+    adapters, only adapters are trained. What is saved is a plain model that computes the same, with them beside it."""
+    cfg = rppo.Config(lora=3, lora_alpha=6.0, out=str(tmp_path))
+    batch = sft.collate(trajs, family.proc)
+    base = copy.deepcopy(family)
+    sft.add_lora(family, cfg)
+    with torch.no_grad():
+        assert torch.equal(family(batch)[0], base(batch)[0])
+    adapters = {name: p for name, p in family.named_parameters() if p.requires_grad}
+    linear = [name for name, module in base.named_modules() if isinstance(module, torch.nn.Linear)]
+    adapted = [name for name in linear if "language_model.layers" in name]
+    assert len(adapted) == 7 * len(base.vlm.model.language_model.layers)
+    assert set(adapters) == {f"{name}.lora_{part}" for name in adapted for part in "AB"}
+    [optimizer] = sft.make_optimizers(family, cfg, (0.9, 0.98), 0.03)
+    [group] = optimizer.param_groups
+    assert list(map(id, group["params"])) == list(map(id, adapters.values())) and group["lr"] == cfg.lora_lr
+    summed = {}
+    for name in adapted:
+        A, B = adapters[f"{name}.lora_A"], adapters[f"{name}.lora_B"]
+        torch.nn.init.normal_(B, std=0.02)
+        summed[f"{name}.weight"] = base.get_parameter(f"{name}.weight") + 2.0 * B @ A
+    logp = family(batch)[0]
+    logp.sum().backward()
+    expected = torch.func.functional_call(base, summed, (batch,))[0]
+    found = torch.cat([p.grad.flatten() for p in adapters.values()])
+    wanted = torch.cat([g.flatten() for g in torch.autograd.grad(expected.sum(), list(adapters.values()))])
+    assert (found - wanted).norm() < 1e-5 * wanted.norm()
+    sft.save_checkpoint(1, family, [optimizer], cfg, "real")
+    out = sft.newest(cfg.out)
+    with torch.no_grad():
+        close(sft.load_policy(out, "cpu")(batch)[0], logp, atol=1e-5, rtol=1e-5)
+    names = {file: load_file(f"{out}/{file}.safetensors") for file in ("model", "training/adapters", "training/optimizer")}
+    assert not [name for name in names["model"] if "lora_" in name]
+    assert {f"vlm.{name}" for name in names["training/adapters"]} == adapters.keys()
+    assert not [name for name in names["training/optimizer"] if "lora_" not in name]
+
+
 def save(policy, out, step=1):
     cfg = rppo.Config(out=out, judge_url="https://judge", judge_name="j", image_root="https://images")
     optimizers = sft.make_optimizers(policy, cfg, (0.9, 0.98))
@@ -149,8 +188,8 @@ def test_damaged_checkpoints(policy, tmp_path):
     run = str(tmp_path)
     save(policy, run, 1)
     last = save(policy, run, 2)
-    optimizers = sft.make_optimizers(policy, sft.Config(), (0.9, 0.98))
-    for file, load in (("training/optimizer", lambda: sft.load_training_state(last, policy, optimizers)),
+    cfg = sft.Config(out=run)
+    for file, load in (("training/optimizer", lambda: sft.load_trainable(cfg, last, 2, "cpu", (0.9, 0.98))),
                        ("model", lambda: sft.load_policy(last, "cpu"))):
         load()                                   # nothing is wrong with it yet
         os.truncate(f"{last}/{file}.safetensors", 40)

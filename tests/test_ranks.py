@@ -51,7 +51,7 @@ def whole(tensor):
     return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
 
 
-def work(rows, out, shard):
+def work(rows, out, shard, lora):
     """Three steps of sft.py and rppo.py, eval.py, then single steps. Leaves out/RANK.pt: ids of the rollouts,
     gradients (summed over the ranks) of the first seven steps, what became of the last ones."""
     rank, world_size, _ = sft.setup()
@@ -75,7 +75,7 @@ def work(rows, out, shard):
         return samples
 
     common = dict(max_crops=2, turn_tokens=6, data=rows, model=f"{rows}/tiny")
-    training = dict(common, shard=shard, recompute=shard, train_vision=not shard, steps=3, micro_batch=3,
+    training = dict(common, shard=shard, lora=lora, recompute=shard, train_vision=not shard, steps=3, micro_batch=3,
                     warmup=1, lr=1e-3)
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(sys.stderr):
         patch.setattr(env, "parse_action", acting)
@@ -124,18 +124,18 @@ def single_steps(policy, path, cfg, rank, world_size):
 
 # --- One process beside two ranks -----------------------------------------------------------------------
 
-@pytest.fixture(scope="module", params=["copied", "sharded"])
+@pytest.fixture(scope="module", params=["copied", "sharded", "lora", "lora_sharded"])
 def ranks(request, scenes, tmp_path_factory):
     """The same work by this process and by two ranks: both folders, and what the three recorded."""
-    shard = request.param == "sharded"
+    shard, lora = "sharded" in request.param, 4 * ("lora" in request.param)
     one, two = [str(tmp_path_factory.mktemp(f"{name}_{request.param}")) for name in ("one", "two")]
     with pytest.MonkeyPatch.context() as patch:
         if shard:                        # one process has nothing to shard
             patch.setattr(sft, "shard", lambda policy, device: None)
-        work(scenes, one, shard)
+        work(scenes, one, shard, lora)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, scenes, two, str(shard)], capture_output=True, text=True,
+    done = subprocess.run([*command, scenes, two, str(shard), str(lora)], capture_output=True, text=True,
                           timeout=600, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return (one, two), [torch.load(path) for path in (f"{one}/0.pt", f"{two}/0.pt", f"{two}/1.pt")]
@@ -175,5 +175,5 @@ def test_weights_logs_and_scores(ranks, scenes):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    work(*sys.argv[1:3], sys.argv[3] == "True")
+    work(*sys.argv[1:3], sys.argv[3] == "True", int(sys.argv[4]))
     sft.leave()

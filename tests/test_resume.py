@@ -32,6 +32,7 @@ KILLS = int(os.environ.get("KILLS", 20))
 FLAGS = {"sft": dict(steps=8, batch=8, micro_batch=8, warmup=1, save_every=2),
          "rppo": dict(steps=8, prompts=2, samples=8, warmup=1, save_every=2, eval_every=4, eval_rows=4,
                       n_score=0)}
+FLAGS["lora"] = dict(FLAGS["rppo"], lora=4, shard="true")
 
 
 def log_of(out):
@@ -47,7 +48,9 @@ def log_of(out):
 def tensors_of(out):
     """Every tensor of the newest checkpoint, as bytes."""
     folder = sft.newest(str(out))
-    tensors = load_file(f"{folder}/model.safetensors") | load_file(f"{folder}/training/optimizer.safetensors")
+    tensors = {}
+    for path in Path(folder).rglob("*.safetensors"):
+        tensors |= load_file(path)
     return {name: value.numpy().tobytes() for name, value in tensors.items()}
 
 
@@ -58,8 +61,9 @@ def assert_same(a, b):
     assert not [name for name in first if first[name] != second[name]]
 
 
-@pytest.mark.parametrize("stage, number", [(sft, signal.SIGINT), (rppo, signal.SIGTERM)])
-def test_a_signal_saves_and_leaves(stage, number, scenes, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("stage, number, lora", [
+    (sft, signal.SIGINT, 0), (rppo, signal.SIGTERM, 0), (rppo, signal.SIGTERM, 2)])
+def test_a_signal_saves_and_leaves(stage, number, lora, scenes, tmp_path, monkeypatch, capsys):
     """In step 1, then in the last: it is finished and saved, exit code 0; the run ends as if left alone."""
     def rewards(group, cfg):
         return [dict(total=zlib.crc32(str(traj.ids).encode()) % 101 / 101) for traj in group]
@@ -69,7 +73,7 @@ def test_a_signal_saves_and_leaves(stage, number, scenes, tmp_path, monkeypatch,
             signal.raise_signal(number)
         return works(*args, **kwargs)
     monkeypatch.setattr(env, "rewards", rewards)
-    small = dict(FLAGS[stage.__name__], max_crops=1, turn_tokens=5, steps=3, save_every=9, data=scenes)
+    small = dict(FLAGS[stage.__name__], max_crops=1, turn_tokens=5, steps=3, save_every=9, data=scenes, lora=lora)
     stage.main(stage.Config(**small, model=f"{scenes}/tiny", out=f"{tmp_path}/whole"))
     before, works, calls = signal.getsignal(number), sft.optimizer_step, itertools.count()
     monkeypatch.setattr(sft, "optimizer_step", interrupted)
@@ -109,7 +113,7 @@ def start(scenes, model):
         command = [sys.executable]
         if ranks > 1:
             command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *options]
-        command.append(Path(__file__).parents[1] / f"{name}.py")
+        command.append(Path(__file__).parents[1] / f"{name.replace('lora', 'rppo')}.py")
         flags = dict(FLAGS[name], data=scenes, model=model, out=out)
         command += [f"--{flag}={value}" for flag, value in flags.items()]
         environment = {**os.environ, "OMP_NUM_THREADS": str(2 // ranks), "OMP_WAIT_POLICY": "passive"}
@@ -168,7 +172,7 @@ def wait_for_lines(process, out, n):
 @pytest.mark.parametrize("i", range(KILLS))
 def test_killed_at_any_moment(i, whole, start, tmp_path):
     """SIGKILL to all processes at a random moment of steps and saves, then the same command again."""
-    name, ranks = (("rppo", 1), ("sft", 2), ("sft", 1), ("rppo", 2))[i % 4]
+    name, ranks = (("rppo", 1), ("sft", 2), ("sft", 1), ("rppo", 2), ("lora", 2))[i % 5]
     out = f"{tmp_path}/run"
     process = start(name, ranks, out)
     wait_for_lines(process, out, random.Random(i).randrange(6))
