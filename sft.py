@@ -10,9 +10,8 @@ The sums run over all conversations of a step on all ranks; mask is 1 on the ass
 softmax over the vocabulary without the banned ids (vision tokens, ids without a text). A conversation is made
 by replaying its turns through the tools, row by row in the order of the file.
 
-Shapes: B conversations, T tokens of the longest, n trained tokens, N image tokens, V rows of the
-language-model head. Reads <data>/sft.jsonl and, without --model, the random model <data>/tiny. Writes
-<out>/checkpoints/<step>/, last, config.json, log.jsonl.
+Shapes: B conversations, T tokens of the longest, n trained tokens, N image tokens, V rows of the head. Reads
+<data>/{sft.jsonl, tiny}. Writes <out>/{config.json, log.jsonl, checkpoints/<step>/, last}.
 """
 import argparse
 import fcntl
@@ -330,8 +329,7 @@ def pack(views, proc):
         size = math.prod(proc.grid(view))
         rows[id(view)] = torch.arange(n, n + size)
         n += size
-    none = torch.zeros(0, dtype=torch.long)
-    return distinct, torch.cat([none, *(rows[id(view)] for view in views)])
+    return distinct, torch.cat([torch.arange(0), *(rows[id(view)] for view in views)])
 
 
 def collate(trajs, proc):

@@ -1,6 +1,6 @@
 """A run that is interrupted goes on exactly: signals, kills, dead ranks.
 
-    KILLS=4 python -m pytest -m "slow or not slow" tests/test_resume.py
+    KILLS=5 python -m pytest -m "slow or not slow" tests/test_resume.py
 
 Logs, weights and optimizers are compared bit by bit. The slow tests use two threads: both of one process, or
 one for each of torchrun's ranks.
@@ -172,7 +172,7 @@ def wait_for_lines(process, out, n):
 @pytest.mark.parametrize("i", range(KILLS))
 def test_killed_at_any_moment(i, whole, start, tmp_path):
     """SIGKILL to all processes at a random moment of steps and saves, then the same command again."""
-    name, ranks = (("rppo", 1), ("sft", 2), ("sft", 1), ("rppo", 2), ("lora", 2))[i % 5]
+    name, ranks = (("rppo", 1), ("lora", 2), ("sft", 1), ("rppo", 2), ("sft", 2))[i % 5]
     out = f"{tmp_path}/run"
     process = start(name, ranks, out)
     wait_for_lines(process, out, random.Random(i).randrange(6))
