@@ -114,7 +114,8 @@ def test_lora(family, trajs, tmp_path):
         assert torch.equal(family(batch)[0], base(batch)[0])
     [optimizer] = sft.make_optimizers(family, cfg, (0.9, 0.98), 0.03)
     trained = optimizer.param_groups[0]["params"]
-    summed, vector = {}, torch.nn.utils.parameters_to_vector
+    vector = torch.nn.utils.parameters_to_vector
+    summed = {}
     for name, module in base.named_modules():
         if isinstance(module, torch.nn.Linear) and "language_model.layers" in name:
             A, B = family.get_parameter(f"{name}.lora_A"), family.get_parameter(f"{name}.lora_B")
