@@ -32,7 +32,7 @@ KILLS = int(os.environ.get("KILLS", 20))
 FLAGS = {"sft": dict(steps=8, batch=8, micro_batch=8, warmup=1, save_every=2),
          "rppo": dict(steps=8, prompts=2, samples=8, warmup=1, save_every=2, eval_every=4, eval_rows=4,
                       n_score=0)}
-FLAGS["lora"] = dict(FLAGS["rppo"], lora=4, shard="true")
+FLAGS["lora"] = dict(FLAGS["rppo"], lora=4, lora_lr=1e-3, shard="true")
 
 
 def log_of(out):
