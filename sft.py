@@ -7,8 +7,7 @@
     loss = - sum_{i,t} mask_it * log p(token_it | tokens before it) / sum_{i,t} mask_it
 
 The sums run over all conversations of a step on all ranks; mask is 1 on the assistant's tokens only; p is the
-softmax over the vocabulary without the banned ids (vision tokens, ids without a text). A conversation is made
-by replaying its turns through the tools, row by row in the order of the file.
+softmax over the vocabulary without the banned ids (vision tokens, ids without a text).
 
 Shapes: B conversations, T tokens of the longest, n trained tokens, N image tokens, V rows of the head. Reads
 <data>/{sft.jsonl, tiny}. Writes <out>/{config.json, log.jsonl, checkpoints/<step>/, last}.
@@ -20,6 +19,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import time
@@ -308,7 +308,9 @@ def begin(cfg, rank):
             if not cfg.resume and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
                 raise UserError(f"--resume=false: {cfg.out} holds a run; give another --out or remove it")
             print(f"{cfg.out}: going on from step {step} of {cfg.steps}", flush=True)
-        write_text(f"{cfg.out}/config.json", json.dumps(asdict(cfg), indent=1))
+        here = shlex.quote(os.path.dirname(os.path.abspath(__file__)))
+        commit = os.popen(f"git -C {here} describe --always --dirty 2>/dev/null").read().strip()
+        write_text(f"{cfg.out}/config.json", json.dumps({**asdict(cfg), "commit": commit}, indent=1))
         kept = [json.dumps(entry) + "\n" for entry in read_log(cfg.out) if entry["step"] < step]
         write_text(f"{cfg.out}/log.jsonl", "".join(kept))
     return gather_objects(step)[0]
@@ -456,8 +458,7 @@ def make_policy(vlm, tokenizer):
     return Policy(vlm, env.Processor(tokenizer, factor, ends), images)
 
 
-DAMAGED = ("{}: does not load ({!r:.200}); give another --model, or write the number of an older checkpoint "
-           "into the run's file `last`")
+DAMAGED = "{}: does not load ({!r:.200}); give another --model, or write an older step into the run's `last`"
 
 
 def load_policy(path, device, train=False):
@@ -679,8 +680,7 @@ def render_batches(proc, rows, cfg):
 
 def train_step(policy, optimizers, batches, step, cfg):
     """One step on this rank's micro-batches. Returns its log entry."""
-    trained = sum(batch["mask"].sum().item() for batch in batches)
-    [n_tokens] = all_sum(int(trained))
+    [n_tokens] = all_sum(sum(int(batch["mask"].sum()) for batch in batches))
     loss_sum = 0.0
     for batch in batches:
         with policy.autocast():

@@ -191,7 +191,7 @@ def test_damaged_checkpoints(policy, tmp_path):
         with pytest.raises(env.UserError) as e:
             load()
         assert str(e.value).startswith(f"{last}: does not load")
-        assert "older checkpoint into the run's file `last`" in str(e.value)
+        assert "write an older step into the run's `last`" in str(e.value)
 
 
 def test_other_models_are_refused(scenes, tmp_path):

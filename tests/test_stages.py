@@ -94,7 +94,7 @@ def test_folders(chain):
     assert "runs/sft" in page and "runs/eval/rppo/results-sampled" in page
     for name in ("data", "sft", "rppo"):
         cfg = chain[name][0]
-        assert json.loads(Path(cfg.out, "config.json").read_text()) == asdict(cfg)
+        assert asdict(cfg).items() <= json.loads(Path(cfg.out, "config.json").read_text()).items()
 
 
 def test_logs_and_scores(chain):
