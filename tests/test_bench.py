@@ -36,10 +36,3 @@ def test_two_sides_that_differ_are_seen(tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "padded", other)
     with pytest.raises(AssertionError):
         run(tmp_path)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("shape", ["qwen3-vl-8b", "qwen2.5-vl-3b", "tiny"])
-def test_other_shapes(tmp_path, shape):
-    saved = run(tmp_path, shape=shape, shrink=32, turns=3)
-    assert saved["rollout_ratio"] > 0

@@ -209,15 +209,6 @@ def test_prompt_without_tools(policy, row):
     assert env.SYSTEM_NO_TOOL in text and "tool" not in text
 
 
-def test_fork_of_a_trajectory(row):
-    """A copy goes on by itself; images are the same objects."""
-    start = env.begin(row, ROOMY)
-    first = start.fork()
-    env.step(first, HALF, ROOMY)
-    assert start.turns == start.crops == [] and len(start.shown) == 1
-    assert len(first.crops) == 1 and first.shown[0] is start.shown[0]
-
-
 HALF = crop(0, 0, 500, 500)
 TEXTS = dict(crop=HALF, bad=crop(1), idle="hm", answer=ANSWER, flat=crop(5, 5, 5, 9))
 LIMITS = """crop crop answer -> answered, 2 crops, errors: None None None

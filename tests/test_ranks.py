@@ -29,8 +29,6 @@ parse_action, collect = env.parse_action, rppo.collect
 clip = torch.nn.utils.clip_grad_norm_
 
 
-# --- What is done by one process, and by each of two ranks ----------------------------------------------
-
 def acting(text):
     """Read gibberish as an action, by its checksum."""
     n = zlib.crc32(text.encode())
@@ -122,8 +120,6 @@ def single_steps(policy, path, cfg, rank, world_size):
         updates.append((not all(map(torch.equal, before, after)), stats["skipped"]))
     return updates
 
-
-# --- One process beside two ranks -----------------------------------------------------------------------
 
 @pytest.fixture(scope="module", params=["copied", "sharded", "lora"])
 def ranks(request, scenes, tmp_path_factory):

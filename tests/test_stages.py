@@ -6,12 +6,10 @@ In this process, with a random policy that is rewarded by chance. See also test_
 """
 import ast
 import contextlib
-import copy
 import fcntl
 import inspect
 import io
 import json
-import math
 import os
 import re
 import shutil
@@ -167,8 +165,6 @@ def test_main_job_on_foreign_rows(small, scenes, tmp_path):
         data.main(data.Config(out=str(tmp_path)))
 
 
-# --- The command line -----------------------------------------------------------------------------------
-
 def refusal(capsys, name, *argv):
     """The line with which a stage refuses its flags."""
     with pytest.raises(SystemExit) as error:
@@ -300,14 +296,6 @@ def test_pruning_and_the_best(tmp_path):
     assert best == 3 and json.loads((tmp_path / "best.json").read_text()) == {"step": 3, "accuracy": 0.7}
     sft.prune(sft.Config(out=str(tmp_path), keep=2), 6, best)
     assert set(os.listdir(tmp_path / "checkpoints")) == {"3", "5", "6"}
-
-
-def test_a_policy_of_nan(policy, rows):
-    """One line, with the step."""
-    broken = copy.deepcopy(policy)
-    torch.nn.init.constant_(broken.vlm.model.language_model.norm.weight, math.nan)
-    with pytest.raises(env.UserError, match="^[^\n]*step 7[^\n]*not finite[^\n]*$"):
-        rppo.collect(broken, rows[:2], [0, 1], 7, rppo.Config(**SHORT))
 
 
 def test_imports():
