@@ -2,7 +2,6 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import gpu
 
@@ -10,7 +9,7 @@ import gpu
 def test_gpu(tmp_path):
     out = tmp_path / "gpu.json"
     groups = ",".join(name for name in gpu.GROUPS if name != "bench")
-    command = [sys.executable, Path(__file__).with_name("gpu.py"), "--size=tiny", f"--only={groups}", f"--out={out}"]
+    command = [sys.executable, gpu.__file__, "--size=tiny", f"--only={groups}", f"--out={out}"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     numbers = json.loads(out.read_text())
