@@ -279,8 +279,8 @@ class Checks:
                 return self.say("LoRA", "not in this version")
             cfg.lora = 16
         with patch.object(sft, "load_policy", lambda *args, **kwargs: made):
-            policy, _ = sft.load_trainable(cfg, f"{self.folder}/tiny", 0, self.device)
-        optimizers = sft.make_optimizers(policy, cfg, (0.9, 0.95))
+            start = f"{self.folder}/tiny"
+            policy, optimizers, _ = sft.load_trainable(cfg, start, 0, self.device, (0.9, 0.95))
         image = Image.effect_noise([2048 if self.large else 96] * 2, 90).convert("RGB")
         row = {**self.rows[0], "images": [image]}
         product = bench.limits(self.device)[1]
