@@ -385,7 +385,7 @@ class Policy(torch.nn.Module):
 
     def see(self, views):
         """Encode images: features (N, width) and, of Qwen3-VL, deepstack features (a list of (N, width))."""
-        arrays = [view.numpy() for view in views]
+        arrays = [view.cpu().numpy() for view in views]      # FSDP2 moves a batch, its views too, to the GPU
         pixels = self.image_processor(images=arrays, input_data_format="channels_last", return_tensors="pt")
         pixels = pixels.to(self.device)
         out = self.vlm.model.visual(pixels["pixel_values"], grid_thw=pixels["image_grid_thw"])

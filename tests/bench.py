@@ -387,6 +387,7 @@ def main(cfg):
     if not real and cfg.shape not in ("tiny", "main-job"):
         raise env.UserError(f"--shape={cfg.shape}: the shapes are tiny, main-job, " + ", ".join(SHAPES))
     cuda = torch.cuda.is_available() and real
+    torch.backends.cuda.enable_cudnn_sdp(False)  # as sft.setup has it
     if real and not cuda and cfg.shrink == 1:
         raise env.UserError(f"--shape={cfg.shape} needs a CUDA device; --shrink=16 tries the command without one")
     with tempfile.TemporaryDirectory() as folder:
