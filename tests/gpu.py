@@ -324,6 +324,8 @@ def main(cfg):
     sft.write_text(cfg.out, json.dumps(numbers, indent=1))
     verdicts = Counter(entry["verdict"] for entry in numbers)
     print(f"{verdicts['ok']} ok, {verdicts['LOOK']} LOOK, {verdicts['failed']} failed; see {cfg.out}")
+    if verdicts["failed"]:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":
