@@ -728,7 +728,6 @@ def make(cfg):
         sft.same_settings(cfg.out, cfg)
         if os.path.exists(f"{cfg.out}/tiny"):      # it is made last
             return
-    os.makedirs(cfg.out, exist_ok=True)
     sft.lock(cfg.out)
     sft.write_text(f"{cfg.out}/config.json", json.dumps(asdict(cfg), indent=1))
     if cfg.images:

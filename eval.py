@@ -2,7 +2,6 @@
 
     python eval.py --model=runs/rppo                              # on the test rows: sampled and greedily
     torchrun --nproc-per-node=8 eval.py --model=runs/rppo --bench=vstar:data/vstar,hrbench4k:hr_4k.tsv
-    python eval.py --model=runs/rppo --bench=vstar:data/vstar --max_crops=0   # without the tool, to compare
     python eval.py --model=runs/rppo --image=street.jpg --question="What is on the sign?"
     python eval.py --report=runs                                  # only write the page, runs/report.html
 
@@ -154,8 +153,7 @@ class Decoder:
     def __init__(self, policy, cache, hidden, trajs, u, cfg, greedy):
         device = policy.device
         B, n = u.shape
-        self.policy, self.cache, self.cfg, self.greedy = policy, cache, cfg, greedy
-        self.u = u
+        self.policy, self.cache, self.u, self.cfg, self.greedy = policy, cache, u, cfg, greedy
         # Slot and M-RoPE position of the turn's first token.
         self.start = torch.tensor([len(traj.ids) for traj in trajs], device=device)
         self.budget = (cfg.max_tokens - 1 - self.start).clamp_max(n)
@@ -176,8 +174,7 @@ class Decoder:
         u = self.u.index_select(1, self.step)[:, 0]
         token = logp.argmax(-1) if self.greedy else draw(logp, u)
         self.token.copy_(token)
-        kept = token.masked_fill(self.done, -1)
-        self.tokens.index_copy_(1, self.step, kept[:, None])
+        self.tokens.index_copy_(1, self.step, token.masked_fill(self.done, -1)[:, None])
         self.logps.index_copy_(1, self.step, logp.gather(1, token[:, None]))
         self.done.logical_or_(torch.isin(token, self.ends) | (self.step + 1 >= self.budget))
 
@@ -201,7 +198,7 @@ class Decoder:
             if (device.type == "cpu" or n % 8 == 7) and self.done.all():
                 break
             if n % stride == 0:          # read the cache up to where the next `stride` tokens will end
-                cache.end = min(cache.end + stride, cache.capacity)
+                cache.end = min((-(-cache.end // stride) + 1) * stride, cache.capacity)
                 self.advance()
                 advance = None
             else:
@@ -214,17 +211,27 @@ class Decoder:
         return turns
 
 
+def fitting(policy, cfg):
+    """in_flight, but on CUDA at most as many trajectories as 80 % of the free memory can cache."""
+    if policy.device.type == "cpu":
+        return cfg.in_flight
+    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    most = int(0.8 * free / Cache(policy, 1, cfg.max_tokens).kv.nbytes)
+    if most < cfg.in_flight:
+        print(f"in_flight: {most} of {cfg.in_flight} trajectories fit into {free / 2 ** 30:.1f} GiB")
+    return min(most, cfg.in_flight)
+
+
 @torch.no_grad()
 def rollout(policy, rows, cfg, samples=1, seed=(0, 0), prompt_ids=None, greedy=False):
-    """Sample `samples` trajectories of every row, in_flight at a time: a list of P*G, prompt by prompt. A
-    prompt is prefilled once for its group; then only new tokens are fed, and trajectories that have ended
-    leave the batch. prompt_ids (default 0, 1, ...) name the rows in the random streams, seed = (seed, step).
-    All ranks must reach this if the policy is sharded. UserError for logits that are NaN."""
+    """Sample `samples` trajectories of every row, in_flight at a time: a list of P*G, prompt by prompt.
+    prompt_ids (default 0, 1, ...) name the rows in the random streams, seed = (seed, step). UserError for
+    logits that are NaN. All ranks must reach this if the policy is sharded."""
     policy.eval()        # in train mode, activation checkpointing (if enabled) drops the cache
     prompt_ids = prompt_ids or range(len(rows))
-    size = max(1, cfg.in_flight // samples)
     trajs = []
     with policy.gathered(), policy.autocast():
+        size = max(1, fitting(policy, cfg) // samples)
         for i in range(0, len(rows), size):
             part = slice(i, i + size)
             trajs += rollout_piece(policy, rows[part], cfg, samples, seed, prompt_ids[part], greedy)
@@ -242,11 +249,10 @@ def rollout_piece(policy, rows, cfg, samples, seed, prompt_ids, greedy):
     groups = cache.kv.unflatten(2, (-1, samples))
     groups[..., :cache.end, :] = prompt_cache.kv[..., :cache.end, :].unsqueeze(3)
     trajs, noise = [], []
-    length = (cfg.max_crops + 1) * cfg.turn_tokens
     for prompt, name in zip(prompts, prompt_ids):
         for sample in range(samples):
             trajs.append(prompt.fork())
-            noise.append(uniforms(seed, name, sample, length))
+            noise.append(uniforms(seed, name, sample, (cfg.max_crops + 1) * cfg.turn_tokens))
     noise = torch.stack(noise).to(policy.device)
     live = trajs
     while live:
@@ -459,8 +465,8 @@ STYLE = """
 --good:#13703a;--bad:#b3261e}@media(prefers-color-scheme:dark){:root{--ink:#e4e8ec;--paper:#14171b;
 --soft:#1e2328;--line:#3a424b;--mute:#a0abb6;--good:#63d291;--bad:#ff8f85}}*{box-sizing:border-box}body{
 margin:auto;max-width:1240px;padding:8px 14px 60px;font:15px/1.5 system-ui,sans-serif;color:var(--ink);
-background:var(--paper);overflow-wrap:anywhere}h1{font-size:1.5em}h2{margin:2em 0 .4em;border-bottom:1px solid
-var(--line)}h3{margin:1.4em 0 .4em}p{margin:.4em 0;white-space:pre-line}p:empty{display:none}.lead{
+background:var(--paper);overflow-wrap:anywhere}h1{font-size:1.5em}h2{margin:2em 0 .4em;
+border-bottom:1px solid var(--line)}p{margin:.4em 0;white-space:pre-line}p:empty{display:none}.lead{
 font-size:1.15em}.right{color:var(--good)}.wrong,.bad{color:var(--bad)}.scroll{overflow:auto;max-height:36em}
 th{position:sticky;top:0;background:var(--paper)}table{border-collapse:collapse;font-size:.88em;
 overflow-wrap:normal}th,td{padding:3px 9px;border-bottom:1px solid var(--line);text-align:right;
@@ -472,12 +478,11 @@ height:auto}figure text{font-size:11px;fill:var(--mute)}.grid{stroke:var(--line)
 stroke-width:2;stroke-linecap:round;vector-effect:non-scaling-stroke}.raw{stroke-width:1;opacity:.4}.dashed{
 stroke-dasharray:5 5}.dot{stroke-width:9;stroke-linecap:round;vector-effect:non-scaling-stroke;opacity:0}
 .dot:hover{opacity:.8}.pairs{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr));
-gap:14px}.scene{border-radius:4px}.scene text{font-weight:700;paint-order:stroke;stroke:#fff;
-stroke-width:.25em}rect{fill:none;stroke-width:2.5;vector-effect:non-scaling-stroke}.evidence{display:none;
-stroke:#ff0;filter:drop-shadow(0 0 1px #000)}section:has(:checked) .evidence{display:inline}.switch{
-position:sticky;top:0;z-index:1;display:inline-block;background:var(--paper);padding:4px 10px 4px 0}ol{
-list-style:none;padding:0;margin:0}li{display:flex;gap:10px;margin:8px 0}li p{max-height:14em;overflow-y:auto}
-img{flex:none;align-self:start;width:100px;max-height:160px;object-fit:contain;border:3px solid}
+gap:14px}.scene text{font-weight:700;paint-order:stroke;stroke:#fff;stroke-width:.25em}rect{fill:none;
+stroke-width:2.5;vector-effect:non-scaling-stroke}.evidence{display:none;stroke:#ff0}
+section:has(:checked) .evidence{display:inline}ol{list-style:none;padding:0;margin:0}li{display:flex;gap:10px;
+margin:8px 0}li p{max-height:14em;overflow-y:auto}img{flex:none;align-self:start;width:100px;max-height:160px;
+object-fit:contain;border:3px solid}
 """
 SWITCH = '<label class="switch"><input type="checkbox"> show the evidence</label>'
 # Charts: a title, and the one or two logged numbers that it shows, the second one dashed.
@@ -658,9 +663,8 @@ def write_report(folders, out):
         elif path.name == "eval.json":
             scores = sft.read_json(path, {})
         elif path.name == "summary.json":
-            both = sft.read_json(path, {})
-            lead = (f"{folder}: {both['sft']['accuracy']:.1%} of {both['sft']['n']} answers right after the "
-                    f"cold start, {both['rppo']['accuracy']:.1%} after RL.\n{lead}")
+            before, after = [sft.read_json(path, {})[name]["accuracy"] for name in ("sft", "rppo")]
+            lead = f"{folder}: {before:.1%} right after the cold start, {after:.1%} with RL.\n{lead}"
         elif path.name == "data_card.json":
             content += f"<section><h2>{escape(folder)}</h2>{questions_html(folder)}</section>"
         elif path.name.startswith("results-"):
@@ -711,7 +715,6 @@ def main(cfg):
     if cfg.report:
         return refresh_report(*cfg.report.split(",")) if rank == 0 else None
     policy = sft.load_policy(sft.newest(cfg.model), device)
-    os.makedirs(cfg.out, exist_ok=True)
     if rank == 0:
         sft.lock(cfg.out)
     if cfg.image:
@@ -721,8 +724,7 @@ def main(cfg):
     else:
         rows = env.load_rows(f"{cfg.data}/test.jsonl", cfg.image_root)[:cfg.limit or None]
         tasks = {"sampled": rows, "greedy": rows}
-    for rows in tasks.values():
-        env.check_images(rows, rank, world_size)
+    env.check_images(sum(tasks.values(), []), rank, world_size)
     started = time.time()
     result = {"config": vars(cfg)}
     for name, rows in tasks.items():
@@ -734,9 +736,7 @@ def main(cfg):
     result["seconds"] = round(time.time() - started, 1)
     if rank == 0:
         sft.write_text(f"{cfg.out}/eval.json", json.dumps(result, indent=1))
-        if cfg.bench:
-            print(cfg)
-        print(f"{'':37}n{HEADER}")
+        print(f"{cfg if cfg.bench else ''}\n{'':37}n{HEADER}")
         for label, means in scores_in(cfg.model, result):
             print(f"{label[-32:]:32}{means['n']:6}{line(means)}")
             for name in ("repaired", "broken", "judge_failed_rate"):
@@ -747,4 +747,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    sft.cli(main, Config, dict(env.REAL_EPISODE, in_flight=16))
+    sft.cli(main, Config, dict(env.REAL_EPISODE, in_flight=64))

@@ -57,7 +57,6 @@ class TrainConfig(env.EpisodeConfig):
     clip_norm: float = 1.0           # largest norm of a gradient
     save_every: int = 150            # steps between checkpoints
     keep: int = 2                    # newest checkpoints kept
-    resume: bool = True              # go on from the last checkpoint in out; false: refuse if there is one
     train_vision: bool = True        # false: the vision tower stays as it is
     lora: int = 0                    # rank of the updates of the text blocks, which alone are trained; 0: off
     lora_alpha: float = 32.0         # the updates are multiplied by lora_alpha / lora
@@ -181,9 +180,8 @@ def setup():
         store, rank, _ = next(dist.rendezvous("env://"))
         # torchrun keeps its store when it restarts the ranks, and with it the addresses of those that died.
         store = dist.PrefixStore("restart" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size,
-                                timeout=timedelta(hours=2))        # rank 0 may be writing a large model
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
+                                world_size=world_size, timeout=timedelta(hours=2))  # to write a large model
     return rank, world_size, device
 
 
@@ -228,7 +226,7 @@ def stop(step, rank):
 
 
 # --- The run folder: config.json, log.jsonl, lock, checkpoints/<step>/, last ----------------------------
-FREE = ("resume", "out", "keep", "log_every", "show_every", "n_score")      # these do not change results
+FREE = ("out", "keep", "log_every", "show_every", "n_score")      # these do not change results
 locks = {}      # path -> locked file, open until the process ends
 
 
@@ -272,6 +270,7 @@ def newest(folder):
 
 def lock(folder):
     """Keep other processes out of a run folder until this one ends. UserError names the one that has it."""
+    os.makedirs(folder, exist_ok=True)
     path = f"{os.path.realpath(folder)}/lock"
     if path in locks:
         return
@@ -299,14 +298,11 @@ def begin(cfg, rank):
     this. UserError if another process has the folder, or if it holds a run with other settings."""
     step = 0
     if rank == 0:
-        os.makedirs(cfg.out, exist_ok=True)
         lock(cfg.out)
         same_settings(cfg.out, cfg)
         last = newest(cfg.out)
         if last != cfg.out:
             step = int(os.path.basename(last))
-            if not cfg.resume and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
-                raise UserError(f"--resume=false: {cfg.out} holds a run; give another --out or remove it")
             print(f"{cfg.out}: going on from step {step} of {cfg.steps}", flush=True)
         here = shlex.quote(os.path.dirname(os.path.abspath(__file__)))
         commit = os.popen(f"git -C {here} describe --always --dirty 2>/dev/null").read().strip()
@@ -355,6 +351,10 @@ class Policy(torch.nn.Module):
         super().__init__()
         self.vlm, self.proc, self.image_processor = vlm, proc, image_processor
         vlm.model.visual.patch_embed.forward = MethodType(linear_patches, vlm.model.visual.patch_embed)
+        for module in vlm.modules():
+            if type(module).__name__.endswith("RMSNorm"):      # torch's takes one kernel, transformers' six
+                module.normalized_shape, module.eps = module.weight.shape, module.variance_epsilon
+                module.forward = MethodType(torch.nn.RMSNorm.forward, module)
         # A sampled vision token would be taken for an image, an id past the tokenizer decodes to nothing.
         banned = torch.zeros(vlm.config.get_text_config().vocab_size, dtype=torch.bool)
         for token in ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"):
@@ -387,8 +387,9 @@ class Policy(torch.nn.Module):
         """Encode images: features (N, width) and, of Qwen3-VL, deepstack features (a list of (N, width))."""
         arrays = [view.cpu().numpy() for view in views]      # FSDP2 moves a batch, its views too, to the GPU
         pixels = self.image_processor(images=arrays, input_data_format="channels_last", return_tensors="pt")
-        pixels = pixels.to(self.device)
-        out = self.vlm.model.visual(pixels["pixel_values"], grid_thw=pixels["image_grid_thw"])
+        patches, grid = pixels["pixel_values"].to(self.device), pixels["image_grid_thw"]
+        ends = F.pad(grid.prod(1).cumsum(0), (1, 0))         # on the CPU, so that no block waits for the GPU
+        out = self.vlm.model.visual(patches, grid_thw=grid.to(self.device), cu_seqlens=ends)
         return out.pooler_output, getattr(out, "deepstack_features", [])
 
     def hidden(self, ids, pos, images=None, feature=None, mask=None, cache=None):
@@ -454,8 +455,7 @@ def make_policy(vlm, tokenizer):
                                       image_mean=list(mean), image_std=list(std))
     ends = vlm.generation_config.eos_token_id
     ends = [i for i in (ends if isinstance(ends, list) else [ends]) if isinstance(i, int)]
-    factor = vision.patch_size * vision.spatial_merge_size
-    return Policy(vlm, env.Processor(tokenizer, factor, ends), images)
+    return Policy(vlm, env.Processor(tokenizer, vision.patch_size * vision.spatial_merge_size, ends), images)
 
 
 DAMAGED = "{}: does not load ({!r:.200}); give another --model, or write an older step into the run's `last`"
