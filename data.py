@@ -700,7 +700,7 @@ def read_benches(spec, image_root, limit):
                 rows = read_vstar(path)
             else:
                 rows = env.load_rows(path, root)
-        except Exception as e:               # whatever a damaged file makes a parser raise
+        except (Exception, UserError) as e:  # whatever a damaged file makes a parser raise
             raise UserError(f"{path}: damaged or not as {name} is published ({type(e).__name__}: {e})")
         if not rows or name in benches:
             raise UserError(f"{path}: no questions, or {name} is given twice")

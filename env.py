@@ -58,7 +58,7 @@ REAL_EPISODE = dict(max_pixels=2_000_000, min_crop_pixels=65_536, max_crop_pixel
 @dataclass
 class RewardConfig:
     """The reward (see `rewards`). None of its numbers is published; these are our choice."""
-    lam: float = 1.0                 # weight of the redundancy penalty; 0 is plain GRPO
+    lam: float = 1.0                 # weight of the redundancy penalty; 0 is GRPO (see norm_std)
     eps: float = 0.3                 # overlap (IoU) that is free: a clean 2x zoom has 0.25
     tool_bonus: float = 0.0          # DeepEyes' bonus for a right answer with at least one crop
     format_weight: float = 0.0       # subtracted once if a turn was malformed or refused, or none answered
@@ -126,7 +126,7 @@ def resolve_box(bbox, parent, full_size, min_side):
     return x0, y0, x1, y1
 
 
-# --- Tools. FORK: a new tool is an entry of TOOLS and the two functions that it names -------------------
+# --- Tools. FORK: a new tool is an entry of TOOLS, the two functions that it names, its errors in ERRORS --
 @dataclass
 class Shown:
     """One image that the policy was shown: `box` of `frame`, resized into a pixel budget."""
@@ -652,8 +652,8 @@ def rewards(group, cfg):
     """FORK: the reward. The G trajectories of one prompt -> for each its named parts and their `total`.
 
     R = R_acc + 1{R_acc = 0 and T > 1} * Gamma,   Gamma = -lam / T^2 * sum_{t<t'} max(0, IoU(b_t, b_t') - eps)
-    (DRIM) T counts executed crops; b_t are the boxes as executed, in the frame of the original. Each part
-    becomes a metric.
+    (DRIM) T counts executed crops; b_t are the boxes as executed, in the frame of the original. The mean
+    of each part is logged.
     """
     scored = []
     for traj in group:

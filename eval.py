@@ -223,22 +223,22 @@ def fitting(policy, cfg):
 
 
 @torch.no_grad()
-def rollout(policy, rows, cfg, samples=1, seed=(0, 0), prompt_ids=None, greedy=False):
+def rollout(policy, rows, cfg, samples=1, seed=(0, 0), streams=None, greedy=False):
     """Sample `samples` trajectories of every row, in_flight at a time: a list of P*G, prompt by prompt.
-    prompt_ids (default 0, 1, ...) name the rows in the random streams, seed = (seed, step). UserError for
+    streams (default 0, 1, ...) name the rows in the random streams, seed = (seed, step). UserError for
     logits that are NaN. All ranks must reach this if the policy is sharded."""
     policy.eval()        # in train mode, activation checkpointing (if enabled) drops the cache
-    prompt_ids = prompt_ids or range(len(rows))
+    streams = streams or range(len(rows))
     trajs = []
     with policy.gathered(), policy.autocast():
         size = max(1, fitting(policy, cfg) // samples)
         for i in range(0, len(rows), size):
             part = slice(i, i + size)
-            trajs += rollout_piece(policy, rows[part], cfg, samples, seed, prompt_ids[part], greedy)
+            trajs += rollout_piece(policy, rows[part], cfg, samples, seed, streams[part], greedy)
     return trajs
 
 
-def rollout_piece(policy, rows, cfg, samples, seed, prompt_ids, greedy):
+def rollout_piece(policy, rows, cfg, samples, seed, streams, greedy):
     """The part of `rollout` that is in the cache at once: at least one group."""
     proc = policy.proc
     prompts = [env.reset(proc, row, cfg) for row in rows]
@@ -249,7 +249,7 @@ def rollout_piece(policy, rows, cfg, samples, seed, prompt_ids, greedy):
     groups = cache.kv.unflatten(2, (-1, samples))
     groups[..., :cache.end, :] = prompt_cache.kv[..., :cache.end, :].unsqueeze(3)
     trajs, noise = [], []
-    for prompt, name in zip(prompts, prompt_ids):
+    for prompt, name in zip(prompts, streams):
         for sample in range(samples):
             trajs.append(prompt.fork())
             noise.append(uniforms(seed, name, sample, (cfg.max_crops + 1) * cfg.turn_tokens))

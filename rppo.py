@@ -55,7 +55,7 @@ class Config(sft.TrainConfig, evaluation.RolloutConfig, env.RewardConfig):
     eval_every: int = 10             # steps between held-out evaluations ...
     eval_rows: int = 128             # ... on the last rows of train.jsonl; their images are never trained on
     show_every: int = 20             # steps between printed trajectories
-    save_every: int = 20
+    save_every: int = 20             # steps between checkpoints; every evaluation saves one, too
     n_score: int = 512               # test rows scored at the end; 0 leaves scoring to eval.py
 
 
@@ -121,10 +121,10 @@ class Sample:
     advantage: float
 
 
-def collect(policy, rows, prompt_ids, step, cfg):
+def collect(policy, rows, streams, step, cfg):
     """Sample G trajectories of each row, reward them and compare them within their group: P * G samples."""
     G = cfg.samples
-    trajs = evaluation.rollout(policy, rows, cfg, G, seed=(cfg.seed, step), prompt_ids=prompt_ids)
+    trajs = evaluation.rollout(policy, rows, cfg, G, seed=(cfg.seed, step), streams=streams)
     evaluation.judge(trajs, cfg)
     parts = []
     for i in range(0, len(trajs), G):
@@ -187,7 +187,7 @@ def update(policy, optimizers, samples, cfg):
         _, norm, skip = sft.optimizer_step(policy, optimizers, loss_sum, cfg, rest=n_busy == 0)
         skipped += skip
     trained, entropy, gap, clipped = sft.all_sum(*sums.tolist())
-    trained = max(trained, 1)
+    trained = trained or np.nan      # in a step of flat groups alone the three are not logged
     return dict(
         tokens=n_tokens,
         entropy=entropy / trained,
@@ -311,7 +311,7 @@ def train(policy, optimizers, rows, held_out, first, preset, cfg, rank, world_si
 
 def parent(cfg):
     """The folder that holds cfg.out; the main job's other results go there too."""
-    return os.path.dirname(cfg.out.rstrip("/")) or "."
+    return os.path.dirname(cfg.out) or "."
 
 
 def cold_start(cfg, rank):

@@ -140,7 +140,7 @@ def configure(cls, real, argv=None):
     cfg = cls(**checked(values, cls, "flags"))
     for name, value in vars(cfg).items():
         if isinstance(value, str):
-            setattr(cfg, name, value.replace("{seed}", str(cfg.seed)))
+            setattr(cfg, name, value.replace("{seed}", str(cfg.seed)).rstrip("/") or value)
     if isinstance(cfg, env.EpisodeConfig) and cfg.max_crop_pixels < cfg.min_crop_pixels:
         raise UserError(f"--max_crop_pixels={cfg.max_crop_pixels} is below --min_crop_pixels")
     return cfg
@@ -226,7 +226,7 @@ def stop(step, rank):
 
 
 # --- The run folder: config.json, log.jsonl, lock, checkpoints/<step>/, last ----------------------------
-FREE = ("out", "keep", "log_every", "show_every", "n_score")      # these do not change results
+FREE = "out keep log_every show_every n_score micro_batch in_flight judge_url".split()    # no result changes
 locks = {}      # path -> locked file, open until the process ends
 
 
@@ -299,9 +299,9 @@ def begin(cfg, rank):
     step = 0
     if rank == 0:
         lock(cfg.out)
-        same_settings(cfg.out, cfg)
         last = newest(cfg.out)
         if last != cfg.out:
+            same_settings(cfg.out, cfg)
             step = int(os.path.basename(last))
             print(f"{cfg.out}: going on from step {step} of {cfg.steps}", flush=True)
         here = shlex.quote(os.path.dirname(os.path.abspath(__file__)))
@@ -458,7 +458,7 @@ def make_policy(vlm, tokenizer):
     return Policy(vlm, env.Processor(tokenizer, vision.patch_size * vision.spatial_merge_size, ends), images)
 
 
-DAMAGED = "{}: does not load ({!r:.200}); give another --model, or write an older step into the run's `last`"
+DAMAGED = "{}: does not load ({!r:.200}); check --model, or write an older step into the run's `last`"
 
 
 def load_policy(path, device, train=False):

@@ -1,7 +1,7 @@
 """The study: what does the penalty do, and what do its relatives? One command, hours on two cores:
 
     python tests/study.py                        # started again, it goes on; results: tests/assets/study.json
-    python tests/study.py --only="GRPO,RPPO"     # some arms
+    python tests/study.py --only="GRPO;RPPO"     # some arms
 
 The plan, written before the runs.
 Starts:    "default", the built-in cold start; "relook", one that after an empty crop looks at the same place
@@ -47,7 +47,7 @@ class Config:
     """The study."""
     work: str = "runs/study"         # runs; may be deleted afterwards
     out: str = "tests/assets"        # study.json, study.md and study.svg
-    only: str = ""                   # arms, separated by commas; empty: all
+    only: str = ""                   # arms, separated by semicolons; empty: all
     workers: int = 2
     claim_seeds: int = 5
     other_seeds: int = 3
@@ -75,8 +75,8 @@ def evidence_overlap(group, cfg):
 
 
 def curiosity(group, cfg):
-    """Pixel-Reasoner's: a bonus for crops while under 30 % of the group crop, 0.05 off for each after the
-    first."""
+    """Pixel-Reasoner's, as in its code: 0.05 off for each crop after the first; while under 30 % of the
+    group crop, a bonus for it that falls with that share. (Here nearly all crop.)"""
     scored = plain_rewards(group, cfg)
     share = sum(bool(traj.crops) for traj in group) / len(group)
     for traj, parts in zip(group, scored):
@@ -111,7 +111,7 @@ ARMS = {"GRPO": (dict(lam=0.0), None),
         "RPPO, lam 4": (dict(lam=4.0), None),
         "exploration (ours)": (dict(lam=0.0), exploration),
         "RPPO, eps 0.1": (dict(lam=1.0, eps=0.1), None),
-        "DeepEyes' bonus": (dict(lam=0.0, tool_bonus=1.5), None),        # 1.2 beside an accuracy of 0.8
+        "DeepEyes' bonus": (dict(lam=0.0, tool_bonus=1.5), None),        # it weighs them 1.2 and 0.8
         "Mini-o3's mask": (dict(lam=0.0, mask_over_turns=True), None),
         "evidence overlap": (dict(lam=0.0), evidence_overlap),
         "curiosity": (dict(lam=0.0), curiosity)}
@@ -195,7 +195,7 @@ def classify(traj):
     kinds, seen = {}, []
     for i, turn in enumerate(traj.turns):
         crop = turn.shown.box if turn.shown else None
-        if seen and not turn.error:
+        if seen and (crop or turn.action.kind == "answer"):
             again = crop and any(env.iou(crop, earlier) >= 0.5 for earlier in seen)
             kinds[i] = "answer" if not crop else "again" if again else "next"
         if crop:
@@ -352,7 +352,7 @@ def band(x, values, colour):
 def main(cfg):
     if cfg.job:
         return run_job(cfg)
-    arms = cfg.only.split(",") if cfg.only else list(ARMS)
+    arms = list(dict.fromkeys(["GRPO", *cfg.only.split(";")])) if cfg.only else list(ARMS)
     runs = run_all(cfg, arms)
     starts, text = defaultdict(lambda: defaultdict(dict)), ""
     for arm in ARMS:

@@ -63,11 +63,11 @@ def work(rows, out, shard, lora):
             gradients.append(torch.cat(found).double())
         return clip(weights, limit)
 
-    def recorded_collect(policy, rows, prompt_ids, step, cfg):
+    def recorded_collect(policy, rows, streams, step, cfg):
         """In the third step only prompts with odd numbers have a gradient: with two ranks rank 0 has none."""
-        samples = collect(policy, rows, prompt_ids, step, cfg)
+        samples = collect(policy, rows, streams, step, cfg)
         for i, sample in enumerate(samples):
-            prompt = prompt_ids[i // cfg.samples]
+            prompt = streams[i // cfg.samples]
             ids.setdefault(f"{step}/{prompt}", []).append(sample.traj.ids)
             if step == 2 and prompt % 2 == 0:
                 sample.advantage = 0.0

@@ -181,15 +181,15 @@ def test_random_streams(family, rows):
     def ids(rows, samples=2, cfg=SHORT, **how):
         return [t.ids for t in evaluation.rollout(family, rows, cfg, samples=samples, **how)]
     three = list({row["problem"]: row for row in rows}.values())[:3]
-    together = ids(three, prompt_ids=[4, 7, 9])
-    assert together[2:4] == ids([three[1]], prompt_ids=[7])
-    assert together[4:] + together[:2] == ids([three[2], three[0]], prompt_ids=[9, 4])
+    together = ids(three, streams=[4, 7, 9])
+    assert together[2:4] == ids([three[1]], streams=[7])
+    assert together[4:] + together[:2] == ids([three[2], three[0]], streams=[9, 4])
     pieces = replace(SHORT, in_flight=2)
-    assert together == ids(three, prompt_ids=[4, 7, 9], cfg=pieces)
+    assert together == ids(three, streams=[4, 7, 9], cfg=pieces)
     different = set()
     streams = (7, (0, 0)), (8, (0, 0)), (7, (1, 0)), (7, (0, 1))
     for prompt, seed in streams:
-        for sampled in ids([three[1]], prompt_ids=[prompt], seed=seed):
+        for sampled in ids([three[1]], streams=[prompt], seed=seed):
             different.add(tuple(sampled))
     assert len(different) == 8
 
