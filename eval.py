@@ -465,23 +465,22 @@ STYLE = """
 --good:#13703a;--bad:#b3261e}@media(prefers-color-scheme:dark){:root{--ink:#e4e8ec;--paper:#14171b;
 --soft:#1e2328;--line:#3a424b;--mute:#a0abb6;--good:#63d291;--bad:#ff8f85}}*{box-sizing:border-box}body{
 margin:auto;max-width:1240px;padding:8px 14px 60px;font:15px/1.5 system-ui,sans-serif;color:var(--ink);
-background:var(--paper);overflow-wrap:anywhere}h1{font-size:1.5em}h2{margin:2em 0 .4em;border-bottom:1px solid
-var(--line)}p{margin:.4em 0;white-space:pre-line}p:empty,h2:has(+.charts:empty,+.scroll tr:only-child),
-.scroll:has(tr:only-child){display:none}.lead{font-size:1.15em}.right{color:var(--good)}.wrong,.bad{
-color:var(--bad)}.scroll{overflow:auto;max-height:36em}th{position:sticky;top:0;background:var(--paper)}table{
-border-collapse:collapse;font-size:.88em;overflow-wrap:normal}th,td{padding:3px 9px;border-bottom:1px solid
-var(--line);text-align:right;font-variant-numeric:tabular-nums}th:first-child,td:first-child{text-align:left;
+background:var(--paper);overflow-wrap:anywhere}h2{margin:2em 0 .4em;border-bottom:1px solidvar(--line)}p{
+white-space:pre-line}p:empty,h2:has(+.charts:empty,+.scroll tr:only-child),.scroll:has(tr:only-child){
+display:none}.lead{font-size:1.15em}.right{color:var(--good)}.wrong,.bad{color:var(--bad)}.scroll{
+overflow:auto;max-height:36em}th{position:sticky;top:0;background:var(--paper)}table{border-collapse:collapse;
+font-size:.88em;overflow-wrap:normal}th,td{padding:3px 9px;border-bottom:1px solidvar(--line);
+text-align:right;font-variant-numeric:tabular-nums}th:first-child,td:first-child{text-align:left;
 min-width:8em}.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,350px),1fr));
-gap:14px}figure{margin:0}figure,article{background:var(--soft);border-radius:8px;padding:10px;min-width:0}
-figcaption{font-size:.85em;color:var(--mute)}figcaption span{display:inline-block;margin-right:1em}svg{
-display:block;width:100%;height:auto}figure text{font-size:11px;fill:var(--mute)}.grid{stroke:var(--line)}
-.curve{fill:none;stroke-width:2;stroke-linecap:round;vector-effect:non-scaling-stroke}.raw{stroke-width:1;
-opacity:.4}.dashed{stroke-dasharray:5 5}.dot{stroke-width:9;stroke-linecap:round;
-vector-effect:non-scaling-stroke;opacity:0}.dot:hover{opacity:.8}.pairs{display:grid;
-grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr));gap:14px}.scene text{font-weight:700;
-paint-order:stroke;stroke:#fff;stroke-width:.25em}rect{fill:none;stroke-width:2.5;
-vector-effect:non-scaling-stroke}.evidence{display:none;stroke:#ff0}section:has(:checked) .evidence{
-display:inline}ol{list-style:none;padding:0;margin:0}li{display:flex;gap:10px;margin:8px 0}li p{
+gap:14px}figure{margin:0}figure,article{background:var(--soft);padding:10px;min-width:0}figcaption{
+font-size:.85em;color:var(--mute)}figcaption span{display:inline-block;margin-right:1em}svg{display:block;
+width:100%;height:auto}figure text{font-size:11px;fill:var(--mute)}.grid{stroke:var(--line)}.curve{fill:none;
+stroke-width:2;stroke-linecap:round;vector-effect:non-scaling-stroke}.raw{stroke-width:1;opacity:.4}.dashed{
+stroke-dasharray:5 5}.dot{stroke-width:9;stroke-linecap:round;vector-effect:non-scaling-stroke;opacity:0}
+.dot:hover{opacity:.8}.pairs{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr));
+gap:14px}.scene text{font-weight:700;paint-order:stroke;stroke:#fff;stroke-width:.25em}rect{fill:none;
+stroke-width:2.5;vector-effect:non-scaling-stroke}.evidence{display:none;stroke:#ff0}section:has(:checked)
+.evidence{display:inline}ol{list-style:none;padding:0;margin:0}li{display:flex;gap:10px;margin:8px 0}li p{
 max-height:14em;overflow-y:auto}img{flex:none;align-self:start;width:100px;max-height:160px;
 object-fit:contain;border:3px solid}
 """
