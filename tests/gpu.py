@@ -205,7 +205,8 @@ class Checks:
         model, out, whole = [f"{self.folder}/{name}" for name in ("tiny", "killed", "whole")]
         flags = f"--steps=6 --batch=4 --save_every=2 --data={self.folder} --model={model} --out={out}"
         command = [sys.executable, sft.__file__, *flags.split()]
-        process = subprocess.Popen(command, stdout=sys.stderr, env=OUTSIDE)
+        one_thread = {**OUTSIDE, "OMP_NUM_THREADS": "1"}         # like this process, by conftest.py
+        process = subprocess.Popen(command, stdout=sys.stderr, env=one_thread)
         while process.poll() is None and not Path(out, "last").exists():
             time.sleep(0.01)
         process.kill()
