@@ -43,7 +43,7 @@ def test_decisions():
 @pytest.mark.slow
 def test_smoke(tmp_path):
     """Every arm of both starts is in the file, tables and figure are there; a second run does nothing."""
-    command = [sys.executable, str(Path(study.__file__)), f"--work={tmp_path}/work", f"--out={tmp_path}"]
+    command = [sys.executable, str(Path(study.__file__)), f"--work={tmp_path}/jobs", f"--out={tmp_path}"]
     for _ in range(2):
         subprocess.run([*command, *FLAGS], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
         runs = json.loads((tmp_path / "study.json").read_text())["runs"]
