@@ -8,7 +8,6 @@
 
 The sums run over all conversations of a step on all ranks; mask is 1 on the assistant's tokens only; p is the
 softmax over the vocabulary without the banned ids (vision tokens, ids without a text).
-
 Shapes: B conversations, T tokens of the longest, n trained tokens, N image tokens, V rows of the head. Reads
 <data>/{sft.jsonl, tiny}. Writes <out>/{config.json, log.jsonl, checkpoints/<step>/, last}.
 """
@@ -35,6 +34,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
 import env
 from env import UserError
@@ -715,14 +715,13 @@ def main(cfg):
     start = cfg.model or f"{cfg.data}/tiny"
     policy, optimizers, preset = load_trainable(cfg, start, first, device, (0.9, 0.98), cfg.muon_lr)
     policy.train()
-
     def prepare(step):
         chosen = [rows[i % len(rows)] for i in range(step * cfg.batch, (step + 1) * cfg.batch)]
         return render_batches(policy.proc, chosen[rank::world_size], cfg)
     started = time.time()
     with deferred_signals() as asked, ThreadPoolExecutor(1) as pool:
         pending = pool.submit(prepare, first)
-        for step in range(first, cfg.steps):
+        for step in tqdm(range(first, cfg.steps), "sft", disable=rank > 0 or None, leave=False):
             # 1. batch; the next one is rendered while this step computes
             batches, left_out = pending.result()
             pending = pool.submit(prepare, step + 1)
@@ -735,8 +734,9 @@ def main(cfg):
             if rank == 0:
                 append_log(cfg.out, entry)
                 if step % cfg.log_every == 0 or done or entry["skipped"]:
-                    print(f"step {step:5d} loss {entry['loss']:7.4f} norm {entry['grad_norm']:6.3f} left out "
-                          f"{left_out} skipped {entry['skipped']}", eta(entry, first, cfg), flush=True)
+                    with tqdm.external_write_mode():       # above the bar
+                        print(f"step {step} loss {entry['loss']:.4f} norm {entry['grad_norm']:.3f} left out "
+                              f"{left_out} skipped {entry['skipped']}", eta(entry, first, cfg), flush=True)
             # 4. save
             if (step + 1) % cfg.save_every == 0 or done or stopped:
                 save_checkpoint(step + 1, policy, optimizers, cfg, preset)
