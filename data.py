@@ -13,7 +13,7 @@ texts; what it saw is replayed through the tool). Image paths are relative to th
      "data_source": "tiny", "boxes": [[116, 84, 140, 108]], "difficulty": 3}
 
 Writes <out>/{sft,train,test}.jsonl, config.json; of scenes images and the random model tiny/; of photographs
-answers.jsonl (the same command goes on and pays for nothing twice) and data_card.json (what was dropped).
+answers.jsonl (the same command goes on, and pays for nothing twice), data_card.json (fates), report.html.
 """
 import ast
 import base64
@@ -593,8 +593,9 @@ def construct(cfg):
     for side, rows in sides.items():
         write_rows(cfg.out, side, rows)
     sft.write_text(f"{cfg.out}/data_card.json", json.dumps({"proposals": fates}, indent=1))
-    print(f"{cfg.out}: {fates['kept']} questions of {len(proposals)} proposals; see data_card.json and"
-          f" `python eval.py --report={cfg.out}`")
+    print(f"{cfg.out}: {fates['kept']} questions of {len(proposals)} proposals; see data_card.json")
+    import eval as evaluation                # which stands on this file, and is needed here alone
+    evaluation.refresh_report(cfg.out)
 
 
 # --- Published benchmarks ----------------------------------------------------------------------------------

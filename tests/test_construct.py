@@ -123,8 +123,8 @@ def test_fates_and_rows(done, policy):
     """Every photograph goes as far as the script lets it, and the card says why. Every cold-start row replays
     to a right answer, without an error, to the evidence; one that recovered comes first."""
     _, cfg = done
-    card = json.loads(files(cfg)["data_card.json"])
-    assert card["proposals"] == Counter(FATES + ["select: unreadable"])
+    assert json.loads(files(cfg)["data_card.json"])["proposals"] == Counter(FATES + ["select: unreadable"])
+    assert "<article>" in Path(cfg.out, "report.html").read_text()
     rows = env.load_rows(f"{cfg.out}/sft.jsonl")
     for row in rows:
         traj = env.render(policy.proc, row, row["turns"], env.EpisodeConfig(max_tokens=4096))
