@@ -226,7 +226,7 @@ def stop(step, rank):
 
 
 # --- The run folder: config.json, log.jsonl, lock, checkpoints/<step>/, last ----------------------------
-FREE = "out keep log_every show_every n_score micro_batch in_flight judge_url".split()    # no result changes
+FREE = "out keep log_every show_every n_score micro_batch in_flight judge_url".split()    # may change midway
 locks = {}      # path -> locked file, open until the process ends
 
 
