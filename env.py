@@ -136,6 +136,7 @@ class Shown:
     max_pixels: int
     tool: str | None = None          # the entry of TOOLS that made it; None: an image of the row
     view: torch.Tensor | None = None # uint8 (height, width, 3), what the model saw; see Processor.look
+    features: torch.Tensor | None = None         # of a frozen vision tower; see Policy.see
 
     def resized(self, factor):
         """The region as an RGB image, its sides multiples of `factor` pixels, within the budget."""
@@ -395,8 +396,7 @@ def mrope(ids, image_id, grid, start):
     """M-RoPE positions (t, h, w) of a run of tokens from position `start` on: int64 (3, len(ids)).
 
     Text advances the three together. An image of grid = (H, W) tokens at s has t = s, h = s..s+H-1, w =
-    s..s+W-1, and the text after it goes on at s + max(H, W) (Qwen2-VL, arXiv 2409.12191). grid None: there is
-    no image.
+    s..s+W-1, and the text after it goes on at s + max(H, W) (Qwen2-VL, arXiv 2409.12191). grid: None without.
     """
     pos = np.tile(np.arange(start, start + len(ids)), (3, 1))
     if grid is not None:

@@ -101,17 +101,19 @@ def uniforms(seed, prompt, sample, n):
 
 def draw(logp, u):
     """One id a row from log-probabilities (B, V) and uniform numbers u (B,): the inverse of the distribution
-    function, in float64. The factor keeps rounding from going past the last possible id."""
-    cdf = logp.exp().cumsum(1, dtype=torch.float64)
-    target = u[:, None] * cdf[:, -1:] * (1 - 1e-9)
-    ids = torch.searchsorted(cdf, target, right=True)[:, 0]
+    function, float64, summed in blocks for the GPU. The factor keeps rounding from passing the last id."""
+    p = torch.nn.functional.pad(logp.exp(), (0, -logp.shape[1] % 512)).unflatten(1, (-1, 512))
+    cdf = p.cumsum(2, dtype=torch.float64)       # (B, V / 512, 512): within each block; then those before it
+    cdf[:, 1:] += cdf[:, :-1, -1].cumsum(1)[..., None]
+    target = u[:, None] * cdf[:, -1, -1:] * (1 - 1e-9)
+    ids = torch.searchsorted(cdf.flatten(1), target, right=True)[:, 0]
     return ids.clamp_max(logp.shape[1] - 1)      # of NaN the search goes past the end; `rollout` sees it
 
 
 def prefill(policy, cache, trajs, fed):
     """Feed trajectory i's tokens from fed[i] on, ragged. Returns the last ones' hidden states (B, width)."""
     proc, device = policy.proc, policy.device
-    ids, slots, pos, last, views = [], [], [], [], []
+    ids, slots, pos, last, images = [], [], [], [], []
     for traj, start in zip(trajs, fed):
         end = len(traj.ids)
         ids.append(torch.tensor(traj.ids[start:]))
@@ -119,14 +121,13 @@ def prefill(policy, cache, trajs, fed):
         pos.append(torch.from_numpy(traj.pos[:, start:].T))
         last.append(end - start - 1)
         if proc.image in traj.ids[start:]:
-            views.append(traj.shown[-1].view)
+            images.append(traj.shown[-1])
     ids = pad_sequence(ids, True, proc.end).to(device)            # (B, n)
     pos = pad_sequence(pos, True).permute(2, 0, 1).to(device)     # (3, B, n)
     cache.slots = pad_sequence(slots, True, cache.capacity).to(device)    # padding goes into the bin
     cache.end = max(len(traj.ids) for traj in trajs)
-    views, feature = sft.pack(views, proc)
-    images = policy.see(views) if views else None
-    h = policy.hidden(ids, pos, images, feature.to(device), cache.mask(), cache)
+    images, feature = sft.pack(images, proc)
+    h = policy.hidden(ids, pos, policy.see(images), feature.to(device), cache.mask(), cache)
     return h[torch.arange(len(h)), last]
 
 
@@ -169,8 +170,7 @@ class Decoder:
 
     def choose(self):
         """Sample the token number `step` of each row from its hidden state."""
-        logits = self.policy.logits(self.hidden, self.cfg.temperature)
-        logp = logits.log_softmax(-1)                             # (B, V)
+        logp = self.policy.logits(self.hidden, self.cfg.temperature).log_softmax(-1)      # (B, V)
         u = self.u.index_select(1, self.step)[:, 0]
         token = logp.argmax(-1) if self.greedy else draw(logp, u)
         self.token.copy_(token)
@@ -183,7 +183,7 @@ class Decoder:
         slot = (self.start + self.step).masked_fill(self.done, self.cache.capacity)
         self.cache.slots.copy_(slot[:, None])
         pos = (self.pos + self.step)[:, None].expand(3, -1, 1)
-        h = self.policy.hidden(self.token[:, None], pos, mask=self.cache.mask(), cache=self.cache)
+        h = self.policy.hidden(self.token[:, None], pos, None, None, self.cache.mask(), self.cache)
         self.hidden.copy_(h[:, 0])
         self.step.add_(1)
         self.choose()
@@ -465,11 +465,11 @@ STYLE = """
 --good:#13703a;--bad:#b3261e}@media(prefers-color-scheme:dark){:root{--ink:#e4e8ec;--paper:#14171b;
 --soft:#1e2328;--line:#3a424b;--mute:#a0abb6;--good:#63d291;--bad:#ff8f85}}*{box-sizing:border-box}body{
 margin:auto;max-width:1240px;padding:8px 14px 60px;font:15px/1.5 system-ui,sans-serif;color:var(--ink);
-background:var(--paper);overflow-wrap:anywhere}h2{margin:2em 0 .4em;border-bottom:1px solidvar(--line)}p{
+background:var(--paper);overflow-wrap:anywhere}h2{margin:2em 0 .4em;border-bottom:1px solid var(--line)}p{
 white-space:pre-line}p:empty,h2:has(+.charts:empty,+.scroll tr:only-child),.scroll:has(tr:only-child){
 display:none}.lead{font-size:1.15em}.right{color:var(--good)}.wrong,.bad{color:var(--bad)}.scroll{
 overflow:auto;max-height:36em}th{position:sticky;top:0;background:var(--paper)}table{border-collapse:collapse;
-font-size:.88em;overflow-wrap:normal}th,td{padding:3px 9px;border-bottom:1px solidvar(--line);
+font-size:.88em;overflow-wrap:normal}th,td{padding:3px 9px;border-bottom:1px solid var(--line);
 text-align:right;font-variant-numeric:tabular-nums}th:first-child,td:first-child{text-align:left;
 min-width:8em}.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,350px),1fr));
 gap:14px}figure{margin:0}figure,article{background:var(--soft);padding:10px;min-width:0}figcaption{
@@ -484,7 +484,7 @@ stroke-width:2.5;vector-effect:non-scaling-stroke}.evidence{display:none;stroke:
 max-height:14em;overflow-y:auto}img{flex:none;align-self:start;width:100px;max-height:160px;
 object-fit:contain;border:3px solid}
 """
-SWITCH = '<label class="switch"><input type="checkbox"> show the evidence</label>'
+SWITCH = '<label><input type="checkbox"> show the evidence</label>'
 # Charts: a title, and the one or two logged numbers that it shows, the second one dashed.
 CHARTS = ("Accuracy, held out: held_out_accuracy|Reward: reward|Entropy: entropy|Gradient norm: grad_norm|"
           "Crops if right, if wrong (dashed): crops_right crops_wrong|Loss of the cold start: loss|"

@@ -48,6 +48,7 @@ class Config(sft.TrainConfig, evaluation.RolloutConfig, env.RewardConfig):
     warmup: int = 5
     decay: float = 0.4
     weight_decay: float = 0.0
+    train_vision: bool = False       # the cold start has trained it; rollout and update share its features
     clip_low: float = 0.2
     clip_high: float = 0.28          # a wider upper clip, as in DAPO (arXiv 2503.14476)
     norm_std: bool = False           # divide advantages by the group's std
@@ -64,7 +65,7 @@ REAL = dict(
     steps=200, prompts=32, samples=8, micro_batch=1,
     lr=1e-6, lora_lr=1e-5, decay=0.0,
     eval_every=20, eval_rows=64, save_every=20, show_every=5, n_score=0,
-    train_vision=False, recompute=True, shard=True)
+    recompute=True, shard=True)
 
 
 # --- The objective. FORK: the algorithm, in the next five functions --------

@@ -318,30 +318,24 @@ def linear_patches(self, hidden_states):
     return F.linear(hidden_states.to(self.proj.weight.dtype), self.proj.weight.flatten(1), self.proj.bias)
 
 
-def pack(views, proc):
-    """The distinct views, ordered by size, and for each image token of `views`, in order, the row of its
-    feature among theirs (N,). The G samples of a prompt hold the very same original: it is encoded once."""
-    distinct = sorted({id(view): view for view in views}.values(), key=lambda view: view.shape)
-    rows, n = {}, 0
-    for view in distinct:
-        size = math.prod(proc.grid(view))
-        rows[id(view)] = torch.arange(n, n + size)
-        n += size
-    return distinct, torch.cat([torch.arange(0), *(rows[id(view)] for view in views)])
+def pack(images, proc):
+    """The distinct Shown images, ordered by size, and of each image token of `images` in order the row of its
+    feature (N,). The G samples of a prompt share the original."""
+    distinct = sorted({id(image): image for image in images}.values(), key=lambda image: image.view.shape)
+    sizes = [math.prod(proc.grid(image.view)) for image in distinct]
+    rows = dict(zip(map(id, distinct), torch.arange(sum(sizes)).split(sizes)))
+    return distinct, torch.cat([torch.arange(0), *(rows[id(image)] for image in images)])
 
 
 def collate(trajs, proc):
     """Trajectories padded on the right: CPU tensors ids, mask, logp (as recorded while sampling) (B, T) and
-    pos (3, B, T); from `pack` the views and the `feature` (N,) of all image tokens in reading order."""
-    views = []
-    for t in trajs:
-        views += [shown.view for shown in t.shown]
-    views, feature = pack(views, proc)
+    pos (3, B, T); from `pack` the images and the `feature` (N,) of all image tokens in reading order."""
+    images, feature = pack(sum([t.shown for t in trajs], []), proc)
     ids = pad_sequence([torch.tensor(t.ids) for t in trajs], True, proc.end)
     mask = pad_sequence([torch.tensor(t.mask).float() for t in trajs], True)
     logp = pad_sequence([torch.tensor(t.logp).float() for t in trajs], True)
     pos = pad_sequence([torch.from_numpy(t.pos.T) for t in trajs], True).permute(2, 0, 1)
-    return dict(ids=ids, mask=mask, logp=logp, pos=pos, views=views, feature=feature)
+    return dict(ids=ids, mask=mask, logp=logp, pos=pos, images=images, feature=feature)
 
 
 class Policy(torch.nn.Module):
@@ -361,7 +355,7 @@ class Policy(torch.nn.Module):
             banned[proc.tokenizer.convert_tokens_to_ids(token)] = True
         banned[len(proc.tokenizer):] = True
         self.register_buffer("banned", banned, persistent=False)
-        self.sharded = False
+        self.sharded = self.reuses_features = False      # see `shard` and `see`
 
     @property
     def device(self):
@@ -383,28 +377,37 @@ class Policy(torch.nn.Module):
             module.reshard()
             module.set_reshard_after_forward(module is not self, recurse=False)    # FSDP2's default
 
-    def see(self, views):
-        """Encode images: features (N, width) and, of Qwen3-VL, deepstack features (a list of (N, width))."""
-        arrays = [view.cpu().numpy() for view in views]      # FSDP2 moves a batch, its views too, to the GPU
-        pixels = self.image_processor(images=arrays, input_data_format="channels_last", return_tensors="pt")
+    def see(self, images):
+        """Encode Shown images: features (N, width), with Qwen3-VL's deepstack beside them (N, 4 width). Those
+        of a frozen tower stay in host memory from the rollout to the update."""
+        if not images:
+            return None
+        if self.reuses_features and all(image.features is not None for image in images):
+            return torch.cat([image.features for image in images]).to(self.device)
+        pixels = self.image_processor(images=[image.view.numpy() for image in images], return_tensors="pt",
+                                      input_data_format="channels_last")
         patches, grid = pixels["pixel_values"].to(self.device), pixels["image_grid_thw"]
         ends = F.pad(grid.prod(1).cumsum(0), (1, 0))         # on the CPU, so that no block waits for the GPU
         out = self.vlm.model.visual(patches, grid_thw=grid.to(self.device), cu_seqlens=ends)
-        return out.pooler_output, getattr(out, "deepstack_features", [])
+        features = torch.cat([out.pooler_output, *getattr(out, "deepstack_features", [])], 1)
+        if self.reuses_features and not torch.is_grad_enabled():
+            sizes = [math.prod(self.proc.grid(image.view)) for image in images]
+            for image, part in zip(images, features.cpu().split(sizes)):
+                image.features = part
+        return features
 
-    def hidden(self, ids, pos, images=None, feature=None, mask=None, cache=None):
-        """Last hidden states (B, T, width) of ids (B, T) at pos (3, B, T). images: from `see`; feature (N,):
-        the row in it of each image token. Positions are given: inferred beside a cache, they are wrong."""
+    def hidden(self, ids, pos, features, feature, mask=None, cache=None):
+        """Last hidden states (B, T, width) of ids (B, T) at pos (3, B, T). features: from `see`; feature (N,)
+        has their rows of it. Positions are given: inferred beside a cache, they are wrong."""
         core = self.vlm.model
         x = core.get_input_embeddings()(ids)
         extra = {}
-        if images is not None:
-            features, deepstack = images
+        if features is not None:
             at = ids == self.proc.image
-            x = x.masked_scatter(at[..., None], features[feature].to(x.dtype))
+            own, *deepstack = features[feature].to(x.dtype).split(x.shape[2], 1)
+            x = x.masked_scatter(at[..., None], own)
             if deepstack:
-                extra["visual_pos_masks"] = at
-                extra["deepstack_visual_embeds"] = [d[feature].to(x.dtype) for d in deepstack]
+                extra = dict(visual_pos_masks=at, deepstack_visual_embeds=deepstack)
         out = core.language_model(inputs_embeds=x, position_ids=pos, attention_mask=mask,
                                   past_key_values=cache, use_cache=cache is not None, **extra)
         return out.last_hidden_state
@@ -426,9 +429,7 @@ class Policy(torch.nn.Module):
         """Log-probability and entropy (n,) of every trained token. Logits exist only there, 2^26 entries at a
         time, recomputed in the backward pass. Padding is on the right, where causal attention never looks."""
         ids, mask, pos, feature = (batch[k].to(self.device) for k in ("ids", "mask", "pos", "feature"))
-        blank = torch.zeros(self.proc.factor, self.proc.factor, 3, dtype=torch.uint8)
-        images = self.see(batch["views"] or [blank])              # sharded, the tower must always take part
-        h = self.hidden(ids, pos, images, feature)                # (B, T, width)
+        h = self.hidden(ids, pos, self.see(batch["images"]), feature)         # (B, T, width)
         trained = mask[:, 1:] > 0                                 # (B, T-1): state t predicts token t + 1
         h, target = h[:, :-1][trained], ids[:, 1:][trained]       # (n, width), (n,)
         size, parts = max(1, 2 ** 26 // len(self.banned)), []
@@ -538,6 +539,7 @@ def load_trainable(cfg, start, first, device, betas, muon_lr=0.0):
     policy.vlm.model.visual.requires_grad_(cfg.train_vision)
     if cfg.lora:
         add_lora(policy, cfg)
+    policy.reuses_features = bool(cfg.lora) or not cfg.train_vision
     if cfg.recompute:
         policy.vlm.gradient_checkpointing_enable({"use_reentrant": False})
     if cfg.shard and dist.is_initialized():
@@ -672,10 +674,8 @@ def render_batches(proc, rows, cfg):
     left_out = [traj for traj in trajs if traj.status == "over_turns"]
     for traj in left_out:                # it stays, as ranks must have equal numbers of batches
         traj.mask = [0] * len(traj.mask)
-    batches = []
-    for i in range(0, len(trajs), cfg.micro_batch):
-        batches.append(collate(trajs[i:i + cfg.micro_batch], proc))
-    return batches, len(left_out)
+    n = cfg.micro_batch
+    return [collate(trajs[i:i + n], proc) for i in range(0, len(trajs), n)], len(left_out)
 
 
 def train_step(policy, optimizers, batches, step, cfg):

@@ -122,7 +122,7 @@ def make_examples(task, example, n):
 def trained(images, asked, target, letter, epochs, *shape):
     """A probe trained on all examples."""
     torch.manual_seed(SEED)
-    model = Probe(*shape)
+    model = Probe(*shape).to(memory_format=torch.channels_last)          # twice as fast on a CPU
     steps = len(images) // 64
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, epochs=epochs, steps_per_epoch=steps)

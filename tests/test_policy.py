@@ -45,7 +45,7 @@ def trajs(family):
 def test_forward_against_transformers(family, trajs, chunk, monkeypatch):
     """Log-probabilities, entropies and the gradient, with and without logits in recomputed pieces."""
     batch = sft.collate(trajs, family.proc)
-    assert len(batch["views"]) == 5              # of 6 images
+    assert len(batch["images"]) == 5              # of 6 images
     if chunk:
         monkeypatch.setattr(sft, "max", lambda *_: chunk, raising=False)   # the size of a piece
     logp, entropy = family(batch, 0.8)

@@ -214,13 +214,21 @@ def test_mask_over_turns(learner, samples):
 
 
 def test_log_ratio_is_small(learner, rows):
-    """Sampling through the cache and the update agree; at another temperature they do not."""
+    """Sampling through the cache and the update agree, also with a frozen tower, which only the rollout calls;
+    at another temperature they do not."""
     cfg = replace(CFG, max_crops=2, turn_tokens=6)
-    samples = rppo.collect(learner, rows[:3], [0, 1, 2], 3, cfg)
-    for s in samples:
-        s.advantage = 1.0
     optimizer = torch.optim.SGD(learner.parameters(), lr=0.0)
-    assert 0 <= rppo.update(learner, [optimizer], samples, cfg)["log_ratio"] < 1e-4
+    learner.vlm.model.visual.requires_grad_(False)
+    found = []
+    for learner.reuses_features in (False, True):
+        samples = rppo.collect(learner, rows[:3], [0, 1, 2], 3, cfg)
+        for s in samples:
+            s.advantage = 1.0
+        if learner.reuses_features:
+            learner.vlm.model.visual = None
+        found.append(rppo.update(learner, [optimizer], samples, cfg))
+        assert 0 <= found[-1]["log_ratio"] < 1e-4
+    assert found[1]["grad_norm"] == pytest.approx(found[0]["grad_norm"], rel=1e-4)
     wrong = replace(cfg, temperature=1.0)
     assert rppo.update(learner, [optimizer], samples, wrong)["log_ratio"] > 0.05
 

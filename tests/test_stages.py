@@ -324,7 +324,7 @@ def test_two_threads_add_in_one_order(policy, monkeypatch):
     features = torch.randn(40, 96, requires_grad=True)
     noise, found = torch.randn(40_000, 96), set()
     for _ in range(4):
-        loss = (policy.hidden(ids, None, (features, []), feature) * noise).sum()
+        loss = (policy.hidden(ids, None, features, feature) * noise).sum()
         found.add(torch.autograd.grad(loss, features)[0].numpy().tobytes())
     torch.set_num_threads(1)
     assert len(found) == 1
