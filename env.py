@@ -136,7 +136,7 @@ class Shown:
     max_pixels: int
     tool: str | None = None          # the entry of TOOLS that made it; None: an image of the row
     view: torch.Tensor | None = None # uint8 (height, width, 3), what the model saw; see Processor.look
-    features: torch.Tensor | None = None         # of a frozen vision tower; see Policy.see
+    features: torch.Tensor | None = None         # (tokens, width or more) of a frozen tower; see Policy.see
 
     def resized(self, factor):
         """The region as an RGB image, its sides multiples of `factor` pixels, within the budget."""
@@ -396,7 +396,7 @@ def mrope(ids, image_id, grid, start):
     """M-RoPE positions (t, h, w) of a run of tokens from position `start` on: int64 (3, len(ids)).
 
     Text advances the three together. An image of grid = (H, W) tokens at s has t = s, h = s..s+H-1, w =
-    s..s+W-1, and the text after it goes on at s + max(H, W) (Qwen2-VL, arXiv 2409.12191). grid: None without.
+    s..s+W-1, and the text after it goes on at s + max(H, W) (Qwen2-VL, arXiv 2409.12191). None: no image.
     """
     pos = np.tile(np.arange(start, start + len(ids)), (3, 1))
     if grid is not None:
@@ -450,7 +450,7 @@ class Trajectory:
 
 def begin(row, cfg):
     """A new episode without tokens: its image (a path, or an RGB image) is the first that is shown."""
-    image = row["images"][0]                     # FORK: a row with several images starts here
+    image = row["images"][0]                     # FORK: rows with several images begin here
     if not isinstance(image, Image.Image):
         image = open_image(image)
     box = (0, 0, image.width, image.height)

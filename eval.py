@@ -101,9 +101,9 @@ def uniforms(seed, prompt, sample, n):
 
 def draw(logp, u):
     """One id a row from log-probabilities (B, V) and uniform numbers u (B,): the inverse of the distribution
-    function, float64, summed in blocks for the GPU. The factor keeps rounding from passing the last id."""
+    function, float64, summed in blocks for the GPU. The factor keeps u near 1 from passing the last id."""
     p = torch.nn.functional.pad(logp.exp(), (0, -logp.shape[1] % 512)).unflatten(1, (-1, 512))
-    cdf = p.cumsum(2, dtype=torch.float64)       # (B, V / 512, 512): within each block; then those before it
+    cdf = p.cumsum(2, dtype=torch.float64)       # (B, V / 512, 512): sums within each block; then of all
     cdf[:, 1:] += cdf[:, :-1, -1].cumsum(1)[..., None]
     target = u[:, None] * cdf[:, -1, -1:] * (1 - 1e-9)
     ids = torch.searchsorted(cdf.flatten(1), target, right=True)[:, 0]
@@ -382,7 +382,7 @@ def record(index, sample, traj, eps):
 
 def read_records(path, settings={}):
     """The records of a results file by (index, sample); none without a file. UserError if it was made with
-    other settings than these; one that it lacks counts as its default, a None among these as any."""
+    other settings than these; what the file lacks counts as its default, a None in settings as any."""
     records = {}
     for text in open(path) if os.path.exists(path) else ():
         try:

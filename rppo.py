@@ -48,7 +48,7 @@ class Config(sft.TrainConfig, evaluation.RolloutConfig, env.RewardConfig):
     warmup: int = 5
     decay: float = 0.4
     weight_decay: float = 0.0
-    train_vision: bool = False       # the cold start has trained it; rollout and update share its features
+    train_vision: bool = False       # false: the tower stays; rollout and update share its features
     clip_low: float = 0.2
     clip_high: float = 0.28          # a wider upper clip, as in DAPO (arXiv 2503.14476)
     norm_std: bool = False           # divide advantages by the group's std
@@ -141,7 +141,7 @@ def length(sample):
 
 def micro_batches(samples, size):
     """The samples in about len(samples) / size micro-batches. None has more tokens, padding included, than
-    its share or than the longest trajectory alone; neighbours in length stand together, so that little is
+    the larger of its share and the longest trajectory; neighbours in length stand together, so that little is
     padding."""
     out = []
     for sample in sorted(samples, key=length, reverse=True):
@@ -299,6 +299,7 @@ def train(policy, optimizers, rows, held_out, first, preset, cfg, rank, world_si
             if rank == 0:
                 sft.append_log(cfg.out, entry)
                 print_step(entry, samples, policy.proc, first, cfg)
+            del samples                  # with their images' features, before the next are sampled
 
             # 5. save
             if (step + 1) % cfg.save_every == 0 or evaluates or done or stopped:

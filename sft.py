@@ -130,8 +130,8 @@ def load_episode(path):
 
 
 def configure(cls, real, argv=None):
-    """The config (of class cls) of the flags in argv (default: this process's). With --model the defaults are
-    the numbers that the checkpoint was trained with, before those of real. Raises UserError."""
+    """The config (of class cls) of the flags in argv (default: this process's). With --model the episode's
+    defaults are the checkpoint's, others those of `real` unless its preset is tiny. Raises UserError."""
     values = vars(make_parser(cls, real).parse_args(argv))
     if values.get("model"):
         values["model"] = newest(values["model"])
@@ -319,8 +319,8 @@ def linear_patches(self, hidden_states):
 
 
 def pack(images, proc):
-    """The distinct Shown images, ordered by size, and of each image token of `images` in order the row of its
-    feature (N,). The G samples of a prompt share the original."""
+    """The distinct Shown images, sorted by shape, and of each image token of `images` in order the row of its
+    feature (N,). The G samples of a prompt share the original, see `fork`."""
     distinct = sorted({id(image): image for image in images}.values(), key=lambda image: image.view.shape)
     sizes = [math.prod(proc.grid(image.view)) for image in distinct]
     rows = dict(zip(map(id, distinct), torch.arange(sum(sizes)).split(sizes)))
@@ -378,8 +378,8 @@ class Policy(torch.nn.Module):
             module.set_reshard_after_forward(module is not self, recurse=False)    # FSDP2's default
 
     def see(self, images):
-        """Encode Shown images: features (N, width), with Qwen3-VL's deepstack beside them (N, 4 width). Those
-        of a frozen tower stay in host memory from the rollout to the update."""
+        """Encode Shown images: features (N, width), those of Qwen3-VL's deepstack levels beside them (N, 4
+        width). Of a frozen tower they stay in host memory from the rollout to the update."""
         if not images:
             return None
         if self.reuses_features and all(image.features is not None for image in images):
@@ -397,8 +397,8 @@ class Policy(torch.nn.Module):
         return features
 
     def hidden(self, ids, pos, features, feature, mask=None, cache=None):
-        """Last hidden states (B, T, width) of ids (B, T) at pos (3, B, T). features: from `see`; feature (N,)
-        has their rows of it. Positions are given: inferred beside a cache, they are wrong."""
+        """Last hidden states (B, T, width) of ids (B, T) at pos (3, B, T). feature (N,): the row in features
+        of each image token. Positions are given: inferred beside a cache, they are wrong."""
         core = self.vlm.model
         x = core.get_input_embeddings()(ids)
         extra = {}
@@ -459,7 +459,7 @@ def make_policy(vlm, tokenizer):
     return Policy(vlm, env.Processor(tokenizer, vision.patch_size * vision.spatial_merge_size, ends), images)
 
 
-DAMAGED = "{}: does not load ({!r:.200}); check --model, or write an older step into the run's `last`"
+DAMAGED = "{!r} does not load ({!r:.200}); check --model, or put an older step's number into the run's `last`"
 
 
 def load_policy(path, device, train=False):
@@ -544,7 +544,7 @@ def load_trainable(cfg, start, first, device, betas, muon_lr=0.0):
         policy.vlm.gradient_checkpointing_enable({"use_reentrant": False})
     if cfg.shard and dist.is_initialized():
         shard(policy, device)
-    policy.to(device)                            # it also shards the root again, left gathered
+    policy.to(device)                            # FSDP2's also shards the root again, left gathered
     optimizers = make_optimizers(policy, cfg, betas, muon_lr)
     if first:
         options = state_dict.StateDictOptions(full_state_dict=True, strict=False)   # to each rank its part

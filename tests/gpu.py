@@ -286,10 +286,14 @@ class Checks:
         for n in (2500, 5000, 8000) if self.large else (120, 200):
             traj = env.reset(policy.proc, row, cfg)
             env.respond(traj, policy.proc, [policy.proc.end] * (n - len(traj.ids)))
+            with torch.no_grad(), policy.autocast():
+                policy.see(traj.shown)                           # as a rollout does: the tower is frozen
             samples = [rppo.Sample(traj, {}, advantage) for advantage in (1.0, -1.0, 1.0, -1.0)]
             rppo.update(policy, optimizers, samples[:1], cfg)    # makes states, loads libraries
             spent = self.seconds(lambda: rppo.update(policy, optimizers, samples, cfg))
-            _, work = bench.counted(policy, [s.traj for s in samples], SimpleNamespace(turns=[]), 1)
+            _, work = bench.counted(policy, [replace(traj, shown=[])] * 4, SimpleNamespace(turns=[]), 1)
+            if self.group == "lora":
+                work *= 4 / 6                                    # no gradients of frozen weights
             self.say(f"{n} tokens: share of the matrix rate", work / spent / product, 0.45, 1, True)
             self.say(f"{n} tokens: peak, GiB", torch.cuda.max_memory_allocated() / 2 ** 30, 0, 100, True)
         samples = rppo.collect(policy, [row] * 2, [0, 1], 0, cfg)

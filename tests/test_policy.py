@@ -190,8 +190,8 @@ def test_damaged_checkpoints(policy, tmp_path):
         os.truncate(f"{last}/{file}.safetensors", 40)
         with pytest.raises(env.UserError) as e:
             load()
-        assert str(e.value).startswith(f"{last}: does not load")
-        assert "write an older step into the run's `last`" in str(e.value)
+        assert str(e.value).startswith(f"{last!r} does not load")
+        assert "put an older step's number into the run's `last`" in str(e.value)
 
 
 def test_other_models_are_refused(scenes, tmp_path):

@@ -52,7 +52,7 @@ def whole(tensor):
 
 def work(rows, out, shard, lora):
     """Three steps of sft.py and rppo.py, eval.py, then single steps. Leaves out/RANK.pt: ids of the rollouts,
-    gradients (summed over the ranks) of the first seven steps, what became of the last ones."""
+    gradients (summed over the ranks) of the first six steps, what became of the last ones."""
     rank, world_size, _ = sft.setup()
     ids, gradients = {}, []
 
