@@ -104,7 +104,7 @@ def draw(logp, u):
     function, float64, summed in blocks for the GPU. The factor keeps u near 1 from passing the last id."""
     p = torch.nn.functional.pad(logp.exp(), (0, -logp.shape[1] % 512)).unflatten(1, (-1, 512))
     cdf = p.cumsum(2, dtype=torch.float64)       # (B, V / 512, 512): sums within each block; then of all
-    cdf[:, 1:] += cdf[:, :-1, -1].cumsum(1)[..., None]
+    cdf[:, 1:].add_(cdf[:, :-1, -1].cumsum(1)[..., None])
     target = u[:, None] * cdf[:, -1, -1:] * (1 - 1e-9)
     ids = torch.searchsorted(cdf.flatten(1), target, right=True)[:, 0]
     return ids.clamp_max(logp.shape[1] - 1)      # of NaN the search goes past the end; `rollout` sees it

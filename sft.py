@@ -79,7 +79,7 @@ class Config(TrainConfig):
 
 
 REAL = dict(env.REAL_EPISODE, steps=1000, batch=32, micro_batch=1, lr=1e-5, lora_lr=1e-4, muon_lr=0.0,
-            warmup=50, save_every=200, train_vision=False, recompute=True, shard=True)
+            save_every=200, train_vision=False, recompute=True, shard=True)
 
 
 # --- The command line: argparse over the dataclasses ----------------------------------------------------
@@ -294,8 +294,7 @@ def same_settings(folder, cfg):
 
 
 def begin(cfg, rank):
-    """Open the run folder cfg.out: returns the step to go on from, 0 for a new run. All ranks must reach
-    this. UserError if another process has the folder, or if it holds a run with other settings."""
+    """Open cfg.out: returns the step to go on from. UserError if it is in use or has other settings."""
     step = 0
     if rank == 0:
         lock(cfg.out)
@@ -316,6 +315,11 @@ def begin(cfg, rank):
 def linear_patches(self, hidden_states):
     """The patch convolution (its kernel is its stride) as the matrix product that it is."""
     return F.linear(hidden_states.to(self.proj.weight.dtype), self.proj.weight.flatten(1), self.proj.bias)
+
+
+@torch.autocast("cuda", enabled=False)           # torch 2.13's would go through fp32
+def rms_norm(self, x):
+    return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.variance_epsilon)
 
 
 def pack(images, proc):
@@ -347,8 +351,7 @@ class Policy(torch.nn.Module):
         vlm.model.visual.patch_embed.forward = MethodType(linear_patches, vlm.model.visual.patch_embed)
         for module in vlm.modules():
             if type(module).__name__.endswith("RMSNorm"):      # torch's takes one kernel, transformers' six
-                module.normalized_shape, module.eps = module.weight.shape, module.variance_epsilon
-                module.forward = MethodType(torch.nn.RMSNorm.forward, module)
+                module.forward = MethodType(rms_norm, module)
         # A sampled vision token would be taken for an image, an id past the tokenizer decodes to nothing.
         banned = torch.zeros(vlm.config.get_text_config().vocab_size, dtype=torch.bool)
         for token in ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"):
@@ -391,16 +394,14 @@ class Policy(torch.nn.Module):
         out = self.vlm.model.visual(patches, grid_thw=grid.to(self.device), cu_seqlens=ends)
         features = torch.cat([out.pooler_output, *getattr(out, "deepstack_features", [])], 1)
         if self.reuses_features and not torch.is_grad_enabled():
-            sizes = [math.prod(self.proc.grid(image.view)) for image in images]
-            for image, part in zip(images, features.cpu().split(sizes)):
+            for image, part in zip(images, features.cpu().split((grid.prod(1) // 4).tolist())):   # 2 x 2
                 image.features = part
         return features
 
     def hidden(self, ids, pos, features, feature, mask=None, cache=None):
         """Last hidden states (B, T, width) of ids (B, T) at pos (3, B, T). feature (N,): the row in features
         of each image token. Positions are given: inferred beside a cache, they are wrong."""
-        core = self.vlm.model
-        x = core.get_input_embeddings()(ids)
+        x = self.vlm.get_input_embeddings()(ids)
         extra = {}
         if features is not None:
             at = ids == self.proc.image
@@ -408,9 +409,8 @@ class Policy(torch.nn.Module):
             x = x.masked_scatter(at[..., None], own)
             if deepstack:
                 extra = dict(visual_pos_masks=at, deepstack_visual_embeds=deepstack)
-        out = core.language_model(inputs_embeds=x, position_ids=pos, attention_mask=mask,
-                                  past_key_values=cache, use_cache=cache is not None, **extra)
-        return out.last_hidden_state
+        return self.vlm.model.language_model(inputs_embeds=x, position_ids=pos, attention_mask=mask, **extra,
+                                             past_key_values=cache, use_cache=bool(cache)).last_hidden_state
 
     def logits(self, h, temperature):
         """Logits of the sampling distribution in fp32: divided by the temperature, banned ids at -inf."""

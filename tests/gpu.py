@@ -269,7 +269,7 @@ class Checks:
         subprocess.run([sys.executable, bench.__file__, *flags], check=True, stdout=sys.stderr, env=OUTSIDE)
         result = sft.read_json(out, {})
         for name, low in dict(rollout_ratio=3, update_ratio=1, update_memory_ratio=1).items():
-            self.say(f"{name}, plain / ours", result[name], low, goal=True)
+            self.say(f"{name}, plain / ours", result[name] or 0.0, low, goal=True)
 
     def update(self):
         """Four trajectories of each length, then a step of 2 prompts x 8 samples; sharded and recomputed."""
