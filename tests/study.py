@@ -307,6 +307,13 @@ COLOURS = "#2f7ed8", "#e4572e", "#a05bd0", "#2a9d4a"
 PANELS = "held-out accuracy", "P(look again)", "P(answer)"
 
 
+LEGEND = """Means over the first seeds; where an arm has fewer, compare not these but the differences, which are
+paired by seed. Intervals of 95 % (Student's t). area: under the held-out curve. *: at equal numbers of crops.
+next, again, answer: what the cold start's decisions after an empty crop have become, estimated with importance
+weights (they need not sum to 1).
+"""
+
+
 def series(result, panel):
     """(steps, values) of a run for one of PANELS."""
     if panel == 0:
@@ -362,6 +369,7 @@ def main(cfg):
                 starts[start][arm][seed] = result
     for start, arms_of in starts.items():
         text += f"**Start: {start}.**\n\n{table(arms_of, cfg)}\n\n"
+    text += LEGEND
     sft.write_text(f"{cfg.out}/study.md", text)
     sft.write_text(f"{cfg.out}/study.svg", figure(starts, cfg))
     print(text)
