@@ -286,7 +286,7 @@ class Checks:
         for n in (2500, 5000, 8000) if self.large else (120, 200):
             traj = env.reset(policy.proc, row, cfg)
             env.respond(traj, policy.proc, [policy.proc.end] * (n - len(traj.ids)))
-            with torch.no_grad(), policy.autocast():
+            with torch.no_grad(), policy.gathered(), policy.autocast():
                 policy.see(traj.shown)                           # as a rollout does: the tower is frozen
             samples = [rppo.Sample(traj, {}, advantage) for advantage in (1.0, -1.0, 1.0, -1.0)]
             rppo.update(policy, optimizers, samples[:1], cfg)    # makes states, loads libraries
