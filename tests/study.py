@@ -135,7 +135,8 @@ def run_job(cfg):
     env.rewards = fork or plain_rewards
     out = f"{here}/{arm[0]}/rppo"
     run = rppo.Config(**common, **settings, model=sft.newest(f"{here}/sft"), out=out, steps=cfg.steps,
-                      train_vision=True, eval_rows=cfg.eval_rows, eval_every=cfg.every, save_every=cfg.every, keep=cfg.steps,
+                      train_vision=True,         # as in all runs of study.json
+                      eval_rows=cfg.eval_rows, eval_every=cfg.every, save_every=cfg.every, keep=cfg.steps,
                       n_score=0)
     rppo.main(run)
     sft.write_text(f"{here}/{arm[0]}/result.json", json.dumps(measure_run(cfg, run, here)))

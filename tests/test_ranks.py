@@ -74,8 +74,8 @@ def work(rows, out, shard, lora):
         return samples
 
     common = dict(max_crops=2, turn_tokens=6, data=rows, model=f"{rows}/tiny")
-    training = dict(common, shard=shard, lora=lora, recompute=shard, train_vision=not shard, steps=3, micro_batch=3,
-                    warmup=1, lr=1e-3)
+    training = dict(common, shard=shard, lora=lora, recompute=shard, steps=3, micro_batch=3, warmup=1,
+                    lr=1e-3)
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(sys.stderr):
         patch.setattr(env, "parse_action", acting)
         patch.setattr(env, "rewards", by_chance)
@@ -83,8 +83,8 @@ def work(rows, out, shard, lora):
         patch.setattr(rppo, "collect", recorded_collect)
         muon = 0.0 if shard else 0.03
         sft.main(sft.Config(**training, out=f"{out}/sft", muon_lr=muon, batch=8))
-        cfg = rppo.Config(**training, out=f"{out}/rppo", prompts=4, samples=4, eval_rows=5, in_flight=2,
-                          n_score=0)
+        cfg = rppo.Config(**training, train_vision=not shard, out=f"{out}/rppo", prompts=4, samples=4,
+                          eval_rows=5, in_flight=2, n_score=0)
         policy = rppo.main(cfg)
         evaluation.main(evaluation.Config(**common, out=f"{out}/eval", limit=7, k=3))
         updates = single_steps(policy, rows, cfg, rank, world_size)
