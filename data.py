@@ -1,4 +1,4 @@
-"""data.py, file 3 of 5 (after env.py and sft.py): how rows of questions are made and read.
+"""data.py, file 2 of 5 (after env.py): how rows of questions are made and read.
 
     python data.py                              # built-in scenes: data/scenes-0/{sft,train,test}.jsonl
     python data.py --task=large --n_train=2000 --out=data/large    # true scale: 4096 pixels, two zooms
@@ -33,12 +33,10 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import env
-import sft
 from env import UserError
 
 
@@ -46,10 +44,10 @@ from env import UserError
 class ScenesConfig:
     """Built-in scenes."""
     task: str = "tiny"               # FORK: a key of TASKS
-    n_sft: int = 2000                # scenes; each asks two questions (a scene for RL or testing asks one)
-    n_train: int = 1200
-    n_test: int = 512
-    max_crops: int = 5               # what the demonstrations plan with
+    n_sft: int = env.setting(2000, least=0)  # scenes of two questions (for RL and testing: of one)
+    n_train: int = env.setting(1200, least=0)
+    n_test: int = env.setting(512, least=0)
+    max_crops: int = env.setting(5, least=0)  # what the demonstrations plan with
 
 
 @dataclass
@@ -64,8 +62,8 @@ class PhotosConfig:
     per_image: int = 2               # proposals per photograph
     evidence_share: float = 0.01     # largest share of the photograph that the evidence may cover
     votes: int = 4                   # answers each from the text, the shrunken image and the evidence:
-    blind: int = 1                   # at most so many may be right from text or shrunken image,
-    agree: int = 3                   # at least so many from the evidence
+    blind: int = env.setting(1, least=0)  # at most so many may be right from text or shrunken image,
+    agree: int = env.setting(3, least=0)  # at least so many from the evidence
     samples: int = 8                 # trajectories of the policy per question
     max_rate: float = 0.75           # largest share of them that may be right
     attempts: int = 4                # trajectories of the annotator per question
@@ -77,9 +75,79 @@ class PhotosConfig:
 @dataclass
 class Config(ScenesConfig, PhotosConfig):
     """All rows."""
-    seed: int = 0                    # of the sft and train scenes (not of test), and of what models sample
-    out: str = "data/scenes-{seed}"  # where rows and images go
+    seed: int = env.setting(0, least=0)  # of the sft and train scenes (not test), and of samples
+    out: str = env.setting("data/scenes-{seed}", free=True)  # where rows and images go
     per_question: int = 3            # cold-start trajectories per question
+
+
+# --- Rows -----------------------------------------------------------------------------------------------
+def read_lines(path):
+    """The objects of a JSON list or of a JSON Lines file. Raises UserError."""
+    try:
+        with open(path, encoding="utf-8-sig") as f:
+            text = f.read()
+        if text.lstrip().startswith("["):
+            return json.loads(text)
+        return [json.loads(line) for line in text.split("\n") if line.strip()]
+    except OSError as e:
+        raise UserError(f"{path}: {e.strerror}; run `python data.py` for scenes, or give --data=FOLDER")
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{path}: not JSON or JSON Lines ({e})")
+
+
+def find_image(root, path, where, confined):
+    """The absolute path of an image. Raises UserError if there is none or, confined, if it is outside
+    root."""
+    full = os.path.join(root, path.replace("\0", "").encode(errors="replace").decode())   # a name can be that
+    if confined:
+        root, full = os.path.realpath(root), os.path.realpath(full)
+        if os.path.commonpath([root, full]) != root:
+            raise UserError(f"{where}: image {path} lies outside {root}; mend the row or --image_root")
+    if not os.path.exists(full):
+        raise UserError(f"{where}: no image {full}; paths are relative to the file or to --image_root")
+    return full
+
+
+def check_row(row, where):
+    """Raise UserError unless a row has what every row needs."""
+    for key in ("images", "problem", "solution"):
+        if not isinstance(row, dict) or row.get(key) in (None, "", []):
+            raise UserError(f"{where} has no `{key}`; a row needs images (a list of paths), problem and "
+                            "solution; conversations of other projects: `python tests/convert.py FILE`")
+    if not isinstance(row["images"], list) or len(row["images"]) != 1:
+        raise UserError(f"{where}: `images` is not a list of one image; several images are not supported")
+    choices, turns, boxes = [row.get(key) or [] for key in ("choices", "turns", "boxes")]
+    if any(not isinstance(values, list) for values in (choices, turns, boxes)):
+        raise UserError(f"{where}: `choices`, `turns` or `boxes` is not a list")
+    if not all(map(env.is_box, boxes)) or any(not isinstance(turn, str) for turn in turns):
+        raise UserError(f"{where}: `boxes` are not four numbers each, or `turns` not texts")
+    solution = row["solution"][0] if isinstance(row["solution"], list) else row["solution"]
+    if choices and not env.match(solution, row):
+        raise UserError(f"{where}: its solution {solution!r} is none of its choices {choices}")
+
+
+def load_rows(path, image_root=""):
+    """FORK: the data set. The rows of a file, with absolute image paths, relative to image_root or to the
+    file. UserError names file and row if a field is missing, or if an image does not exist or lies outside
+    image_root."""
+    rows = read_lines(path)
+    if not rows:
+        raise UserError(f"{path}: no rows")
+    root = os.path.abspath(image_root or os.path.dirname(path))
+    for i, row in enumerate(rows):
+        where = f"{path}: row {i}"
+        check_row(row, where)
+        row["images"] = [find_image(root, str(row["images"][0]), where, bool(image_root))]
+        row["problem"] = str(row["problem"]).replace("<image>", "").strip()   # the image always comes first
+    return rows
+
+
+def check_images(rows, rank, world_size):
+    """Read the header of every image, shared out over the ranks, before hours are spent. Raises UserError. An
+    image that is cut short shows only when it is decoded."""
+    paths = sorted({row["images"][0] for row in rows})[rank::world_size]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda path: env.open_image(path, header_only=True), paths))
 
 
 # --- The built-in scenes: coloured boxes on a 4 x 4 grid, whose evidence can be seen in crops alone --------
@@ -100,7 +168,7 @@ KINDS = {
     "count": ("One {} box bears several dotted bars, the others one. How many?", "1", list("2345")),
     "text": ("One {} box bears a dotted code, the others a dash. What is the code?", "dash", CODES)}
 SIGNS = dict(zip("cross plus ring dash 1 2 3 4 5".split(), "X + O - I II III IIII IIIII".split()))
-NUMBERS = (3, 4, 5, 6), (2, 3)       # boxes of a scene's two colours; only a cold start asks about the second
+N_BOXES = (3, 4, 5, 6), (2, 3)       # boxes of a scene's two colours; only a cold start asks about the second
 NOISE = np.array([-12, -4, 4, 12], np.int16)
 # The flaws of the cold start, for RL to mend.
 MOST_BOXES = 3                       # no demonstration looks at more; a target beyond means a guess after two
@@ -179,7 +247,7 @@ def make_scene(rng, task):
     colours = rng.permutation(list(COLOURS)).tolist()
     free = rng.permutation(GRID * GRID).tolist()
     questions, scene = [], {}
-    for colour, numbers in zip(colours, NUMBERS):
+    for colour, numbers in zip(colours, N_BOXES):
         kind = rng.choice(task.kinds)
         problem, plain, answers = KINDS[kind]
         answers = [answer for answer in answers if answer != colour]
@@ -200,7 +268,7 @@ def make_scene(rng, task):
     return Image.fromarray(pixels.astype(np.uint8)), questions
 
 
-def look(box):
+def crop_call(box):
     """The text of a call that looks at a box of the original."""
     arguments = {"bbox_2d": box.astype(int).tolist(), "img_idx": 0}
     call = {"name": env.CROP_SCHEMA["function"]["name"], "arguments": arguments}
@@ -231,7 +299,7 @@ def oracle(question, rng, task, max_crops):
         if verb == "Again":                  # a fifth of its width nearer to the middle of the image
             axis = rng.integers(2)
             corner[axis] += 200 // GRID if corner[axis] < 500 else -200 // GRID
-        call = look(np.append(corner, corner + 1000 // GRID))
+        call = crop_call(np.append(corner, corner + 1000 // GRID))
         turns.append(f"<think>{thought} {verb} {name}.</think>\n{call}")
         seen = marks[cell]
         if task.label and len(turns) == max_crops:
@@ -239,7 +307,7 @@ def oracle(question, rng, task, max_crops):
         elif task.label:
             margin = task.tile // 10
             label = np.add(question["tiles"][cell], [-margin, -margin, margin, margin])
-            call = look((label * 1000 / task.size).clip(0, 1000))
+            call = crop_call((label * 1000 / task.size).clip(0, 1000))
             turns.append(f"<think>{name} bears a label. Look closer.</think>\n{call}")
         thought = f"{name} {seen}."
         if seen == answer:
@@ -255,7 +323,7 @@ def oracle(question, rng, task, max_crops):
 
 
 def write_rows(out, split, rows):
-    sft.write_text(f"{out}/{split}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    env.write_text(f"{out}/{split}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def write_scenes(cfg):
@@ -281,64 +349,6 @@ def write_scenes(cfg):
         if split == "sft":
             np.random.default_rng(cfg.seed).shuffle(rows)
         write_rows(cfg.out, split, rows)
-
-
-# --- The tiny model ----------------------------------------------------------------------------------------
-SPECIAL = ("<|endoftext|> <|im_start|> <|im_end|> <|vision_start|> <|vision_end|> <|vision_pad|> "
-           "<|image_pad|> <|video_pad|>").split()              # their ids are 0 to 7
-
-
-def make_tokenizer(rows):
-    """A tokenizer for cold-start rows. Words, system prompt and constant parts of calls are tokens."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-    frames = []
-    for tool in env.TOOLS.values():
-        frames += [piece for piece in f"\n{tool.example}\n".split("0") if len(piece) > 2]
-    whole = [*env.TAGS, env.SYSTEM, *frames]
-    texts = [*env.ERRORS.values(), env.SYSTEM_NO_TOOL, "user\n", "assistant\n", "system\n", "\n"] * 50
-    for row in rows:
-        texts += [row["problem"], *row.get("turns", [])]
-    pieces = []
-    for text in texts:
-        pieces += re.split("|".join(map(re.escape, whole)), text)
-    tokenizer = Tokenizer(models.BPE())
-    words = pre_tokenizers.Split(Regex(r"\s*</?\w+>|,? ?\w+|[^\w<]+|<"), "isolated")
-    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, to_bytes])
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=1200, min_frequency=20, special_tokens=SPECIAL,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
-    tokenizer.train_from_iterator(pieces, trainer)
-    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in whole])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=SPECIAL[2], pad_token=SPECIAL[0])
-
-
-def make_tiny(rows, seed):
-    """A random Qwen3-VL of 0.6 M parameters for these rows. A patch is 8 x 8 pixels, a token 16 x 16."""
-    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
-    tokenizer = make_tokenizer(rows)
-    rope = dict(rope_theta=10000.0, mrope_section=[6, 5, 5], mrope_interleaved=True)
-    text = dict(vocab_size=len(tokenizer), hidden_size=96, intermediate_size=256, num_hidden_layers=3,
-                num_attention_heads=3, num_key_value_heads=3, head_dim=32, tie_word_embeddings=True,
-                eos_token_id=tokenizer.eos_token_id, rope_parameters=rope)
-    vision = dict(depth=2, hidden_size=64, intermediate_size=192, num_heads=2, patch_size=8,
-                  out_hidden_size=96, num_position_embeddings=64, deepstack_visual_indexes=[0])
-    torch.manual_seed(seed)
-    vlm = Qwen3VLForConditionalGeneration(
-        Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, image_token_id=6,
-                      video_token_id=7, vision_start_token_id=3, vision_end_token_id=4))
-    # At transformers' 0.02 an image token hardly says where it is: finding boxes takes three times as long.
-    torch.nn.init.normal_(vlm.model.visual.pos_embed.weight, std=0.5)
-    return sft.make_policy(vlm, tokenizer)
-
-
-def save_tiny(folder, seed):
-    """Write <folder>/tiny, whole or not at all: a random model for the texts of <folder>/sft.jsonl."""
-    policy = make_tiny(env.read_lines(f"{folder}/sft.jsonl"), seed)
-    unfinished = f"{folder}/tiny.tmp"
-    sft.save_model(unfinished, policy, policy.vlm.state_dict(), env.EpisodeConfig(), "tiny")
-    os.replace(unfinished, f"{folder}/tiny")
 
 
 # --- Other models over HTTP: annotator and policy here, the judge in eval.py -------------------------------
@@ -438,7 +448,7 @@ def converse(job, row, who, episode, k):
     """k conversations of the "annotator" or the "policy" about a row, recorded or new: env.Trajectory without
     tokens. Raises ConnectionError when the endpoint fails or the job has stopped."""
     address, name = getattr(job.cfg, who), getattr(job.cfg, who + "_name")
-    start = env.begin(row, episode)
+    start = env.start_episode(row, episode)
     # What decides the answers, and no more: a new setting must not make those that were paid for worthless.
     request = [row["doc_id"], row["images"][0].size, row["problem"], name, job.cfg.seed, env.SYSTEM,
                episode.max_crops, episode.max_pixels]
@@ -462,7 +472,7 @@ def converse(job, row, who, episode, k):
 
 # The steps of a proposal, on its row, with its image in memory: each adds to it, or says why it drops it.
 
-def select(job, row):
+def open_photo(job, row):
     """1. Photographs that can be read."""
     path = row["images"][0]
     try:
@@ -491,10 +501,10 @@ def propose(job, row):
         outer = box
     if env.area(outer) > limit:
         return "the last view is too large"
-    row.update(problem=traj.answer, boxes=[outer], chain=traj.crops)      # `ask` finds the question in it
+    row.update(problem=traj.answer, boxes=[outer], chain=traj.crops)      # `read_question` finds the question in it
 
 
-def ask(job, row):
+def read_question(job, row):
     """3. Read the question: it needs a short answer that can be judged."""
     said = row["problem"]
     try:
@@ -536,7 +546,7 @@ def grade(job, row):
     row.update(difficulty=min(crops), solve_rate=rate)
 
 
-def collect(job, row):
+def demonstrate(job, row):
     """6. Cold-start trajectories of the annotator (lists of texts): of the faultless ones first those that
     recovered (looked where nothing of the evidence is, and then where it is). There may be none."""
     found = []
@@ -549,7 +559,7 @@ def collect(job, row):
     row["turns"] = found[:job.cfg.per_question]
 
 
-STEPS = (select, propose, ask, verify, grade, collect)
+STEPS = (open_photo, propose, read_question, verify, grade, demonstrate)
 
 
 def build(job, path, n):
@@ -592,14 +602,13 @@ def construct(cfg):
             job.stopped = True
     for side, rows in sides.items():
         write_rows(cfg.out, side, rows)
-    sft.write_text(f"{cfg.out}/data_card.json", json.dumps({"proposals": fates}, indent=1))
-    print(f"{cfg.out}: {fates['kept']} questions of {len(proposals)} proposals; see data_card.json")
-    import eval as evaluation                # which stands on this file, and is needed here alone
-    evaluation.refresh_report(cfg.out)
+    env.write_text(f"{cfg.out}/data_card.json", json.dumps({"proposals": fates}, indent=1))
+    print(f"{cfg.out}: {fates['kept']} questions of {len(proposals)} proposals; see data_card.json, and the page that "
+          f"`python eval.py --report={cfg.out}` writes")
 
 
 # --- Published benchmarks ----------------------------------------------------------------------------------
-# Rows as env.load_rows returns them, with `category`. Layouts: open-compass/VLMEvalKit, penghao-wu/vstar.
+# Rows as load_rows returns them, with `category`. Layouts: open-compass/VLMEvalKit, penghao-wu/vstar.
 
 def multiple_choice(where, image, question, options, letter, category):
     """A row of a question with options, in the wording that all benchmarks get."""
@@ -665,14 +674,14 @@ def read_vstar(path):
     """V*Bench, 191 questions, as its published folder: test_questions.jsonl has question and options in one
     text; X.json beside X.jpg has the evidence boxes as [x, y, w, h]."""
     rows, table = [], f"{path}/test_questions.jsonl"
-    for i, item in enumerate(env.read_lines(table)):
+    for i, item in enumerate(read_lines(table)):
         if item["category"] not in ("direct_attributes", "relative_position"):
             continue                         # the folders OCR and GPT4V-hard are not part of it
         text = item["text"].partition("\nAnswer with the option")[0]
         question, *options = re.split(r"\s*\([A-E]\)\s*", text)
         image = os.path.join(path, item["image"])
         row = multiple_choice(f"{table}: row {i}", image, question, options, item["label"], item["category"])
-        for x, y, w, h in sft.read_json(os.path.splitext(image)[0] + ".json", {}).get("bbox", []):
+        for x, y, w, h in env.read_json(os.path.splitext(image)[0] + ".json", {}).get("bbox", []):
             row.setdefault("boxes", []).append([x, y, x + w, y + h])
         rows.append(row)
     return rows
@@ -700,7 +709,7 @@ def read_benches(spec, image_root, limit):
             elif os.path.isdir(path):
                 rows = read_vstar(path)
             else:
-                rows = env.load_rows(path, root)
+                rows = load_rows(path, root)
         except (Exception, UserError) as e:  # whatever a damaged file makes a parser raise
             raise UserError(f"{path}: damaged or not as {name} is published ({type(e).__name__}: {e})")
         if not rows or name in benches:
@@ -708,43 +717,34 @@ def read_benches(spec, image_root, limit):
         benches[name] = rows[:limit or None]
         for row in benches[name]:
             image = os.path.abspath(row["images"][0])
-            row["images"] = [env.find_image("", image, row.get("doc_id"), False)]
+            row["images"] = [find_image("", image, row.get("doc_id"), False)]
     return benches
 
 
 # --- The command -------------------------------------------------------------------------------------------
 def foreign(folder, images=""):
     """Does a folder hold rows that are not of these photographs (default: not of the built-in scenes)?"""
-    made = sft.read_json(f"{folder}/config.json", {})
+    made = env.read_json(f"{folder}/config.json", {})
     return made.get("images") != images and any(Path(folder).glob("*.jsonl"))
 
 
-def make(cfg):
-    """The rows of cfg.out, unless they are there."""
+def main(cfg):
+    """Make the rows of cfg.out, unless they are there: scenes, or questions about photographs."""
     if foreign(cfg.out, cfg.images):
         raise UserError(f"{cfg.out} holds rows that this command did not make; give another --out")
     if cfg.task not in TASKS:
         raise UserError(f"--task={cfg.task}: the tasks are {', '.join(TASKS)}")
     if not cfg.images:
-        sft.same_settings(cfg.out, cfg)
-        if os.path.exists(f"{cfg.out}/tiny"):      # it is made last
+        env.same_settings(cfg.out, cfg)
+        if os.path.exists(f"{cfg.out}/sft.jsonl"):      # it is written last
             return
-    sft.lock(cfg.out)
-    sft.write_text(f"{cfg.out}/config.json", json.dumps(asdict(cfg), indent=1))
+    env.lock(cfg.out)
+    env.write_text(f"{cfg.out}/config.json", json.dumps(asdict(cfg), indent=1))
     if cfg.images:
         construct(cfg)
     else:
         write_scenes(cfg)
-        save_tiny(cfg.out, cfg.seed)
-
-
-def main(cfg):
-    """Make the rows of cfg.out: scenes, or questions about photographs. All ranks must reach this."""
-    rank = sft.setup()[0]
-    if rank == 0:
-        make(cfg)
-    sft.gather_objects(0)                    # the others wait
 
 
 if __name__ == "__main__":
-    sft.cli(main, Config, {})
+    main(env.configure(Config, {}))

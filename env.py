@@ -1,4 +1,4 @@
-"""env.py, file 1 of 5 (then sft.py, data.py, eval.py, rppo.py): what an episode is.
+"""env.py, file 1 of 5 (then data.py, sft.py, eval.py, rppo.py): what an episode is.
 
 An episode is a conversation about one high-resolution image. The policy thinks, then calls a tool or answers.
 The crop tool shows a region, cut from the original pixels, as a new image. What gives a token or a number its
@@ -14,14 +14,18 @@ Shapes: T tokens of a trajectory (in the formula of the reward, T is DRIM's numb
 x1, y1). The method is DRIM (arXiv 2512.17306), from its description; "our choice" marks what is not
 published.
 """
+import argparse
+import fcntl
+import inspect
 import json
 import math
 import os
 import re
 import string
+import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -39,10 +43,18 @@ class ToolError(Exception):
     """A mistake of the policy: the key of what it reads next, in ERRORS."""
 
 
+def setting(default, least=None, free=False):
+    """A config field with a smallest value of its own (else integers begin at 1, other numbers at 0), or one
+    that is free to change when a run goes on."""
+    if least is None:
+        least = int(type(default) is int)
+    return field(default=default, metadata=dict(least=least, free=free))
+
+
 @dataclass
 class EpisodeConfig:
     """The episode. The defaults are those of the tiny built-in task."""
-    max_crops: int = 5               # tool turns, then one turn that may only answer; 0 takes the tool away
+    max_crops: int = setting(5, least=0)  # tool turns, then a turn that may only answer; 0: no tool
     max_pixels: int = 32 * 32        # pixel budget of the original, as the model sees it
     min_crop_pixels: int = 32 * 32   # crops are resized into [min_crop_pixels, max_crop_pixels]
     max_crop_pixels: int = 49 * 49   # a little over 48 x 48, as rows of patches are rounded
@@ -448,7 +460,7 @@ class Trajectory:
         self.logp += logp or [0.0] * len(ids)
 
 
-def begin(row, cfg):
+def start_episode(row, cfg):
     """A new episode without tokens: its image (a path, or an RGB image) is the first that is shown."""
     image = row["images"][0]                     # FORK: rows with several images begin here
     if not isinstance(image, Image.Image):
@@ -459,7 +471,7 @@ def begin(row, cfg):
 
 def reset(proc, row, cfg):
     """A new episode: system prompt, image, question, and the header of the first turn. Raises UserError."""
-    traj = begin(row, cfg)
+    traj = start_episode(row, cfg)
     view = proc.look(traj.shown[0])
     before = BEFORE_QUESTION.format(system=SYSTEM if cfg.max_crops else SYSTEM_NO_TOOL)
     ids = proc.expand(proc.encode(before), view)
@@ -527,7 +539,7 @@ def render(proc, row, turns, cfg):
 
 
 # --- Is an answer right by the rules? -------------------------------------------------------------------
-NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()
+NUMBER_WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 OUTER = " .,;:!?\"'`*()[]"
 PLAIN = str.maketrans("‐‑‒–—−‘’“”", "------''\"\"")
 STYLED = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\{([^{}]*)\}")
@@ -571,8 +583,8 @@ def number(text):
     """(value, unit) of a number as people write it, or None; unit is a currency sign, "%" or "". Above 15
     digits it is None: a float would round them, text is exact."""
     words = normalise(text).replace(" percent", "%")
-    if words in NUMBERS:
-        return float(NUMBERS.index(words)), ""
+    if words in NUMBER_WORDS:
+        return float(NUMBER_WORDS.index(words)), ""
     found = NUMBER.fullmatch(words)
     if not found:
         return None
@@ -678,73 +690,124 @@ def covers(traj):
     return True
 
 
-# --- Rows: {"images": [path], "doc_id", "problem", "solution", "data_source"} and optionally choices, boxes
-# (the evidence, in pixels of the original), difficulty, turns (the assistant's texts of a cold-start row).
+# --- Files: JSON in and out, and folders that a command works in ----------------------------------------
+locks = {}      # path -> locked file, open until the process ends
 
-def read_lines(path):
-    """The objects of a JSON list or of a JSON Lines file. Raises UserError."""
+
+def read_json(path, default):
+    """The JSON object in a file, or `default` without one. Raises UserError."""
+    if not os.path.exists(path):
+        return default
     try:
-        with open(path, encoding="utf-8-sig") as f:
-            text = f.read()
-        if text.lstrip().startswith("["):
-            return json.loads(text)
-        return [json.loads(line) for line in text.split("\n") if line.strip()]
-    except OSError as e:
-        raise UserError(f"{path}: {e.strerror}; run `python data.py` for scenes, or give --data=FOLDER")
-    except (ValueError, RecursionError) as e:
-        raise UserError(f"{path}: not JSON or JSON Lines ({e})")
+        return dict(json.loads(Path(path).read_text()))
+    except (ValueError, TypeError, RecursionError) as e:
+        raise UserError(f"{path}: not a JSON object ({e}); mend or remove the file")
 
 
-def find_image(root, path, where, confined):
-    """The absolute path of an image. Raises UserError if there is none or, confined, if it is outside
-    root."""
-    full = os.path.join(root, path.replace("\0", "").encode(errors="replace").decode())   # a name can be that
-    if confined:
-        root, full = os.path.realpath(root), os.path.realpath(full)
-        if os.path.commonpath([root, full]) != root:
-            raise UserError(f"{where}: image {path} lies outside {root}; mend the row or --image_root")
-    if not os.path.exists(full):
-        raise UserError(f"{where}: no image {full}; paths are relative to the file or to --image_root")
-    return full
+def write_text(path, text):
+    """Replace a file: whatever happens, it holds the old text or the new one."""
+    with open(path + ".tmp", "w") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(path + ".tmp", path)
 
 
-def check_row(row, where):
-    """Raise UserError unless a row has what every row needs."""
-    for key in ("images", "problem", "solution"):
-        if not isinstance(row, dict) or row.get(key) in (None, "", []):
-            raise UserError(f"{where} has no `{key}`; a row needs images (a list of paths), problem and "
-                            "solution; conversations of other projects: `python tests/convert.py FILE`")
-    if not isinstance(row["images"], list) or len(row["images"]) != 1:
-        raise UserError(f"{where}: `images` is not a list of one image; several images are not supported")
-    choices, turns, boxes = [row.get(key) or [] for key in ("choices", "turns", "boxes")]
-    if any(not isinstance(values, list) for values in (choices, turns, boxes)):
-        raise UserError(f"{where}: `choices`, `turns` or `boxes` is not a list")
-    if not all(map(is_box, boxes)) or any(not isinstance(turn, str) for turn in turns):
-        raise UserError(f"{where}: `boxes` are not four numbers each, or `turns` not texts")
-    solution = row["solution"][0] if isinstance(row["solution"], list) else row["solution"]
-    if choices and not match(solution, row):
-        raise UserError(f"{where}: its solution {solution!r} is none of its choices {choices}")
+def newest(folder):
+    """A run folder stands for its newest checkpoint; anything else (a checkpoint, a hub id) for itself."""
+    last = Path(folder, "last")
+    return f"{folder}/checkpoints/{last.read_text().strip()}" if last.exists() else folder
 
 
-def load_rows(path, image_root=""):
-    """FORK: the data set. The rows of a file, with absolute image paths, relative to image_root or to the
-    file. UserError names file and row if a field is missing, or if an image does not exist or lies outside
-    image_root."""
-    rows = read_lines(path)
-    if not rows:
-        raise UserError(f"{path}: no rows")
-    root = os.path.abspath(image_root or os.path.dirname(path))
-    for i, row in enumerate(rows):
-        where = f"{path}: row {i}"
-        check_row(row, where)
-        row["images"] = [find_image(root, str(row["images"][0]), where, bool(image_root))]
-        row["problem"] = str(row["problem"]).replace("<image>", "").strip()   # the image always comes first
-    return rows
+def lock(folder):
+    """Keep other processes out of a run folder until this one ends. UserError names the one that has it."""
+    os.makedirs(folder, exist_ok=True)
+    path = f"{os.path.realpath(folder)}/lock"
+    if path in locks:
+        return
+    file = open(path, "a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{folder} is in use by {Path(path).read_text()[:-1]}; end it, or give another --out")
+    file.truncate(0)
+    print(f"process {os.getpid()} on {os.uname().nodename} since {time.ctime()}", file=file, flush=True)
+    locks[path] = file
 
 
-def check_images(rows, rank, world_size):
-    """Read the header of every image, shared out over the ranks, before hours are spent. Raises UserError. An
-    image that is cut short shows only when it is decoded."""
-    paths = sorted({row["images"][0] for row in rows})[rank::world_size]
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda path: open_image(path, header_only=True), paths))
+def same_settings(folder, cfg):
+    """UserError if a folder has other settings. A key that config.json lacks is at its default."""
+    old = {**asdict(type(cfg)()), **read_json(f"{folder}/config.json", asdict(cfg))}
+    changes = []
+    for f in fields(cfg):
+        value = getattr(cfg, f.name)
+        if old[f.name] != value and not f.metadata.get("free"):
+            changes.append(f"{f.name}: {old[f.name]} -> {value}")
+    if changes:
+        raise UserError(f"{folder} was made with other settings ({'; '.join(changes)}); give another folder")
+
+
+# --- The command line: argparse over the dataclasses ----------------------------------------------------
+def make_parser(cls, real):
+    """A flag for each field. --help has its comment, default and, in brackets, default with a real model."""
+    parser = argparse.ArgumentParser(usage="%(prog)s [--FLAG=VALUE ...]", allow_abbrev=False,
+                                     description=inspect.getmodule(cls).__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     argument_default=argparse.SUPPRESS)
+    comments, groups = {}, {}
+    for base in reversed(cls.__mro__[:-1]):
+        group = parser.add_argument_group(inspect.getdoc(base).split("\n")[0])
+        for name, comment in re.findall(r"^    (\w+): [^#\n]*(?:# *(.*))?$", inspect.getsource(base), re.M):
+            groups.setdefault(name, group)
+            comments[name] = comment or comments.get(name, "")
+    for f in fields(cls):
+        text = f"{comments[f.name]} (default: {f.default})"
+        if real.get(f.name, f.default) != f.default:
+            text += f" [{real[f.name]}]"
+        kind = json.loads if f.type is bool else f.type        # true or false
+        groups[f.name].add_argument(f"--{f.name}", type=kind, help=text.replace("%", "%%"))
+    return parser
+
+
+def checked(values, cls, where):
+    """The values that cls has a field for. UserError unless each has the field's type and range."""
+    known = {}
+    for f in fields(cls):
+        if f.name not in values:
+            continue
+        value = known[f.name] = values[f.name]
+        least = f.metadata.get("least", int(f.type is int))
+        if type(value) is not f.type and (type(value), f.type) != (int, float):
+            raise UserError(f"{where}: {f.name} takes a value of type {f.type.__name__}, not {value!r}")
+        if f.type in (int, float) and not least <= value < 2 ** 63:
+            raise UserError(f"{where}: {f.name} is {value}; it has to be finite and at least {least}")
+    return known
+
+
+def load_episode(path):
+    """Preset ("tiny" or "real") and EpisodeConfig fields of a checkpoint; no address or key is read."""
+    where = f"{path}/episode.json"
+    saved = read_json(where, {})
+    return saved.get("preset", "real"), checked(saved, EpisodeConfig, where)
+
+
+def configure(cls, real, argv=None):
+    """The config (of class cls) of the flags in argv (default: this process's). With --model the episode's
+    defaults are the checkpoint's, others those of `real` unless its preset is tiny. Raises UserError."""
+    values = vars(make_parser(cls, real).parse_args(argv))
+    if values.get("model"):
+        values["model"] = newest(values["model"])
+        preset, episode = load_episode(values["model"])
+        values = {**(real if preset == "real" else {}), **episode, **values}
+    cfg = cls(**checked(values, cls, "flags"))
+    for name, value in vars(cfg).items():
+        if isinstance(value, str):
+            setattr(cfg, name, value.replace("{seed}", str(cfg.seed)).rstrip("/") or value)
+    if isinstance(cfg, EpisodeConfig) and cfg.max_crop_pixels < cfg.min_crop_pixels:
+        raise UserError(f"--max_crop_pixels={cfg.max_crop_pixels} is below --min_crop_pixels")
+    return cfg
+
+
+def shared(cfg, cls):
+    """The fields of cfg that another config class has too, as a dict."""
+    return {f.name: getattr(cfg, f.name) for f in fields(cls) if hasattr(cfg, f.name)}

@@ -1,4 +1,4 @@
-"""eval.py, file 4 of 5 (env.py, sft.py, data.py come first, then rppo.py): rollouts, and how good they are.
+"""eval.py, file 4 of 5 (after env.py, data.py, sft.py): rollouts, and how good they are.
 
     python eval.py --model=runs/rppo                              # on the test rows: sampled and greedily
     torchrun --nproc-per-node=8 eval.py --model=runs/rppo --bench=vstar:data/vstar,hrbench4k:hr_4k.tsv
@@ -34,16 +34,16 @@ import sft
 @dataclass
 class RolloutConfig(env.EpisodeConfig):
     """The sampling of trajectories, and the judge of open answers."""
-    in_flight: int = 128             # most trajectories that are sampled at once, in whole groups
-    temperature: float = 1.0         # of sampling, and of every log-probability in an update
-    judge_url: str = ""              # an OpenAI-compatible endpoint that is asked about open answers
+    in_flight: int = env.setting(128, free=True)  # most trajectories that are sampled at once
+    temperature: float = env.setting(1.0, least=1e-6)  # of sampling, and in the update
+    judge_url: str = env.setting("", free=True)  # an OpenAI-compatible endpoint; judges open answers
     judge_name: str = ""             # the name of its model
 
 
 @dataclass
 class Config(RolloutConfig):
     """The evaluation."""
-    seed: int = 0
+    seed: int = env.setting(0, least=0)
     model: str = ""                  # a run folder, a checkpoint or a hub id
     data: str = "data/scenes-{seed}" # its test.jsonl is scored, unless there is a benchmark or an image
     image_root: str = ""             # where the images of rows lie; empty: relative to the file of the rows
@@ -51,8 +51,8 @@ class Config(RolloutConfig):
     image: str = ""                  # a picture to ask the question about
     question: str = ""
     report: str = ""                 # FOLDER,FOLDER: only write the page of these runs
-    out: str = "runs/eval"
-    limit: int = 0                   # rows scored, from the beginning; 0: all
+    out: str = env.setting("runs/eval", free=True)
+    limit: int = env.setting(0, least=0)  # rows scored, from the beginning; 0: all
     k: int = 1                       # samples per row; 1 answers benchmarks greedily
     eps: float = 0.3                 # overlap (IoU) that redundancy_wrong leaves free
 
@@ -426,7 +426,7 @@ def score(policy, name, rows, cfg, rank, world_size, greedy):
     # Answers do not depend on these; what the rows are is in their checksum.
     free = dict.fromkeys(("out", "in_flight", "judge_url", "bench", "data", "image_root", "limit"))
     checksum = zlib.crc32(json.dumps(rows).encode())
-    settings = {**vars(cfg), **free, "rows": checksum, "model": sft.newest(cfg.model)}
+    settings = {**vars(cfg), **free, "rows": checksum, "model": env.newest(cfg.model)}
     with_tool = f"{cfg.out}/results-{name}-tool_on.jsonl"
     path = with_tool if cfg.max_crops else f"{cfg.out}/results-{name}-tool_off.jsonl"
     done, tool = {}, {}
@@ -434,7 +434,7 @@ def score(policy, name, rows, cfg, rank, world_size, greedy):
         done = read_records(path, settings)
         tool = read_records(with_tool, {**settings, "max_crops": None})
     if rank == 0 and not done:
-        sft.write_text(path, json.dumps({"settings": settings}))
+        env.write_text(path, json.dumps({"settings": settings}))
     records = evaluate(policy, rows, cfg, rank, world_size, k, greedy, done, path)
     groups = defaultdict(list)
     for entry in records:
@@ -493,7 +493,7 @@ CHARTS = ("Accuracy, held out: held_out_accuracy|Reward: reward|Entropy: entropy
           "Guesses, flat groups (dashed): guess_rate flat_groups|"
           "Log-ratio between sampling and update: log_ratio|"
           "Seconds of rollout, of update (dashed): rollout_s update_s")
-COLOURS = ("#2f7ed8", "#e4572e", "#2a9d4a", "#a05bd0", "#c98500", "#0a9a9a", "#c2417c", "#8a6d3b")
+PALETTE = ("#2f7ed8", "#e4572e", "#2a9d4a", "#a05bd0", "#c98500", "#0a9a9a", "#c2417c", "#8a6d3b")
 VERDICTS = {True: "right", False: "wrong", None: ""}
 
 
@@ -546,7 +546,7 @@ def curves(runs):
             for key, kind in zip(keys.split(), ("", "dashed")):
                 points = [(e["step"], e[key]) for e in log if np.isfinite(np.float64(e.get(key)))]
                 if points:
-                    lines.append((name, COLOURS[i % 8], kind, np.array(points, float)))
+                    lines.append((name, PALETTE[i % 8], kind, np.array(points, float)))
         if lines:
             charts += chart(title, lines)
     return f'<div class="charts">{charts}</div>'
@@ -589,7 +589,7 @@ def trajectory_html(record, max_side=340):
             repeats = [i for i, earlier in enumerate(crops, 1) if env.iou(box, earlier) >= 0.7]
             if repeats:
                 note = f"repeats crop {repeats[0]}"
-            colour = COLOURS[len(crops) % 8]
+            colour = PALETTE[len(crops) % 8]
             crops.append(box)
             crop = (f'<img alt="crop {len(crops)}: {box}" style="border-color:{colour}" '
                     f'src="{data_url(image.crop(box), 140)}">')
@@ -634,9 +634,9 @@ def comparison(before, after, n):
 
 def questions_html(folder):
     """40 questions from photographs, with boxes from coarse to fine, and what became of all proposals."""
-    card = sft.read_json(f"{folder}/data_card.json", {})
+    card = env.read_json(f"{folder}/data_card.json", {})
     parts = table([["proposals", "n"], *card["proposals"].items()]) + SWITCH + '<div class="pairs">'
-    for row in env.read_lines(f"{folder}/train.jsonl")[:40]:
+    for row in data.read_lines(f"{folder}/train.jsonl")[:40]:
         row["images"] = [f"{folder}/{row['images'][0]}"]
         row["turns"] = [{"text": "", "error": None, "box": box} for box in row["chain"]]
         row.update(status=f"solve rate {row['solve_rate']}", answer=None, right=None)
@@ -654,16 +654,16 @@ def write_report(folders, out):
         folder = str(path.parent)
         scores = {}
         if path.name == "log.jsonl":
-            configs[folder] = config = sft.read_json(f"{folder}/config.json", {})
+            configs[folder] = config = env.read_json(f"{folder}/config.json", {})
             logs[folder] = log = sft.read_log(folder)
             lead += f"{folder}: {len(log)} steps, seed {config.get('seed')}, commit {config.get('commit')}.\n"
             for entry in log:
                 scores = entry.get("held_out") or scores
                 entry["held_out_accuracy"] = entry.get("held_out", {}).get("accuracy")
         elif path.name == "eval.json":
-            scores = sft.read_json(path, {})
+            scores = env.read_json(path, {})
         elif path.name == "summary.json":
-            before, after = [sft.read_json(path, {})[name]["accuracy"] for name in ("sft", "rppo")]
+            before, after = [env.read_json(path, {})[name]["accuracy"] for name in ("sft", "rppo")]
             lead = f"{folder}: {before:.1%} right after the cold start, {after:.1%} with RL.\n{lead}"
         elif path.name == "data_card.json":
             content += f"<section><h2>{escape(folder)}</h2>{questions_html(folder)}</section>"
@@ -680,7 +680,7 @@ def write_report(folders, out):
         values = [config.get(key) for config in configs.values()]
         if len(set(map(str, values)) - {"None"}) > 1:
             settings.append([key, *values])
-    sft.write_text(out, f"""<!DOCTYPE html>
+    env.write_text(out, f"""<!DOCTYPE html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
 <title>DRIM</title><style>{STYLE}</style><main><h1>DRIM</h1><p class="lead">{escape(lead)}</p>
 <h2>Last evaluation</h2>{table(scored)}<h2>Settings that differ</h2>{table(settings)}
@@ -704,7 +704,7 @@ def ask(policy, cfg):
     [traj] = rollout(policy, [row], cfg, greedy=True)
     print(show(traj, policy.proc))
     answer = {**record(0, 0, traj, cfg.eps), "right": None}
-    sft.write_text(f"{cfg.out}/results-question.jsonl", json.dumps(answer))
+    env.write_text(f"{cfg.out}/results-question.jsonl", json.dumps(answer))
     refresh_report(cfg.out)
     return answer
 
@@ -714,17 +714,17 @@ def main(cfg):
     rank, world_size, device = sft.setup()
     if cfg.report:
         return refresh_report(*cfg.report.split(",")) if rank == 0 else None
-    policy = sft.load_policy(sft.newest(cfg.model), device)
+    policy = sft.load_policy(env.newest(cfg.model), device)
     if rank == 0:
-        sft.lock(cfg.out)
+        env.lock(cfg.out)
     if cfg.image:
         return ask(policy, cfg) if rank == 0 else None
     if cfg.bench:
         tasks = data.read_benches(cfg.bench, cfg.image_root, cfg.limit)
     else:
-        rows = env.load_rows(f"{cfg.data}/test.jsonl", cfg.image_root)[:cfg.limit or None]
+        rows = data.load_rows(f"{cfg.data}/test.jsonl", cfg.image_root)[:cfg.limit or None]
         tasks = {"sampled": rows, "greedy": rows}
-    env.check_images(sum(tasks.values(), []), rank, world_size)
+    data.check_images(sum(tasks.values(), []), rank, world_size)
     started = time.time()
     result = {"config": vars(cfg)}
     for name, rows in tasks.items():
@@ -735,7 +735,7 @@ def main(cfg):
         result["accuracy_greedy"] = result["greedy"]["accuracy"]
     result["seconds"] = round(time.time() - started, 1)
     if rank == 0:
-        sft.write_text(f"{cfg.out}/eval.json", json.dumps(result, indent=1))
+        env.write_text(f"{cfg.out}/eval.json", json.dumps(result, indent=1))
         print(f"{cfg if cfg.bench else ''}\n{'':37}n{HEADER}")
         for label, means in scores_in(cfg.model, result):
             print(f"{label[-32:]:32}{means['n']:6}{line(means)}")

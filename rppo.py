@@ -37,15 +37,15 @@ import sft
 @dataclass
 class Config(sft.TrainConfig, evaluation.RolloutConfig, env.RewardConfig):
     """RPPO."""
-    out: str = "runs/rppo"
+    out: str = env.setting("runs/rppo", free=True)
     task: str = "tiny"               # the built-in task (data.py) of the main job; large is for real models
     steps: int = 40
     prompts: int = 16                # P per step, over all ranks
     samples: int = 8                 # G per prompt
     updates: int = 1                 # passes over each rollout; above 1 the ratio leaves 1 and clipping acts
-    micro_batch: int = 32            # trajectories of mean length per forward pass; fewer if they are long
+    micro_batch: int = env.setting(32, free=True)  # trajectories of mean length a pass; fewer if long
     lr: float = 5e-4
-    warmup: int = 5
+    warmup: int = env.setting(5, least=0)
     decay: float = 0.4
     weight_decay: float = 0.0
     train_vision: bool = False       # false: the tower stays; rollout and update share its features
@@ -54,10 +54,10 @@ class Config(sft.TrainConfig, evaluation.RolloutConfig, env.RewardConfig):
     norm_std: bool = False           # divide advantages by the group's std
     mask_over_turns: bool = False    # no loss on trajectories that ran out of turns or tokens (Mini-o3)
     eval_every: int = 10             # steps between held-out evaluations ...
-    eval_rows: int = 128             # ... on the last rows of train.jsonl; their images are never trained on
-    show_every: int = 20             # steps between printed trajectories
+    eval_rows: int = env.setting(128, least=0)  # ... on train.jsonl's last rows, never trained on
+    show_every: int = env.setting(20, free=True)  # steps between printed trajectories
     save_every: int = 20             # steps between checkpoints; every evaluation saves one, too
-    n_score: int = 512               # test rows scored at the end; 0 leaves scoring to eval.py
+    n_score: int = env.setting(512, least=0, free=True)  # test rows scored at the end; 0: none
 
 
 REAL = dict(
@@ -247,7 +247,7 @@ def mark_best(out):
             accuracy = entry["held_out"]["accuracy"]
             if accuracy > best["accuracy"]:
                 best = dict(step=step, accuracy=accuracy)
-    sft.write_text(f"{out}/best.json", json.dumps(best))
+    env.write_text(f"{out}/best.json", json.dumps(best))
     return best["step"]
 
 
@@ -321,27 +321,26 @@ def cold_start(cfg, rank):
     missing. A folder of one's own rows brings its own sft.jsonl."""
     if cfg.model:
         return cfg.model
-    if not data.foreign(cfg.data):
+    if rank == 0 and not data.foreign(cfg.data):
         data.main(data.Config(seed=cfg.seed, out=cfg.data, task=cfg.task, max_crops=cfg.max_crops))
-    elif rank == 0 and not os.path.exists(f"{cfg.data}/tiny"):
-        data.save_tiny(cfg.data, cfg.seed)
+    sft.barrier()
     out = f"{parent(cfg)}/sft"
     task = dict(seed=cfg.seed, data=cfg.data, image_root=cfg.image_root, out=out)
-    sft.main(sft.Config(**sft.shared(cfg, env.EpisodeConfig), **task))
-    return sft.newest(out)
+    sft.main(sft.Config(**env.shared(cfg, env.EpisodeConfig), **task))
+    return env.newest(out)
 
 
 def compare(cfg, start, seconds, rank):
     """Score the cold start and the final policy on the test rows; print the table and write summary.json."""
     summary = {}
-    for name, model in (("sft", start), ("rppo", sft.newest(cfg.out))):
+    for name, model in (("sft", start), ("rppo", env.newest(cfg.out))):
         task = dict(model=model, out=f"{parent(cfg)}/eval/{name}", limit=cfg.n_score)
-        summary[name] = evaluation.main(evaluation.Config(**{**sft.shared(cfg, evaluation.Config), **task}))
+        summary[name] = evaluation.main(evaluation.Config(**{**env.shared(cfg, evaluation.Config), **task}))
         seconds[f"eval_{name}"] = summary[name]["seconds"]
     if rank == 0:
         seconds["total"] = sum(seconds.values())
         summary["seconds"] = {name: round(value, 1) for name, value in seconds.items()}
-        sft.write_text(f"{parent(cfg)}/summary.json", json.dumps(summary, indent=1))
+        env.write_text(f"{parent(cfg)}/summary.json", json.dumps(summary, indent=1))
         print(f"\n{'':10} greedy {evaluation.HEADER}")
         for name in ("sft", "rppo"):
             print(f"{name:10} {summary[name]['accuracy_greedy']:6.3f} {evaluation.line(summary[name])}")
@@ -356,15 +355,15 @@ def main(cfg):
     t = time.time()
     start = cold_start(cfg, rank)
     seconds = dict(start=time.time() - t)
-    rows = env.load_rows(f"{cfg.data}/train.jsonl", cfg.image_root)
+    rows = data.load_rows(f"{cfg.data}/train.jsonl", cfg.image_root)
     if cfg.n_score and not os.path.exists(f"{cfg.data}/test.jsonl"):
         raise env.UserError(f"{cfg.data} has no test.jsonl to score at the end; add one or give --n_score=0")
     rows, held_out = hold_out(rows, cfg.eval_rows)
     if not rows:
         raise env.UserError(f"{cfg.data}/train.jsonl: too few rows for --eval_rows={cfg.eval_rows}; lower it")
-    env.check_images(rows + held_out, rank, world_size)
+    data.check_images(rows + held_out, rank, world_size)
 
-    first = sft.begin(cfg, rank)         # the step to go on from, or 0
+    first = sft.open_run(cfg, rank)         # the step to go on from, or 0
     policy, optimizers, preset = sft.load_trainable(cfg, start, first, device, (0.9, 0.95))
     if rank == 0:
         print(f"rppo: {cfg.prompts} prompts x {cfg.samples} samples on {world_size} ranks, from {start}")

@@ -1,4 +1,4 @@
-"""sft.py, file 2 of 5: command line, ranks, run folders, the policy, LoRA, checkpoints, and the cold start.
+"""sft.py, file 3 of 5 (after env.py and data.py): the policy, checkpoints, ranks, and the cold start.
 
     torchrun sft.py                                        # the tiny model on the scenes of `python data.py`
     torchrun sft.py --model=Qwen/Qwen3-VL-2B-Instruct --data=data/mine
@@ -11,9 +11,6 @@ softmax over the vocabulary without the banned ids (vision tokens, ids without a
 Shapes: B conversations, T tokens of the longest, n trained tokens, N image tokens, V rows of the head. Reads
 <data>/{sft.jsonl, tiny}. Writes <out>/{config.json, log.jsonl, checkpoints/<step>/, last}.
 """
-import argparse
-import fcntl
-import inspect
 import json
 import math
 import os
@@ -24,7 +21,7 @@ import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import MethodType
@@ -36,6 +33,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
+import data
 import env
 from env import UserError
 
@@ -43,22 +41,22 @@ from env import UserError
 @dataclass
 class TrainConfig(env.EpisodeConfig):
     """Training: what sft.py and rppo.py have in common."""
-    seed: int = 0
+    seed: int = env.setting(0, least=0)
     model: str = ""                  # a checkpoint, a run folder or a hub id; empty: the tiny built-in model
     data: str = "data/scenes-{seed}" # folder of the rows
     image_root: str = ""             # where the rows' images lie; empty: relative to the file of the rows
-    out: str = ""                    # run folder
+    out: str = env.setting("", free=True)  # run folder
     steps: int = 100
-    micro_batch: int = 16            # conversations per forward pass
+    micro_batch: int = env.setting(16, free=True)  # conversations per forward pass
     lr: float = 1e-3                 # AdamW's peak rate
-    warmup: int = 30                 # steps to reach the peak
+    warmup: int = env.setting(30, least=0)  # steps to reach the peak
     decay: float = 0.3               # last share of the steps: linear to zero
     weight_decay: float = 0.01
     clip_norm: float = 1.0           # largest norm of a gradient
     save_every: int = 150            # steps between checkpoints
-    keep: int = 2                    # newest checkpoints kept
+    keep: int = env.setting(2, free=True)  # newest checkpoints kept
     train_vision: bool = True        # false: the vision tower stays as it is
-    lora: int = 0                    # rank of the updates of the text blocks, which alone are trained; 0: off
+    lora: int = env.setting(0, least=0)  # rank of the text blocks' updates, trained alone; 0: off
     lora_alpha: float = 32.0         # the updates are multiplied by lora_alpha / lora
     lora_lr: float = 2.5e-3          # replaces lr; real: ten times lr, as in LoRA Without Regret (2025)
     recompute: bool = False          # recompute activations: a third more computation for less memory
@@ -68,247 +66,18 @@ class TrainConfig(env.EpisodeConfig):
 @dataclass
 class Config(TrainConfig):
     """Imitation."""
-    out: str = "runs/sft"
+    out: str = env.setting("runs/sft", free=True)
     steps: int = 450
     batch: int = 24                  # conversations per step, over all ranks
-    micro_batch: int = 24
-    warmup: int = 50
+    micro_batch: int = env.setting(24, free=True)
+    warmup: int = env.setting(50, least=0)
     lr: float = 4e-3
     muon_lr: float = 0.03            # Muon's peak rate, for matrices, not embeddings; off with lora or shard
-    log_every: int = 25              # steps between printed lines; log.jsonl has every step
+    log_every: int = env.setting(25, free=True)  # steps between printed lines; log.jsonl has every step
 
 
 REAL = dict(env.REAL_EPISODE, steps=1000, batch=32, micro_batch=1, lr=1e-5, lora_lr=1e-4, muon_lr=0.0,
             save_every=200, train_vision=False, recompute=True, shard=True)
-
-
-# --- The command line: argparse over the dataclasses ----------------------------------------------------
-MAY_BE_ZERO = "seed lora warmup max_crops eval_rows n_score limit n_sft n_train n_test blind agree".split()
-
-
-def make_parser(cls, real):
-    """A flag for each field. --help has its comment, default and, in brackets, default with a real model."""
-    parser = argparse.ArgumentParser(usage="%(prog)s [--FLAG=VALUE ...]", allow_abbrev=False,
-                                     description=inspect.getmodule(cls).__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     argument_default=argparse.SUPPRESS)
-    comments, groups = {}, {}
-    for base in reversed(cls.__mro__[:-1]):
-        group = parser.add_argument_group(inspect.getdoc(base).split("\n")[0])
-        for name, comment in re.findall(r"^    (\w+): [^#\n]*(?:# *(.*))?$", inspect.getsource(base), re.M):
-            groups.setdefault(name, group)
-            comments[name] = comment or comments.get(name, "")
-    for f in fields(cls):
-        text = f"{comments[f.name]} (default: {f.default})"
-        if real.get(f.name, f.default) != f.default:
-            text += f" [{real[f.name]}]"
-        kind = json.loads if f.type is bool else f.type        # true or false
-        groups[f.name].add_argument(f"--{f.name}", type=kind, help=text.replace("%", "%%"))
-    return parser
-
-
-def checked(values, cls, where):
-    """The values that cls has a field for. UserError unless each has the field's type and range."""
-    known = {}
-    for f in fields(cls):
-        if f.name not in values:
-            continue
-        value = known[f.name] = values[f.name]
-        least = 1e-6 if f.name == "temperature" else int(f.type is int and f.name not in MAY_BE_ZERO)
-        if type(value) is not f.type and (type(value), f.type) != (int, float):
-            raise UserError(f"{where}: {f.name} takes a value of type {f.type.__name__}, not {value!r}")
-        if f.type in (int, float) and not least <= value < 2 ** 63:
-            raise UserError(f"{where}: {f.name} is {value}; it has to be finite and at least {least}")
-    return known
-
-
-def load_episode(path):
-    """Preset ("tiny" or "real") and EpisodeConfig fields of a checkpoint; no address or key is read."""
-    where = f"{path}/episode.json"
-    saved = read_json(where, {})
-    return saved.get("preset", "real"), checked(saved, env.EpisodeConfig, where)
-
-
-def configure(cls, real, argv=None):
-    """The config (of class cls) of the flags in argv (default: this process's). With --model the episode's
-    defaults are the checkpoint's, others those of `real` unless its preset is tiny. Raises UserError."""
-    values = vars(make_parser(cls, real).parse_args(argv))
-    if values.get("model"):
-        values["model"] = newest(values["model"])
-        preset, episode = load_episode(values["model"])
-        values = {**(real if preset == "real" else {}), **episode, **values}
-    cfg = cls(**checked(values, cls, "flags"))
-    for name, value in vars(cfg).items():
-        if isinstance(value, str):
-            setattr(cfg, name, value.replace("{seed}", str(cfg.seed)).rstrip("/") or value)
-    if isinstance(cfg, env.EpisodeConfig) and cfg.max_crop_pixels < cfg.min_crop_pixels:
-        raise UserError(f"--max_crop_pixels={cfg.max_crop_pixels} is below --min_crop_pixels")
-    return cfg
-
-
-def shared(cfg, cls):
-    """The fields of cfg that another config class has too, as a dict."""
-    return {f.name: getattr(cfg, f.name) for f in fields(cls) if hasattr(cfg, f.name)}
-
-
-def cli(main, cls, real):
-    """The command line of a stage: main(cfg) on every rank."""
-    try:
-        main(configure(cls, real))
-    except torch.OutOfMemoryError as e:
-        raise UserError(f"out of GPU memory ({str(e).splitlines()[0]}); use more GPUs with "
-                        "--shard=true; lower --micro_batch (updates), --in_flight (rollouts), --max_tokens")
-    leave()
-
-
-# --- Ranks. Without torchrun there is one, and no process group -----------------------------------------
-def setup():
-    """Returns (rank, world_size, device); joins torchrun's process group when there is one."""
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        local = int(os.environ.get("LOCAL_RANK", 0))
-        if local >= torch.cuda.device_count():
-            raise UserError(f"--nproc-per-node: there is no GPU for rank {local}; start fewer")
-        device = torch.device("cuda", local)
-        torch.cuda.set_device(device)
-        torch.backends.cuda.enable_cudnn_sdp(False)        # it plans anew for every new length
-    else:
-        torch.use_deterministic_algorithms(True)           # else two threads add in changing order
-        torch.utils.deterministic.fill_uninitialized_memory = False
-    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        store, rank, _ = next(dist.rendezvous("env://"))
-        # torchrun keeps its store when it restarts the ranks, and with it the addresses of those that died.
-        store = dist.PrefixStore("restart" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
-                                world_size=world_size, timeout=timedelta(hours=2))  # to write a large model
-    return rank, world_size, device
-
-
-def gather_objects(obj):
-    """The objects of all ranks, rank by rank. All ranks must reach this."""
-    if not dist.is_initialized():
-        return [obj]
-    objects = [None] * dist.get_world_size()
-    dist.all_gather_object(objects, obj)
-    return objects
-
-
-def all_sum(*values):
-    """The sum of each number over the ranks. All ranks must reach this."""
-    return [sum(column) for column in zip(*gather_objects(values))]
-
-
-def leave():
-    """Ranks leave together: one that is gone while others still write can end in an abort."""
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
-
-
-@contextmanager
-def deferred_signals():
-    """Within it SIGTERM and Ctrl-C only fill the list that it yields: a step is finished and saved."""
-    asked, numbers = [], (signal.SIGTERM, signal.SIGINT)
-    handlers = [signal.signal(number, lambda number, frame: asked.append(number)) for number in numbers]
-    try:
-        yield asked
-    finally:
-        list(map(signal.signal, numbers, handlers))
-
-
-def stop(step, rank):
-    """End this process in good order after a signal. All ranks must reach this."""
-    if rank == 0:
-        print(f"stopped by a signal; the same command goes on from step {step}", flush=True)
-    leave()
-    raise SystemExit(0)
-
-
-# --- The run folder: config.json, log.jsonl, lock, checkpoints/<step>/, last ----------------------------
-FREE = "out keep log_every show_every n_score micro_batch in_flight judge_url".split()    # may change midway
-locks = {}      # path -> locked file, open until the process ends
-
-
-def read_json(path, default):
-    """The JSON object in a file, or `default` without one. Raises UserError."""
-    if not os.path.exists(path):
-        return default
-    try:
-        return dict(json.loads(Path(path).read_text()))
-    except (ValueError, TypeError, RecursionError) as e:
-        raise UserError(f"{path}: not a JSON object ({e}); mend or remove the file")
-
-
-def write_text(path, text):
-    """Replace a file: whatever happens, it holds the old text or the new one."""
-    with open(path + ".tmp", "w") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(path + ".tmp", path)
-
-
-def read_log(folder):
-    """The entries of a run's log.jsonl, if there is one. A killed run may leave half a line at its end."""
-    path = Path(folder, "log.jsonl")
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}\n")]
-
-
-def append_log(folder, entry):
-    finite = {k: v for k, v in entry.items() if not isinstance(v, float) or math.isfinite(v)}
-    with open(f"{folder}/log.jsonl", "a") as f:
-        f.write(json.dumps(finite) + "\n")
-
-
-def newest(folder):
-    """A run folder stands for its newest checkpoint; anything else (a checkpoint, a hub id) for itself."""
-    last = Path(folder, "last")
-    return f"{folder}/checkpoints/{last.read_text().strip()}" if last.exists() else folder
-
-
-def lock(folder):
-    """Keep other processes out of a run folder until this one ends. UserError names the one that has it."""
-    os.makedirs(folder, exist_ok=True)
-    path = f"{os.path.realpath(folder)}/lock"
-    if path in locks:
-        return
-    file = open(path, "a+")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"{folder} is in use by {Path(path).read_text()[:-1]}; end it, or give another --out")
-    file.truncate(0)
-    print(f"process {os.getpid()} on {os.uname().nodename} since {time.ctime()}", file=file, flush=True)
-    locks[path] = file
-
-
-def same_settings(folder, cfg):
-    """UserError if a folder has other settings. A key that config.json lacks is at its default."""
-    old = {**asdict(type(cfg)()), **read_json(f"{folder}/config.json", asdict(cfg))}
-    changes = [f"{name}: {old[name]} -> {value}" for name, value in asdict(cfg).items()
-               if name not in FREE and old[name] != value]
-    if changes:
-        raise UserError(f"{folder} was made with other settings ({'; '.join(changes)}); give another folder")
-
-
-def begin(cfg, rank):
-    """Open cfg.out: returns the step to go on from. UserError if it is in use or has other settings."""
-    step = 0
-    if rank == 0:
-        lock(cfg.out)
-        last = newest(cfg.out)
-        if last != cfg.out:
-            same_settings(cfg.out, cfg)
-            step = int(os.path.basename(last))
-            print(f"{cfg.out}: going on from step {step} of {cfg.steps}", flush=True)
-        here = shlex.quote(os.path.dirname(os.path.abspath(__file__)))
-        commit = os.popen(f"git -C {here} describe --always --dirty 2>/dev/null").read().strip()
-        write_text(f"{cfg.out}/config.json", json.dumps({**asdict(cfg), "commit": commit}, indent=1))
-        kept = [json.dumps(entry) + "\n" for entry in read_log(cfg.out) if entry["step"] < step]
-        write_text(f"{cfg.out}/log.jsonl", "".join(kept))
-    return gather_objects(step)[0]
 
 
 # --- The policy: a Qwen VLM, driven through its parts so that positions, caches and logits are explicit -
@@ -416,7 +185,7 @@ class Policy(torch.nn.Module):
         """Logits of the sampling distribution in fp32: divided by the temperature, banned ids at -inf."""
         return (self.vlm.lm_head(h).float() / temperature).masked_fill(self.banned, -torch.inf)
 
-    def score(self, h, target, temperature):
+    def token_logp(self, h, target, temperature):
         """Of hidden states h (n, width): log-probability of each target, entropy of what is sampled (n,)."""
         logits = self.logits(h, temperature)                      # (n, V)
         total = logits.logsumexp(-1)
@@ -434,9 +203,9 @@ class Policy(torch.nn.Module):
         h, target = h[:, :-1][trained], ids[:, 1:][trained]       # (n, width), (n,)
         size, parts = max(1, 2 ** 26 // len(self.banned)), []
         if len(h) <= size:
-            return self.score(h, target, temperature)
+            return self.token_logp(h, target, temperature)
         for h_part, target_part in zip(h.split(size), target.split(size)):
-            parts.append(checkpoint(self.score, h_part, target_part, temperature, use_reentrant=False))
+            parts.append(checkpoint(self.token_logp, h_part, target_part, temperature, use_reentrant=False))
         return tuple(map(torch.cat, zip(*parts)))
 
 
@@ -534,7 +303,7 @@ def load_trainable(cfg, start, first, device, betas, muon_lr=0.0):
     """Policy, optimizers and preset of a stage, from the checkpoint `start` or as saved at step `first`."""
     from safetensors.torch import load_file
     from torch.distributed.checkpoint import state_dict
-    last = newest(cfg.out)                       # with LoRA, training/ has what is added to `start`
+    last = env.newest(cfg.out)                       # with LoRA, training/ has what is added to `start`
     policy = load_policy(last if first and not cfg.lora else start, device, train=not cfg.lora)
     policy.vlm.model.visual.requires_grad_(cfg.train_vision)
     if cfg.lora:
@@ -560,7 +329,124 @@ def load_trainable(cfg, start, first, device, betas, muon_lr=0.0):
             state_dict.set_optimizer_state_dict(policy.vlm, optimizers, state, options=options)
         except Exception as e:
             raise UserError(DAMAGED.format(last, e))
-    return policy, optimizers, load_episode(start)[0]
+    return policy, optimizers, env.load_episode(start)[0]
+
+
+# --- The tiny model -------------------------------------------------------------------------------------
+SPECIAL = ("<|endoftext|> <|im_start|> <|im_end|> <|vision_start|> <|vision_end|> <|vision_pad|> "
+           "<|image_pad|> <|video_pad|>").split()              # their ids are 0 to 7
+
+
+def make_tokenizer(rows):
+    """A tokenizer for cold-start rows. Words, system prompt and constant parts of calls are tokens."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+    frames = []
+    for tool in env.TOOLS.values():
+        frames += [piece for piece in f"\n{tool.example}\n".split("0") if len(piece) > 2]
+    whole = [*env.TAGS, env.SYSTEM, *frames]
+    texts = [*env.ERRORS.values(), env.SYSTEM_NO_TOOL, "user\n", "assistant\n", "system\n", "\n"] * 50
+    for row in rows:
+        texts += [row["problem"], *row.get("turns", [])]
+    pieces = []
+    for text in texts:
+        pieces += re.split("|".join(map(re.escape, whole)), text)
+    tokenizer = Tokenizer(models.BPE())
+    words = pre_tokenizers.Split(Regex(r"\s*</?\w+>|,? ?\w+|[^\w<]+|<"), "isolated")
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, to_bytes])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=1200, min_frequency=20, special_tokens=SPECIAL,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    tokenizer.train_from_iterator(pieces, trainer)
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in whole])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=SPECIAL[2], pad_token=SPECIAL[0])
+
+
+def make_tiny(rows, seed):
+    """A random Qwen3-VL of 0.6 M parameters for these rows. A patch is 8 x 8 pixels, a token 16 x 16."""
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+    tokenizer = make_tokenizer(rows)
+    rope = dict(rope_theta=10000.0, mrope_section=[6, 5, 5], mrope_interleaved=True)
+    text = dict(vocab_size=len(tokenizer), hidden_size=96, intermediate_size=256, num_hidden_layers=3,
+                num_attention_heads=3, num_key_value_heads=3, head_dim=32, tie_word_embeddings=True,
+                eos_token_id=tokenizer.eos_token_id, rope_parameters=rope)
+    vision = dict(depth=2, hidden_size=64, intermediate_size=192, num_heads=2, patch_size=8,
+                  out_hidden_size=96, num_position_embeddings=64, deepstack_visual_indexes=[0])
+    torch.manual_seed(seed)
+    vlm = Qwen3VLForConditionalGeneration(
+        Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, image_token_id=6,
+                      video_token_id=7, vision_start_token_id=3, vision_end_token_id=4))
+    # At transformers' 0.02 an image token hardly says where it is: finding boxes takes three times as long.
+    torch.nn.init.normal_(vlm.model.visual.pos_embed.weight, std=0.5)
+    return make_policy(vlm, tokenizer)
+
+
+def save_tiny(folder, seed):
+    """Write <folder>/tiny, whole or not at all: a random model for the texts of <folder>/sft.jsonl."""
+    policy = make_tiny(data.read_lines(f"{folder}/sft.jsonl"), seed)
+    unfinished = f"{folder}/tiny.tmp"
+    save_model(unfinished, policy, policy.vlm.state_dict(), env.EpisodeConfig(), "tiny")
+    os.replace(unfinished, f"{folder}/tiny")
+
+
+# --- Checkpoints: servers load every *.safetensors of the folder, so training state lies in a subfolder ---
+def save_model(folder, policy, weights, cfg, preset):
+    """Write what transformers and servers load, and episode.json, by which later stages ask as this one."""
+    for name in policy.vlm.all_tied_weights_keys:          # gathered from ranks it would be a second copy
+        weights.pop(name, None)
+    policy.vlm.save_pretrained(folder, state_dict=weights)
+    policy.proc.tokenizer.chat_template = env.CHAT_TEMPLATE
+    policy.proc.tokenizer.save_pretrained(folder)
+    areas = dict(shortest_edge=min(cfg.min_crop_pixels, cfg.max_pixels), longest_edge=cfg.max_pixels)
+    images = dict(policy.image_processor.to_dict(), do_resize=True, do_convert_rgb=True, size=areas,
+                  image_processor_type="Qwen2VLImageProcessor")
+    files = {"preprocessor_config.json": images, "episode.json": env.shared(cfg, env.EpisodeConfig)}
+    files["episode.json"]["preset"] = preset
+    if policy.vlm.config.model_type == "qwen3_vl":
+        files["video_preprocessor_config.json"] = dict(images, video_processor_type="Qwen3VLVideoProcessor")
+    for name, content in files.items():
+        env.write_text(f"{folder}/{name}", json.dumps(content, indent=1))
+
+
+def save_checkpoint(step, policy, optimizers, cfg, preset):
+    """Write cfg.out/checkpoints/<step>. All ranks must reach this; rank 0 writes, and holds the weights, then
+    the optimizers' state. It is renamed when it is on the disk, and only then does cfg.out/last name it."""
+    from safetensors.torch import save_file
+    from torch.distributed.checkpoint import state_dict
+    options = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True,    # to rank 0; {} elsewhere
+                                          flatten_optimizer_state_dict=True)
+    folder = f"{cfg.out}/checkpoints/{step}"
+    tmp = f"{folder}.tmp"
+    weights = state_dict.get_model_state_dict(policy.vlm, options=options)
+    if weights:
+        shutil.rmtree(tmp, ignore_errors=True)
+        os.makedirs(f"{tmp}/training")
+        adapters = merge_lora(weights, cfg)
+        if adapters:
+            save_file(adapters, f"{tmp}/training/adapters.safetensors")
+        save_model(tmp, policy, weights, cfg, preset)
+    del weights
+    state = state_dict.get_optimizer_state_dict(policy.vlm, optimizers, options=options)
+    if state:
+        tensors = {name: value for name, value in state.items() if name.startswith("state.")}
+        save_file(tensors, f"{tmp}/training/optimizer.safetensors")
+        for path in Path(tmp).rglob("*.safetensors"):
+            path.chmod(0o644)                              # safetensors leaves them unreadable to others
+        os.sync()
+        shutil.rmtree(folder, ignore_errors=True)          # of a run that was killed before `last` named it
+        os.replace(tmp, folder)
+        env.write_text(f"{cfg.out}/last", str(step))
+    barrier()                                              # it is there before anyone reads it
+
+
+def prune(cfg, step, best=None):
+    """Keep the newest checkpoints and that of step `best`, nothing that killed runs left half-written."""
+    paths = list(Path(cfg.out, "checkpoints").iterdir())
+    steps = sorted(int(path.name) for path in paths if path.name.isdigit() and int(path.name) <= step)
+    for path in paths:
+        if path.name not in map(str, (*steps[-cfg.keep:], best)):
+            shutil.rmtree(path)
 
 
 # --- Optimizers, and gradients over the ranks -----------------------------------------------------------
@@ -606,63 +492,120 @@ def optimizer_step(policy, optimizers, loss_sum, cfg, rest=False):
     return loss_sum, norm, int(skipped)
 
 
-# --- Checkpoints: servers load every *.safetensors of the folder, so training state lies in a subfolder ---
-def save_model(folder, policy, weights, cfg, preset):
-    """Write what transformers and servers load, and episode.json, by which later stages ask as this one."""
-    for name in policy.vlm.all_tied_weights_keys:          # gathered from ranks it would be a second copy
-        weights.pop(name, None)
-    policy.vlm.save_pretrained(folder, state_dict=weights)
-    policy.proc.tokenizer.chat_template = env.CHAT_TEMPLATE
-    policy.proc.tokenizer.save_pretrained(folder)
-    areas = dict(shortest_edge=min(cfg.min_crop_pixels, cfg.max_pixels), longest_edge=cfg.max_pixels)
-    images = dict(policy.image_processor.to_dict(), do_resize=True, do_convert_rgb=True, size=areas,
-                  image_processor_type="Qwen2VLImageProcessor")
-    files = {"preprocessor_config.json": images, "episode.json": shared(cfg, env.EpisodeConfig)}
-    files["episode.json"]["preset"] = preset
-    if policy.vlm.config.model_type == "qwen3_vl":
-        files["video_preprocessor_config.json"] = dict(images, video_processor_type="Qwen3VLVideoProcessor")
-    for name, content in files.items():
-        write_text(f"{folder}/{name}", json.dumps(content, indent=1))
+# --- Ranks. Without torchrun there is one, and no process group -----------------------------------------
+def setup():
+    """Returns (rank, world_size, device); joins torchrun's process group when there is one."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        if local >= torch.cuda.device_count():
+            raise UserError(f"--nproc-per-node: there is no GPU for rank {local}; start fewer")
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+        torch.backends.cuda.enable_cudnn_sdp(False)        # it plans anew for every new length
+    else:
+        torch.use_deterministic_algorithms(True)           # else two threads add in changing order
+        torch.utils.deterministic.fill_uninitialized_memory = False
+    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        store, rank, _ = next(dist.rendezvous("env://"))
+        # torchrun keeps its store when it restarts the ranks, and with it the addresses of those that died.
+        store = dist.PrefixStore("restart" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
+                                world_size=world_size, timeout=timedelta(hours=2))  # to write a large model
+    return rank, world_size, device
 
 
-def save_checkpoint(step, policy, optimizers, cfg, preset):
-    """Write cfg.out/checkpoints/<step>. All ranks must reach this; rank 0 writes, and holds the weights, then
-    the optimizers' state. It is renamed when it is on the disk, and only then does cfg.out/last name it."""
-    from safetensors.torch import save_file
-    from torch.distributed.checkpoint import state_dict
-    options = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True,    # to rank 0; {} elsewhere
-                                          flatten_optimizer_state_dict=True)
-    folder = f"{cfg.out}/checkpoints/{step}"
-    tmp = f"{folder}.tmp"
-    weights = state_dict.get_model_state_dict(policy.vlm, options=options)
-    if weights:
-        shutil.rmtree(tmp, ignore_errors=True)
-        os.makedirs(f"{tmp}/training")
-        adapters = merge_lora(weights, cfg)
-        if adapters:
-            save_file(adapters, f"{tmp}/training/adapters.safetensors")
-        save_model(tmp, policy, weights, cfg, preset)
-    del weights
-    state = state_dict.get_optimizer_state_dict(policy.vlm, optimizers, options=options)
-    if state:
-        tensors = {name: value for name, value in state.items() if name.startswith("state.")}
-        save_file(tensors, f"{tmp}/training/optimizer.safetensors")
-        for path in Path(tmp).rglob("*.safetensors"):
-            path.chmod(0o644)                              # safetensors leaves them unreadable to others
-        os.sync()
-        shutil.rmtree(folder, ignore_errors=True)          # of a run that was killed before `last` named it
-        os.replace(tmp, folder)
-        write_text(f"{cfg.out}/last", str(step))
-    gather_objects(0)                                      # it is there before anyone reads it
+def gather_objects(obj):
+    """The objects of all ranks, rank by rank. All ranks must reach this."""
+    if not dist.is_initialized():
+        return [obj]
+    objects = [None] * dist.get_world_size()
+    dist.all_gather_object(objects, obj)
+    return objects
 
 
-def prune(cfg, step, best=None):
-    """Keep the newest checkpoints and that of step `best`, nothing that killed runs left half-written."""
-    paths = list(Path(cfg.out, "checkpoints").iterdir())
-    steps = sorted(int(path.name) for path in paths if path.name.isdigit() and int(path.name) <= step)
-    for path in paths:
-        if path.name not in map(str, (*steps[-cfg.keep:], best)):
-            shutil.rmtree(path)
+def barrier():
+    """Wait for one another. All ranks must reach this."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def all_sum(*values):
+    """The sum of each number over the ranks. All ranks must reach this."""
+    return [sum(column) for column in zip(*gather_objects(values))]
+
+
+def leave():
+    """Ranks leave together: one that is gone while others still write can end in an abort."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+@contextmanager
+def deferred_signals():
+    """Within it SIGTERM and Ctrl-C only fill the list that it yields: a step is finished and saved."""
+    asked, numbers = [], (signal.SIGTERM, signal.SIGINT)
+    handlers = [signal.signal(number, lambda number, frame: asked.append(number)) for number in numbers]
+    try:
+        yield asked
+    finally:
+        list(map(signal.signal, numbers, handlers))
+
+
+def stop(step, rank):
+    """End this process in good order after a signal. All ranks must reach this."""
+    if rank == 0:
+        print(f"stopped by a signal; the same command goes on from step {step}", flush=True)
+    leave()
+    raise SystemExit(0)
+
+
+# --- The run folder: config.json, log.jsonl, lock, checkpoints/<step>/, last ----------------------------
+
+def read_log(folder):
+    """The entries of a run's log.jsonl, if there is one. A killed run may leave half a line at its end."""
+    path = Path(folder, "log.jsonl")
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}\n")]
+
+
+def append_log(folder, entry):
+    finite = {k: v for k, v in entry.items() if not isinstance(v, float) or math.isfinite(v)}
+    with open(f"{folder}/log.jsonl", "a") as f:
+        f.write(json.dumps(finite) + "\n")
+
+
+def open_run(cfg, rank):
+    """Open cfg.out: returns the step to go on from. UserError if it is in use or has other settings."""
+    step = 0
+    if rank == 0:
+        env.lock(cfg.out)
+        last = env.newest(cfg.out)
+        if last != cfg.out:
+            env.same_settings(cfg.out, cfg)
+            step = int(os.path.basename(last))
+            print(f"{cfg.out}: going on from step {step} of {cfg.steps}", flush=True)
+        here = shlex.quote(os.path.dirname(os.path.abspath(__file__)))
+        commit = os.popen(f"git -C {here} describe --always --dirty 2>/dev/null").read().strip()
+        env.write_text(f"{cfg.out}/config.json", json.dumps({**asdict(cfg), "commit": commit}, indent=1))
+        kept = [json.dumps(entry) + "\n" for entry in read_log(cfg.out) if entry["step"] < step]
+        env.write_text(f"{cfg.out}/log.jsonl", "".join(kept))
+    return gather_objects(step)[0]
+
+
+# --- The command line: argparse over the dataclasses ----------------------------------------------------
+
+
+def cli(main, cls, real):
+    """The command line of a stage: main(cfg) on every rank."""
+    try:
+        main(env.configure(cls, real))
+    except torch.OutOfMemoryError as e:
+        raise UserError(f"out of GPU memory ({str(e).splitlines()[0]}); use more GPUs with "
+                        "--shard=true; lower --micro_batch (updates), --in_flight (rollouts), --max_tokens")
+    leave()
 
 
 # --- Imitation ------------------------------------------------------------------------------------------
@@ -706,12 +649,15 @@ def main(cfg):
     if cfg.batch % world_size:
         raise UserError(f"--batch={cfg.batch} is not a multiple of the {world_size} ranks; change --batch")
     path = f"{cfg.data}/sft.jsonl"
-    rows = env.load_rows(path, cfg.image_root)
+    if rank == 0 and not cfg.model and not os.path.exists(f"{cfg.data}/tiny"):
+        save_tiny(cfg.data, cfg.seed)
+    barrier()
+    rows = data.load_rows(path, cfg.image_root)
     for i, row in enumerate(rows):
         if not row.get("turns"):
             raise UserError(f"{path}: row {i} has no `turns` (the assistant's texts); remove it")
-    env.check_images(rows, rank, world_size)
-    first = begin(cfg, rank)                       # the step to go on from, or 0
+    data.check_images(rows, rank, world_size)
+    first = open_run(cfg, rank)                       # the step to go on from, or 0
     start = cfg.model or f"{cfg.data}/tiny"
     policy, optimizers, preset = load_trainable(cfg, start, first, device, (0.9, 0.98), cfg.muon_lr)
     policy.train()

@@ -69,7 +69,7 @@ SHAPES = {"qwen3-vl-2b": (2048, 6144, 28, 16, 8, 151936, True, 1024, 4096, 24, 1
 
 def make_policy(cfg, rows, device):
     """The tiny policy of sft.py, or a random one of a true shape, made on the device, with the tiny one's tokenizer."""
-    tiny = data.make_tiny(rows, cfg.seed)
+    tiny = sft.make_tiny(rows, cfg.seed)
     if cfg.shape not in SHAPES:
         return tiny.to(device)
     tok, three, less = tiny.proc.tokenizer, cfg.shape.startswith("qwen3"), lambda n, least=1: max(least, n // cfg.shrink)
@@ -127,7 +127,7 @@ class Script:
         ids, self.turns = lambda text: proc.encode_data(text, keep=env.TAGS), []
         for k in range(task.max_crops + 1):
             corner, sizes = rng.integers(0, 4, (B, 2)), rng.integers(task.turn_tokens // 2, task.turn_tokens + 1, B)
-            acts = [data.look(250 * np.array([*c, *c + 1])) if k < task.max_crops else "<answer>red</answer>" for c in corner]
+            acts = [data.crop_call(250 * np.array([*c, *c + 1])) if k < task.max_crops else "<answer>red</answer>" for c in corner]
             acts = [ids("</think>\n" + a) + [proc.end] for a in acts]
             self.turns.append([(ids("<think>") + ids(" black") * n)[:max(1, n - len(a))] + a for a, n in zip(acts, sizes)])
         if max(len(t) for turn in self.turns for t in turn) > task.turn_tokens:
@@ -394,9 +394,9 @@ def main(cfg):
         with redirect_stdout(None):
             data.main(data.Config(out=folder + "/words", n_sft=40, n_train=0, n_test=0))
             data.main(data.Config(out=folder, n_sft=0, n_train=cfg.prompts, n_test=0))
-        policy = make_policy(cfg, env.load_rows(folder + "/words/sft.jsonl"), torch.device("cuda" if cuda else "cpu"))
+        policy = make_policy(cfg, data.load_rows(folder + "/words/sft.jsonl"), torch.device("cuda" if cuda else "cpu"))
         policy.banned.zero_()  # the plain side bans nothing
-        rows = env.load_rows(folder + "/train.jsonl")
+        rows = data.load_rows(folder + "/train.jsonl")
         for row in rows:
             if cfg.shape != "main-job":
                 side = 2048 if real else 1024
@@ -423,7 +423,7 @@ def main(cfg):
                     operations_per_s=product, update_operations=work, update_share=work / upd["ours_s"] / product if upd else 0.0))
     report(result)
     os.makedirs(os.path.dirname(cfg.out) or ".", exist_ok=True)
-    sft.write_text(cfg.out, json.dumps(result, indent=1))
+    env.write_text(cfg.out, json.dumps(result, indent=1))
     return result
 
 

@@ -31,13 +31,14 @@ def scenes(tmp_path_factory):
     """A folder as data.py leaves it: {sft,train,test}.jsonl with images, and the random model tiny/."""
     folder = str(tmp_path_factory.mktemp("scenes"))
     data.main(data.Config(seed=0, out=folder, n_sft=40, n_train=24, n_test=8))
+    sft.save_tiny(folder, 0)
     return folder
 
 
 @pytest.fixture(scope="session")
 def rows(scenes):
     """The cold-start rows of the scenes."""
-    return env.load_rows(f"{scenes}/sft.jsonl")
+    return data.load_rows(f"{scenes}/sft.jsonl")
 
 
 @pytest.fixture(scope="session")

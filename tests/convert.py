@@ -14,6 +14,7 @@ import sys
 from tqdm import tqdm
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import data  # noqa: E402
 import env  # noqa: E402
 
 ASSISTANT = ("gpt", "assistant", "function_call", "tool_call")
@@ -148,10 +149,10 @@ def convert(path, image_root, out):
     none can be used. Rows with more calls than max_crops are kept; sft.py counts what does not fit.
     """
     root = os.path.abspath(image_root or os.path.dirname(path))
-    rows, used, left_out = env.read_lines(path), [], {}
+    rows, used, left_out = data.read_lines(path), [], {}
 
     def find(name):
-        return env.find_image(root, name, path, bool(image_root))
+        return data.find_image(root, name, path, bool(image_root))
 
     for i, row in enumerate(tqdm(rows, desc=path, disable=None, leave=False)):
         try:

@@ -68,7 +68,7 @@ class Checks:
         self.device = sft.setup()[2]
         self.cuda = self.device.type == "cuda"
         self.large = self.cuda and cfg.size != "tiny"
-        self.rows = env.load_rows(f"{cfg.folder}/sft.jsonl")
+        self.rows = data.load_rows(f"{cfg.folder}/sft.jsonl")
 
     def say(self, name, value, low=None, high=np.inf, goal=False):
         """A number or a text, and if it lies where it should."""
@@ -197,7 +197,7 @@ class Checks:
         train, steps = sft.main, 100 if self.cuda else 2
         with patch.object(sft, "main", lambda cfg: train(replace(cfg, steps=steps))):
             log = self.stage("job/rppo", n_score=2)
-        scores = sft.read_json(f"{self.folder}/job/summary.json", {})
+        scores = env.read_json(f"{self.folder}/job/summary.json", {})
         self.say("main job: steps of RPPO, scored answers", len(log) + scores["rppo"]["n"], 5, 5)
 
     def resume(self):
@@ -214,7 +214,7 @@ class Checks:
         self.say("killed after step", int(Path(out, "last").read_text()), 2, 4)
         last = []
         for folder in (out, whole):
-            sft.main(replace(sft.configure(sft.Config, sft.REAL, command[2:]), out=folder))
+            sft.main(replace(env.configure(sft.Config, sft.REAL, command[2:]), out=folder))
             last.append(sft.read_log(folder)[-1]["loss"])
         self.say("last loss, killed / not, less 1", abs(last[0] / last[1] - 1), 0, 0.01 if self.cuda else 0)
 
@@ -267,7 +267,7 @@ class Checks:
             small = "--shape=main-job --samples=2 --turns=2"
         flags = f"{small} --prompts=2 --repeats=1 --scaling=false --out={out}".split()
         subprocess.run([sys.executable, bench.__file__, *flags], check=True, stdout=sys.stderr, env=OUTSIDE)
-        result = sft.read_json(out, {})
+        result = env.read_json(out, {})
         for name, low in dict(rollout_ratio=3, update_ratio=1, update_memory_ratio=1).items():
             self.say(f"{name}, plain / ours", result[name] or 0.0, low, goal=True)
 
@@ -323,8 +323,8 @@ def main(cfg):
                 subprocess.run([sys.executable, __file__, *flags], check=True, timeout=deadline - time.time())
             except subprocess.SubprocessError as e:
                 write(cfg.folder, group, "the process", str(e)[-60:], "", "failed")
-        numbers = env.read_lines(f"{cfg.folder}/numbers.jsonl")
-    sft.write_text(cfg.out, json.dumps(numbers, indent=1))
+        numbers = data.read_lines(f"{cfg.folder}/numbers.jsonl")
+    env.write_text(cfg.out, json.dumps(numbers, indent=1))
     verdicts = Counter(entry["verdict"] for entry in numbers)
     print(f"{verdicts['ok']} ok, {verdicts['LOOK']} LOOK, {verdicts['failed']} failed; see {cfg.out}")
     if verdicts["failed"]:

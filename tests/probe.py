@@ -70,12 +70,12 @@ def seen(shown, factor):
 def tiny_example(image, question):
     """Whole view, the target's cell in it, and the crop of that cell."""
     cfg = env.EpisodeConfig()
-    shown = env.begin({"images": [image]}, cfg).shown
+    shown = env.start_episode({"images": [image]}, cfg).shown
     for cell, box in question["tiles"].items():
         if box == question["evidence"]:
             target = cell
     corner = data.corner_of(target, 1000 // data.GRID)
-    look = data.look(np.append(corner, corner + 1000 // data.GRID))
+    look = data.crop_call(np.append(corner, corner + 1000 // data.GRID))
     crop = env.crop(env.parse_action(look), shown, cfg)
     return seen(shown[0], 16), target, seen(crop, 16)
 
@@ -84,7 +84,7 @@ def large_example(image, question):
     """The labels as in the whole view, which of them is the target's, and the crop of that."""
     cfg = env.EpisodeConfig(**env.REAL_EPISODE)
     cfg.max_pixels = 440 ** 2                      # 1280 / 440 = 4096 / 1408
-    [whole] = env.begin({"images": [image]}, cfg).shown
+    [whole] = env.start_episode({"images": [image]}, cfg).shown
     view = seen(whole, 8)
     labels = np.zeros((6, 64, 64, 3), np.uint8)
     for i, box in enumerate(question["tiles"].values()):

@@ -127,26 +127,26 @@ def run_job(cfg):
     common = dict(seed=int(seed), data=f"{here}/data")
     if not arm:
         data.AGAIN, data.GIVE_UP = STARTS[start]
-        scenes = sft.shared(cfg, data.ScenesConfig)
+        scenes = env.shared(cfg, data.ScenesConfig)
         data.main(data.Config(seed=int(seed), out=f"{here}/data", **scenes))
         sft.main(sft.Config(**common, out=f"{here}/sft", steps=cfg.sft_steps))
         return
     settings, fork = ARMS[arm[0]]
     env.rewards = fork or plain_rewards
     out = f"{here}/{arm[0]}/rppo"
-    run = rppo.Config(**common, **settings, model=sft.newest(f"{here}/sft"), out=out, steps=cfg.steps,
+    run = rppo.Config(**common, **settings, model=env.newest(f"{here}/sft"), out=out, steps=cfg.steps,
                       train_vision=True,         # as in all runs of study.json
                       eval_rows=cfg.eval_rows, eval_every=cfg.every, save_every=cfg.every, keep=cfg.steps,
                       n_score=0)
     rppo.main(run)
-    sft.write_text(f"{here}/{arm[0]}/result.json", json.dumps(measure_run(cfg, run, here)))
+    env.write_text(f"{here}/{arm[0]}/result.json", json.dumps(measure_run(cfg, run, here)))
 
 
 def measure_run(cfg, run, here):
     """What the study keeps of a run."""
     log = sft.read_log(run.out)
-    rows = env.load_rows(f"{run.data}/test.jsonl")
-    policy = sft.load_policy(sft.newest(run.out), torch.device("cpu"))
+    rows = data.load_rows(f"{run.data}/test.jsonl")
+    policy = sft.load_policy(env.newest(run.out), torch.device("cpu"))
     trajs = evaluation.rollout(policy, rows, run, cfg.k, (run.seed, evaluation.EVALUATION))
     final = evaluation.metrics([evaluation.measure(traj, run.eps) for traj in trajs])
     curve = [[e["step"] + 1, e["held_out"]["accuracy"], e["held_out"]["overlap_wrong"]]
@@ -232,7 +232,7 @@ def turn_log_probabilities(policy, trajs):
 def run_all(cfg, arms):
     """Run what is not in study.json yet, first the cold starts. Returns {job: its results}."""
     settings = {key: value for key, value in vars(cfg).items() if key not in FREE}
-    saved = sft.read_json(f"{cfg.out}/study.json", dict(settings=settings, runs={}))
+    saved = env.read_json(f"{cfg.out}/study.json", dict(settings=settings, runs={}))
     if saved["settings"] != settings:
         raise env.UserError(f"{cfg.out}/study.json has other settings; give another --out")
     wanted = []
@@ -247,7 +247,7 @@ def run_all(cfg, arms):
         list(pool.map(lambda job: start_job(cfg, job), cold_starts))
         for job, result in zip(wanted, pool.map(lambda job: start_job(cfg, job), wanted)):
             saved["runs"][job] = result
-            sft.write_text(f"{cfg.out}/study.json", json.dumps(saved))
+            env.write_text(f"{cfg.out}/study.json", json.dumps(saved))
             print(f"{job}: accuracy {result['final']['accuracy']:.3f}", flush=True)
     return saved["runs"]
 
@@ -261,7 +261,7 @@ def start_job(cfg, job):
         with open(f"{folder}/output.txt", "a") as f:
             subprocess.run([sys.executable, os.path.abspath(__file__), *flags], check=True, stdout=f,
                            stderr=f, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    return sft.read_json(f"{folder}/result.json", None)
+    return env.read_json(f"{folder}/result.json", None)
 
 
 # --- Tables and figure ------------------------------------------------------------------------------------
@@ -371,10 +371,10 @@ def main(cfg):
     for start, arms_of in starts.items():
         text += f"**Start: {start}.**\n\n{table(arms_of, cfg)}\n\n"
     text += LEGEND
-    sft.write_text(f"{cfg.out}/study.md", text)
-    sft.write_text(f"{cfg.out}/study.svg", figure(starts, cfg))
+    env.write_text(f"{cfg.out}/study.md", text)
+    env.write_text(f"{cfg.out}/study.svg", figure(starts, cfg))
     print(text)
 
 
 if __name__ == "__main__":
-    main(Config(**vars(sft.make_parser(Config, {}).parse_args())))
+    main(Config(**vars(env.make_parser(Config, {}).parse_args())))

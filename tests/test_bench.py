@@ -4,15 +4,15 @@ import json
 import pytest
 import torch
 
+import env
 import bench
-import sft
 
 
 def run(tmp_path, **changes):
     given = dict(shape="main-job", prompts=2, samples=2, turns=2, repeats=1, scaling="false")
     given.update(changes, out=tmp_path / "bench.json")
     argv = [f"--{name}={value}" for name, value in given.items()]
-    bench.main(sft.configure(bench.Config, {}, argv))
+    bench.main(env.configure(bench.Config, {}, argv))
     return json.loads((tmp_path / "bench.json").read_text())
 
 

@@ -26,7 +26,7 @@ FINDS = [zoom([400, 400, 800, 800], 0), zoom([350, 350, 650, 650], 1)]    # the 
 RECOVERS = [zoom([0, 0, 300, 300], 0), zoom([500, 500, 700, 700], 0)]     # after a look elsewhere
 BAD = "<tool_call>zoom!</tool_call>"
 # What becomes of the photographs 0 to 13: all but the first three are dropped.
-FATES = ["kept", "kept", "kept", "propose: too few zooms", "ask: malformed",
+FATES = ["kept", "kept", "kept", "propose: too few zooms", "read_question: malformed",
          "verify: given away by its text", "verify: answered without zooming", "verify: answer not confirmed",
          "grade: solved too often", "grade: never solved", "grade: solved with one crop or none",
          "propose: no question", "propose: the last view is too large",
@@ -123,14 +123,13 @@ def test_fates_and_rows(done, policy):
     """Every photograph goes as far as the script lets it, and the card says why. Every cold-start row replays
     to a right answer, without an error, to the evidence; one that recovered comes first."""
     _, cfg = done
-    assert json.loads(files(cfg)["data_card.json"])["proposals"] == Counter(FATES + ["select: unreadable"])
-    assert "<article>" in Path(cfg.out, "report.html").read_text()
-    rows = env.load_rows(f"{cfg.out}/sft.jsonl")
+    assert json.loads(files(cfg)["data_card.json"])["proposals"] == Counter(FATES + ["open_photo: unreadable"])
+    rows = data.load_rows(f"{cfg.out}/sft.jsonl")
     for row in rows:
         traj = env.render(policy.proc, row, row["turns"], env.EpisodeConfig(max_tokens=4096))
         assert env.is_right(traj) and env.covers(traj) and not any(turn.error for turn in traj.turns)
     assert [row["turns"][0].split("try ")[1][0] for row in rows] == ["1", "0", "1", "0"]
-    rows += env.load_rows(f"{cfg.out}/train.jsonl")
+    rows += data.load_rows(f"{cfg.out}/train.jsonl")
     for i, row in zip((0, 0, 1, 1, 2), rows, strict=True):
         assert row["solution"] == f"sign {i}" and f"house {i}?" in row["problem"]
         assert row["solve_rate"] == 0.5 and row["difficulty"] == 2
@@ -161,7 +160,7 @@ def test_endpoint_fails_and_run_is_killed(done, tmp_path, monkeypatch):
         data.main(cfg)
     script.broken = {"collect": 500}
     data.main(cfg)
-    assert '"collect: endpoint failed": 2' in files(cfg)["data_card.json"] and not files(cfg)["sft.jsonl"]
+    assert '"demonstrate: endpoint failed": 2' in files(cfg)["data_card.json"] and not files(cfg)["sft.jsonl"]
     script.broken = {}
     data.main(cfg)
     assert '"kept": 2' in files(cfg)["data_card.json"]

@@ -6,6 +6,7 @@ import convert
 import pytest
 from conftest import picture, refusal
 
+import data
 import env
 
 SIZE = (900, 700)
@@ -16,7 +17,7 @@ def converted(folder, rows, image_root=""):
     picture(0, SIZE).save(folder / "0.jpg")
     (folder / "cold.json").write_text(json.dumps(rows))
     convert.convert(str(folder / "cold.json"), image_root, str(folder / "out"))
-    return env.load_rows(str(folder / "out" / "sft.jsonl"))
+    return data.load_rows(str(folder / "out" / "sft.jsonl"))
 
 
 def chat(*calls, image="0.jpg"):

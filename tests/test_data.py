@@ -1,6 +1,5 @@
 """The built-in tasks (data.py): scenes, their splits, the oracle's demonstrations, and the tiny model."""
 import collections
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +36,7 @@ def test_rows(scenes):
     """Rows are in the published schema; doc_ids name scene and question; splits share no image."""
     ids = set()
     for split, n in (("sft", 40 * 2 * 3), ("train", 24), ("test", 8)):
-        rows = env.load_rows(f"{scenes}/{split}.jsonl")
+        rows = data.load_rows(f"{scenes}/{split}.jsonl")
         assert len(rows) == n
         for row in rows:
             assert {"images", "doc_id", "problem", "solution", "data_source"} <= set(row)
@@ -57,12 +56,12 @@ def test_held_out_scenes_never_change(scenes, tmp_path):
 
 
 def test_the_same_command_again(tmp_path):
-    """Killed before tiny/, which is made last, it makes the same files. It never writes over other rows."""
+    """Killed before sft.jsonl, which is written last, it makes the same files. It never writes over other rows."""
     cfg = data.Config(out=str(tmp_path / "rows"), **SMALL)
     data.main(cfg)
     before = files(cfg.out)
-    shutil.rmtree(tmp_path / "rows/tiny")
-    (tmp_path / "rows/sft.jsonl").write_text("{")
+    (tmp_path / "rows/train.jsonl").write_text("{")
+    (tmp_path / "rows/sft.jsonl").unlink()
     data.main(cfg)
     assert files(cfg.out) == before
     with pytest.raises(env.UserError, match="n_test: 8 -> 9"):
@@ -97,7 +96,7 @@ def test_demonstrations(name, policy, tmp_path):
     task = data.TASKS[name]
     n = 2 if task.label else 60
     data.main(data.Config(task=name, out=str(tmp_path), n_sft=n, n_train=1, n_test=1))
-    rows = env.load_rows(f"{tmp_path}/sft.jsonl")
+    rows = data.load_rows(f"{tmp_path}/sft.jsonl")
     right = repeated = 0
     for row in rows:
         traj = env.render(policy.proc, row, row["turns"], env.EpisodeConfig(max_tokens=4000))
@@ -123,7 +122,7 @@ def test_tiny_model(scenes, rows):
     policy = sft.load_policy(f"{scenes}/tiny", "cpu")
     assert len(policy.proc.encode(env.SYSTEM)) == 1 and sum(p.numel() for p in policy.parameters()) < 1e6
     for seed in (0, 1):
-        made = data.make_tiny(rows, seed).vlm.lm_head.weight
+        made = sft.make_tiny(rows, seed).vlm.lm_head.weight
         assert torch.equal(made, policy.vlm.lm_head.weight) == (seed == 0)
 
 
@@ -140,11 +139,11 @@ def test_the_whole_view_tells_nothing(monkeypatch):
         for draw in (halftone, no_marks):
             monkeypatch.setattr(data, "halftone", draw)
             image, [question, _] = data.make_scene(np.random.default_rng(i), task)
-            shown = env.begin({"images": [image]}, cfg).shown
+            shown = env.start_episode({"images": [image]}, cfg).shown
             views.append(shown[0].resized(16).tobytes())
             tiles = question["tiles"]
             [cell] = [cell for cell in tiles if tiles[cell] == question["evidence"]]
             corner = data.corner_of(cell, 1000 // data.GRID)
-            action = env.parse_action(data.look(np.append(corner, corner + 1000 // data.GRID)))
+            action = env.parse_action(data.crop_call(np.append(corner, corner + 1000 // data.GRID)))
             crops.append(env.crop(action, shown, cfg).resized(16).tobytes())
         assert views[0] == views[1] and crops[0] != crops[1]

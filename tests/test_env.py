@@ -220,7 +220,7 @@ idle crop answer -> answered, 1 crops, errors: none None None""".splitlines()
 def test_turn_limit(line, row):
     """Two tool turns, errors included, then one that may only answer: its call is not executed."""
     said, expected = line.split(" -> ")
-    traj = env.begin(row, ROOMY)
+    traj = env.start_episode(row, ROOMY)
     for name in said.split():
         env.step(traj, TEXTS[name], replace(ROOMY, max_crops=2))
     errors = " ".join(str(turn.error) for turn in traj.turns)
@@ -402,7 +402,7 @@ def test_positions(family, request):
 def test_views_keep_to_their_budget(factor, cfg):
     """Sides are multiples of an image token's, the area is in the budget, also of small and of thin boxes."""
     frame = Image.new("RGB", (500, 500))
-    original = env.begin({"images": [frame]}, cfg).shown[0]
+    original = env.start_episode({"images": [frame]}, cfg).shown[0]
     for width, height in ((1, 1), (38, 14), (300, 3), (4, 400)):
         zoom = Shown(frame, (0, 0, width, height), cfg.min_crop_pixels, cfg.max_crop_pixels)
         for shown in (replace(original, box=zoom.box), zoom):

@@ -28,7 +28,7 @@ def asked(monkeypatch):
             rng = np.random.default_rng((prompt_ids[i // samples], i % samples, greedy, cfg.max_crops))
             texts = [CALL % "0, 0, 500, 500"] * rng.integers(4)
             texts += [rng.choice(["<answer>red</answer>", "<answer>green</answer>", "junk"])] * 9
-            traj = env.begin(rows[i // samples], cfg)
+            traj = env.start_episode(rows[i // samples], cfg)
             while traj.status == "open":
                 env.step(traj, str(texts.pop(0)), cfg)
             trajs.append(traj)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import data
 import env
 from conftest import ROOT
 
@@ -54,10 +55,10 @@ def test_image_root(tmp_path):
         (folder / "x.png").touch()
     (root / "link").symlink_to(tmp_path)
     for path in ("x.png", "a/../x.png", str(root / "x.png"), "link/root/x.png"):
-        assert env.find_image(str(root), path, "row 5", True) == str(root / "x.png")
+        assert data.find_image(str(root), path, "row 5", True) == str(root / "x.png")
     for path in ("../root2/x.png", "link/root2/x.png", "/etc/passwd", "..", "x\0/../../y\ud800"):
         with pytest.raises(env.UserError, match="row 5: .*outside"):
-            env.find_image(str(root), path, "row 5", True)
+            data.find_image(str(root), path, "row 5", True)
 
 
 ROW = {"images": ["a.png"], "problem": "<image>a\u2028b", "solution": "red", "extra": "é"}
@@ -67,7 +68,7 @@ def load(folder, text, image_root=""):
     """Read a text as the rows of a file beside a.png."""
     (folder / "a.png").touch()
     (folder / "x.json").write_text(text, encoding="utf-8")
-    return env.load_rows(f"{folder}/x.json", image_root)
+    return data.load_rows(f"{folder}/x.json", image_root)
 
 
 def test_rows(tmp_path):

@@ -102,7 +102,7 @@ def test_hostile_text_stays_text(image, tmp_path):
 def test_a_large_benchmark_and_constructed_questions(image, tmp_path, capsys):
     """The page stays small. What goes wrong with it is said in a line, and nothing is raised."""
     (tmp_path / "train.jsonl").write_text(ROW.replace("\n", " ") + "\n")
-    (tmp_path / "data_card.json").write_text('{"proposals": {"kept": 1, "ask: too long": 8}}')
+    (tmp_path / "data_card.json").write_text('{"proposals": {"kept": 1, "read_question: too long": 8}}')
     with open(tmp_path / "results-bench-tool_on.jsonl", "w") as f:
         for i in range(9000):
             f.write(json.dumps(record(image, i, boxes=())) + "\n")

@@ -128,7 +128,7 @@ def test_lora(family, trajs, tmp_path):
     assert (vector([p.grad for p in trained]) - wanted).norm() < 1e-5 * wanted.norm()
     assert len(trained) == 2 * len(summed) == 14 * len(base.vlm.model.language_model.layers)
     sft.save_checkpoint(1, family, [optimizer], cfg, "real")
-    out = sft.newest(cfg.out)
+    out = env.newest(cfg.out)
     with torch.no_grad():
         close(sft.load_policy(out, "cpu")(batch)[0], logp, atol=1e-5, rtol=1e-5)
     for file in ("model", "training/adapters", "training/optimizer"):
@@ -140,7 +140,7 @@ def save(policy, out, step=1):
     cfg = rppo.Config(out=out, judge_url="https://judge", judge_name="j", image_root="https://images")
     optimizers = sft.make_optimizers(policy, cfg, (0.9, 0.98))
     sft.save_checkpoint(step, policy, optimizers, cfg, "real")
-    return sft.newest(out)
+    return env.newest(out)
 
 
 def test_hub_folders_and_ours(family, trajs, tmp_path):
@@ -228,14 +228,14 @@ def test_hostile_episode_files(tmp_path):
         for value in HOSTILE:
             path.write_text(json.dumps({f.name: value, "judge_url": "https://evil", "lam": -3}))
             legal = type(value) is int and (f.name != "max_crops") <= value < 2 ** 63
-            found = one_line(lambda: sft.load_episode(tmp_path))
+            found = one_line(lambda: env.load_episode(tmp_path))
             assert found == (("real", {f.name: value}) if legal else None)
     path.write_text('{"preset": ["tiny"], "max_crops": 3, "judge_url": "https://evil", "seed": 7}')
-    cfg = sft.configure(rppo.Config, rppo.REAL, [f"--model={tmp_path}"])
+    cfg = env.configure(rppo.Config, rppo.REAL, [f"--model={tmp_path}"])
     assert (cfg.max_crops, cfg.judge_url) == (3, "")
     for text in (b"", b"3", b"{", b"\xff", b"[" * 100_000, b'{"max_crops": ' + b"9" * 9999 + b"}"):
         path.write_bytes(text)
-        assert one_line(lambda: sft.load_episode(tmp_path)) in (None, ("real", {}))
+        assert one_line(lambda: env.load_episode(tmp_path)) in (None, ("real", {}))
 
 
 def test_hostile_config_files(scenes, tmp_path):

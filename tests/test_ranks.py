@@ -95,7 +95,7 @@ def single_steps(policy, path, cfg, rank, world_size):
     """Steps of RPPO: one with a gradient, a flat one, NaN on the last rank alone. Returns of these if weights
     moved, and if the step was skipped."""
     optimizers = sft.make_optimizers(policy, cfg, (0.9, 0.95))
-    rows = env.load_rows(f"{path}/test.jsonl")[rank:8:world_size]
+    rows = data.load_rows(f"{path}/test.jsonl")[rank:8:world_size]
     samples = collect(policy, rows, list(range(rank, 8, world_size)), 9, cfg)
     updates = []
     for advantage in (1.0, 0.0, math.nan):
@@ -147,7 +147,7 @@ def test_weights_logs_and_scores(ranks, scenes):
     for stage in ("sft", "rppo"):
         weights, logs = [], []
         for run in (f"{scenes}/tiny", *[f"{out}/{stage}" for out in ranks[0]]):
-            policy = sft.load_policy(sft.newest(run), "cpu")
+            policy = sft.load_policy(env.newest(run), "cpu")
             weights.append(torch.cat([p.detach().flatten().double() for p in policy.parameters()]))
             logs.append(sft.read_log(run))
         start, one, two = weights

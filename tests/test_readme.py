@@ -13,7 +13,6 @@ import pytest
 
 import env
 import eval as evaluation
-import sft
 
 ROOT = Path(__file__).parent.parent
 README = Path(ROOT, "README.md").read_text()
@@ -26,14 +25,14 @@ COMMANDS = [line.split("#")[0] for line in LINES if re.search(r"(?:python|torchr
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands(command, monkeypatch):
     """Each runs a file that exists; of a stage, with flags that exist and values that they take."""
-    monkeypatch.setattr(sft, "newest", str)        # the runs that are named need not be there
+    monkeypatch.setattr(env, "newest", str)        # the runs that are named need not be there
     words = shlex.split(command)
     script = next(i for i, word in enumerate(words) if word.endswith(".py"))
     name = words[script].removesuffix(".py")
     assert (ROOT / words[script]).exists()
     if name in STAGES:
         stage = importlib.import_module(name)
-        sft.configure(stage.Config, getattr(stage, "REAL", env.REAL_EPISODE), words[script + 1:])
+        env.configure(stage.Config, getattr(stage, "REAL", env.REAL_EPISODE), words[script + 1:])
 
 
 def test_paths_and_metrics():

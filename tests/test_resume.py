@@ -47,7 +47,7 @@ def log_of(out):
 
 def tensors_of(out):
     """Every tensor of the newest checkpoint, as bytes."""
-    folder = sft.newest(str(out))
+    folder = env.newest(str(out))
     tensors = {}
     for path in Path(folder).rglob("*.safetensors"):
         tensors |= load_file(path)
@@ -95,11 +95,11 @@ def model(scenes, tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     rng = np.random.default_rng(0)
     with open(folder / "sft.jsonl", "w") as file:
-        for row in env.load_rows(f"{scenes}/sft.jsonl"):
+        for row in data.load_rows(f"{scenes}/sft.jsonl"):
             turns = [f"<answer>{rng.choice(list(data.COLOURS))}</answer>"]
             for _ in range(rng.integers(3)):
                 x, y = data.corner_of(rng.integers(16), 250)
-                turns.insert(0, f"<think>Look.</think>\n{data.look(np.array([x, y, x + 250, y + 250]))}")
+                turns.insert(0, f"<think>Look.</think>\n{data.crop_call(np.array([x, y, x + 250, y + 250]))}")
             print(json.dumps({**row, "turns": turns}), file=file)
     sft.main(sft.Config(data=str(folder), model=f"{scenes}/tiny", out=f"{folder}/run", max_crops=2,
                         turn_tokens=40, steps=40, batch=4, warmup=3))
@@ -212,7 +212,7 @@ def test_another_number_of_ranks(name, first, then, whole, start, model, tmp_pat
     assert [entry["step"] for entry in log_of(out)] == list(range(8))
     weights = []
     for run in (model, whole(name, 1), out):
-        policy = sft.load_policy(sft.newest(run), "cpu")
+        policy = sft.load_policy(env.newest(run), "cpu")
         weights.append(parameters_to_vector(policy.parameters()).detach())
     begin, one, mixed = weights
     assert (mixed - one).norm() < 0.05 * (one - begin).norm()

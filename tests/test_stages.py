@@ -30,7 +30,7 @@ import rppo
 import sft
 
 ROOT = Path(__file__).parent.parent
-FILES = ["env", "sft", "data", "eval", "rppo"]     # the chain
+FILES = ("env", "data", "sft", "eval", "rppo")
 STAGES = {"sft": sft, "data": data, "eval": evaluation, "rppo": rppo}
 DEFAULTS = {"sft": sft.REAL, "data": {}, "eval": env.REAL_EPISODE, "rppo": rppo.REAL}
 SHORT = dict(max_crops=2, turn_tokens=6)
@@ -41,7 +41,7 @@ SCENES = dict(n_sft=10, n_train=9, n_test=6)
 
 
 def configure(name, *argv):
-    return sft.configure(STAGES[name].Config, DEFAULTS[name], list(argv))
+    return env.configure(STAGES[name].Config, DEFAULTS[name], list(argv))
 
 
 def by_chance(group, cfg):
@@ -52,9 +52,9 @@ def by_chance(group, cfg):
 @pytest.fixture(scope="module", autouse=True)
 def parsers():
     """Parsers are made once: that takes longer than all else that a test of flags does."""
-    kept = {stage.Config: sft.make_parser(stage.Config, DEFAULTS[name]) for name, stage in STAGES.items()}
+    kept = {stage.Config: env.make_parser(stage.Config, DEFAULTS[name]) for name, stage in STAGES.items()}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sft, "make_parser", lambda Config, REAL: kept[Config])
+        patch.setattr(env, "make_parser", lambda Config, REAL: kept[Config])
         yield
 
 
@@ -155,7 +155,7 @@ def test_main_job(small, tmp_path):
 def test_main_job_on_foreign_rows(small, scenes, tmp_path):
     """A folder of somebody's rows with their own sft.jsonl takes no scenes. The same command goes on."""
     for split in ("sft", "train", "test"):
-        rows = env.load_rows(f"{scenes}/{split}.jsonl")
+        rows = data.load_rows(f"{scenes}/{split}.jsonl")
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     small.setattr(data, "write_scenes", lambda cfg: pytest.fail("scenes were drawn"))
     for _ in range(2):
@@ -199,7 +199,7 @@ def test_help(name, monkeypatch):
     """--help is the file's docstring and every field: with default, preset and comment, in named groups."""
     monkeypatch.setenv("COLUMNS", "1000")
     stage = STAGES[name]
-    text = sft.make_parser(stage.Config, DEFAULTS[name]).format_help()
+    text = env.make_parser(stage.Config, DEFAULTS[name]).format_help()
     assert stage.__doc__.strip() in text
     for f in fields(stage.Config):
         default = re.escape(f"(default: {f.default})")
@@ -221,7 +221,7 @@ def test_values_and_presets(chain):
         plain = {**asdict(STAGES[name].Config()), "data": "data/scenes-0"}
         assert asdict(configure(name)) == plain
         ours = configure(name, f"--model={run}")
-        assert asdict(ours) == {**plain, **SHORT, "model": sft.newest(run)}
+        assert asdict(ours) == {**plain, **SHORT, "model": env.newest(run)}
         real = configure(name, "--model=some/name")
         assert asdict(real) == {**plain, **DEFAULTS[name], "model": "some/name"}
         assert configure(name, f"--model={run}", "--turn_tokens=9").turn_tokens == 9
@@ -257,7 +257,7 @@ def test_a_run_is_reused_or_refused(copied, monkeypatch):
 
 def test_a_folder_in_use(copied, monkeypatch):
     """Who comes second is told in one line who has the folder, and changes nothing in it."""
-    monkeypatch.setattr(sft, "locks", {})
+    monkeypatch.setattr(env, "locks", {})
     before = made(Path(copied.out))
     with open(f"{copied.out}/lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -307,7 +307,7 @@ def test_imports():
                 modules = [node.module]
             allowed = {*light, *FILES[:i]}
             if modules and node.col_offset:        # in a function: loaded when it is called
-                allowed |= {"transformers", "tokenizers", "safetensors", "eval" * (name == "data")}
+                allowed |= {"transformers", "tokenizers", "safetensors"}
             assert {module.split(".")[0] for module in modules} <= allowed
 
 
