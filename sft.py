@@ -8,8 +8,11 @@
 
 The sums run over all conversations of a step on all ranks; mask is 1 on the assistant's tokens only; p is the
 softmax over the vocabulary without the banned ids (vision tokens, ids without a text).
-Shapes: B conversations, T tokens of the longest, n trained tokens, N image tokens, V rows of the head. Reads
-<data>/{sft.jsonl, tiny}. Writes <out>/{config.json, log.jsonl, checkpoints/<step>/, last}.
+Reads <data>/{sft.jsonl, tiny}. Writes <out>/{config.json, log.jsonl, checkpoints/<step>/, last}.
+
+    B   conversations of a micro-batch        N   image tokens of a micro-batch
+    T   tokens of the longest of them         V   rows of the head
+    n   trained tokens of them all
 """
 import json
 import math
@@ -19,6 +22,7 @@ import shlex
 import shutil
 import signal
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -128,6 +132,7 @@ class Policy(torch.nn.Module):
         banned[len(proc.tokenizer):] = True
         self.register_buffer("banned", banned, persistent=False)
         self.sharded = self.reuses_features = False      # see `shard` and `see`
+        self.fingerprint = ""                            # see load_policy
 
     @property
     def device(self):
@@ -209,7 +214,7 @@ class Policy(torch.nn.Module):
         return tuple(map(torch.cat, zip(*parts)))
 
 
-# --- From a checkpoint to a policy that can be trained --------------------------------------------------
+# --- Families: what a model needs to be a policy, and where it comes from -------------------------------
 # FORK: the model. The known families, with mean and standard deviation of the pixels that a tower expects.
 PIXELS = {"qwen3_vl": ((0.5,) * 3, (0.5,) * 3),
           "qwen2_5_vl": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))}
@@ -226,6 +231,17 @@ def make_policy(vlm, tokenizer):
     ends = vlm.generation_config.eos_token_id
     ends = [i for i in (ends if isinstance(ends, list) else [ends]) if isinstance(i, int)]
     return Policy(vlm, env.Processor(tokenizer, vision.patch_size * vision.spatial_merge_size, ends), images)
+
+
+def fingerprint(weights):
+    """A short name (hex) of weights (name -> tensor) by their content: names, shapes, and 16 to 31 values of
+    each, rounded to bf16, so that it is the same whether they were read in bf16 or in fp32."""
+    crc = 0
+    for name, value in sorted(weights.items()):
+        some = value.detach().flatten()[::max(value.numel() // 16, 1)].bfloat16().float().cpu()
+        crc = zlib.crc32(f"{name} {tuple(value.shape)}".encode(), crc)
+        crc = zlib.crc32(some.numpy().tobytes(), crc)
+    return f"{crc:08x}"
 
 
 DAMAGED = "{!r} does not load ({!r:.200}); check --model, or put an older step's number into the run's `last`"
@@ -247,89 +263,10 @@ def load_policy(path, device, train=False):
         if found["missing_keys"]:                # transformers would leave them random
             raise ValueError(f"no weights of {sorted(found['missing_keys'])[:3]}")
         policy = make_policy(vlm, AutoTokenizer.from_pretrained(path, trust_remote_code=False))
+        policy.fingerprint = fingerprint(vlm.state_dict())
     except Exception as e:                       # a damaged folder can make a loader raise anything
         raise UserError(DAMAGED.format(path, e))
     return policy if train else policy.to(device)
-
-
-def add_lora(policy, cfg):
-    """Freeze the policy and give every linear map W of the text model's blocks fp32 adapters A, B:
-    y = W x + lora_alpha / lora B A x (Hu et al., arXiv 2106.09685). B is zero: nothing changes at first."""
-    def forward(self, x):
-        return F.linear(x, self.weight, self.bias) + F.linear(scale * F.linear(x, self.lora_A), self.lora_B)
-    policy.requires_grad_(False)
-    scale = cfg.lora_alpha / cfg.lora
-    generator = torch.Generator().manual_seed(cfg.seed)                # A is the same on all ranks
-    for module in policy.vlm.model.language_model.layers.modules():
-        if isinstance(module, torch.nn.Linear):
-            bound = module.in_features ** -0.5
-            A = torch.empty(cfg.lora, module.in_features).uniform_(-bound, bound, generator=generator)
-            module.lora_A = torch.nn.Parameter(A)
-            module.lora_B = torch.nn.Parameter(torch.zeros(module.out_features, cfg.lora))
-            module.forward = MethodType(forward, module)
-
-
-def merge_lora(weights, cfg):
-    """Add the adapters among weights (name -> tensor) to the others, and return them, taken out."""
-    adapters = {name: weights.pop(name) for name in list(weights) if "lora_" in name}
-    for name, A in adapters.items():
-        if name.endswith("lora_A"):
-            plain = name.replace("lora_A", "weight")
-            delta = cfg.lora_alpha / cfg.lora * adapters[name.replace("lora_A", "lora_B")] @ A
-            weights[plain] = (weights[plain] + delta).to(weights[plain].dtype)
-    return adapters
-
-
-def shard(policy, device):
-    """FSDP2 over torchrun's ranks (one is enough). A rank keeps its part of each block's weights; a block is
-    gathered while it computes, in bf16 on CUDA, and gradients come back as fp32 sums over the ranks."""
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-    dtype = torch.bfloat16 if device.type == "cuda" else None
-    precision = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)   # angles stay fp32
-    blocks = (*policy.vlm.model.visual.blocks, *policy.vlm.model.language_model.layers)
-    for module in (*blocks, policy):             # the rest, tied embeddings among it, belongs to the root
-        fully_shard(module, mp_policy=precision)
-        module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)
-    policy.sharded = True
-    # FSDP2 wants its first forward pass to go through the root, but a rollout goes through the parts.
-    blank = env.Trajectory({})
-    blank.extend(policy.proc, [policy.proc.end] * 2, sampled=True)
-    with torch.no_grad():
-        policy.to(device)(collate([blank], policy.proc))
-
-
-def load_trainable(cfg, start, first, device, betas, muon_lr=0.0):
-    """Policy, optimizers and preset of a stage, from the checkpoint `start` or as saved at step `first`."""
-    from safetensors.torch import load_file
-    from torch.distributed.checkpoint import state_dict
-    last = env.newest(cfg.out)                       # with LoRA, training/ has what is added to `start`
-    policy = load_policy(last if first and not cfg.lora else start, device, train=not cfg.lora)
-    policy.vlm.model.visual.requires_grad_(cfg.train_vision)
-    if cfg.lora:
-        add_lora(policy, cfg)
-    policy.reuses_features = bool(cfg.lora) or not cfg.train_vision
-    if cfg.recompute:
-        policy.vlm.gradient_checkpointing_enable({"use_reentrant": False})
-    if cfg.shard and dist.is_initialized():
-        shard(policy, device)
-    policy.to(device)                            # FSDP2's also shards the root again, left gathered
-    optimizers = make_optimizers(policy, cfg, betas, muon_lr)
-    if first:
-        options = state_dict.StateDictOptions(full_state_dict=True, strict=False)   # to each rank its part
-        state = state_dict.get_optimizer_state_dict(policy.vlm, optimizers)         # for its param_groups
-        state["state"] = {}
-        try:
-            if cfg.lora:
-                adapters = load_file(f"{last}/training/adapters.safetensors")
-                state_dict.set_model_state_dict(policy.vlm, adapters, options=options)
-            for path, value in load_file(f"{last}/training/optimizer.safetensors").items():
-                name, key = path.removeprefix("state.").rsplit(".", 1)
-                state["state"].setdefault(name, {})[key] = value
-            state_dict.set_optimizer_state_dict(policy.vlm, optimizers, state, options=options)
-        except Exception as e:
-            raise UserError(DAMAGED.format(last, e))
-    return policy, optimizers, env.load_episode(start)[0]
 
 
 # --- The tiny model -------------------------------------------------------------------------------------
@@ -390,6 +327,54 @@ def save_tiny(folder, seed):
     os.replace(unfinished, f"{folder}/tiny")
 
 
+# --- LoRA and FSDP2 -------------------------------------------------------------------------------------
+def add_lora(policy, cfg):
+    """Freeze the policy and give every linear map W of the text model's blocks fp32 adapters A, B:
+    y = W x + lora_alpha / lora B A x (Hu et al., arXiv 2106.09685). B is zero: nothing changes at first."""
+    def forward(self, x):
+        return F.linear(x, self.weight, self.bias) + F.linear(scale * F.linear(x, self.lora_A), self.lora_B)
+    policy.requires_grad_(False)
+    scale = cfg.lora_alpha / cfg.lora
+    generator = torch.Generator().manual_seed(cfg.seed)                # A is the same on all ranks
+    for module in policy.vlm.model.language_model.layers.modules():
+        if isinstance(module, torch.nn.Linear):
+            bound = module.in_features ** -0.5
+            A = torch.empty(cfg.lora, module.in_features).uniform_(-bound, bound, generator=generator)
+            module.lora_A = torch.nn.Parameter(A)
+            module.lora_B = torch.nn.Parameter(torch.zeros(module.out_features, cfg.lora))
+            module.forward = MethodType(forward, module)
+
+
+def merge_lora(weights, cfg):
+    """Add the adapters among weights (name -> tensor) to the others, and return them, taken out."""
+    adapters = {name: weights.pop(name) for name in list(weights) if "lora_" in name}
+    for name, A in adapters.items():
+        if name.endswith("lora_A"):
+            plain = name.replace("lora_A", "weight")
+            delta = cfg.lora_alpha / cfg.lora * adapters[name.replace("lora_A", "lora_B")] @ A
+            weights[plain] = (weights[plain] + delta).to(weights[plain].dtype)
+    return adapters
+
+
+def shard(policy, device):
+    """FSDP2 over torchrun's ranks (one is enough). A rank keeps its part of each block's weights; a block is
+    gathered while it computes, in bf16 on CUDA, and gradients come back as fp32 sums over the ranks."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    dtype = torch.bfloat16 if device.type == "cuda" else None
+    precision = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)   # angles stay fp32
+    blocks = (*policy.vlm.model.visual.blocks, *policy.vlm.model.language_model.layers)
+    for module in (*blocks, policy):             # the rest, tied embeddings among it, belongs to the root
+        fully_shard(module, mp_policy=precision)
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+    policy.sharded = True
+    # FSDP2 wants its first forward pass to go through the root, but a rollout goes through the parts.
+    blank = env.Trajectory({})
+    blank.extend(policy.proc, [policy.proc.end] * 2, sampled=True)
+    with torch.no_grad():
+        policy.to(device)(collate([blank], policy.proc))
+
+
 # --- Checkpoints: servers load every *.safetensors of the folder, so training state lies in a subfolder ---
 def save_model(folder, policy, weights, cfg, preset):
     """Write what transformers and servers load, and episode.json, by which later stages ask as this one."""
@@ -447,6 +432,39 @@ def prune(cfg, step, best=None):
     for path in paths:
         if path.name not in map(str, (*steps[-cfg.keep:], best)):
             shutil.rmtree(path)
+
+
+def load_trainable(cfg, start, first, device, betas, muon_lr=0.0):
+    """Policy, optimizers and preset of a stage, from the checkpoint `start` or as saved at step `first`."""
+    from safetensors.torch import load_file
+    from torch.distributed.checkpoint import state_dict
+    last = env.newest(cfg.out)                       # with LoRA, training/ has what is added to `start`
+    policy = load_policy(last if first and not cfg.lora else start, device, train=not cfg.lora)
+    policy.vlm.model.visual.requires_grad_(cfg.train_vision)
+    if cfg.lora:
+        add_lora(policy, cfg)
+    policy.reuses_features = bool(cfg.lora) or not cfg.train_vision
+    if cfg.recompute:
+        policy.vlm.gradient_checkpointing_enable({"use_reentrant": False})
+    if cfg.shard and dist.is_initialized():
+        shard(policy, device)
+    policy.to(device)                            # FSDP2's also shards the root again, left gathered
+    optimizers = make_optimizers(policy, cfg, betas, muon_lr)
+    if first:
+        options = state_dict.StateDictOptions(full_state_dict=True, strict=False)   # to each rank its part
+        state = state_dict.get_optimizer_state_dict(policy.vlm, optimizers)         # for its param_groups
+        state["state"] = {}
+        try:
+            if cfg.lora:
+                adapters = load_file(f"{last}/training/adapters.safetensors")
+                state_dict.set_model_state_dict(policy.vlm, adapters, options=options)
+            for path, value in load_file(f"{last}/training/optimizer.safetensors").items():
+                name, key = path.removeprefix("state.").rsplit(".", 1)
+                state["state"].setdefault(name, {})[key] = value
+            state_dict.set_optimizer_state_dict(policy.vlm, optimizers, state, options=options)
+        except Exception as e:
+            raise UserError(DAMAGED.format(last, e))
+    return policy, optimizers, env.load_episode(start)[0]
 
 
 # --- Optimizers, and gradients over the ranks -----------------------------------------------------------
@@ -563,7 +581,6 @@ def stop(step, rank):
 
 
 # --- The run folder: config.json, log.jsonl, lock, checkpoints/<step>/, last ----------------------------
-
 def read_log(folder):
     """The entries of a run's log.jsonl, if there is one. A killed run may leave half a line at its end."""
     path = Path(folder, "log.jsonl")
@@ -593,9 +610,6 @@ def open_run(cfg, rank):
         kept = [json.dumps(entry) + "\n" for entry in read_log(cfg.out) if entry["step"] < step]
         env.write_text(f"{cfg.out}/log.jsonl", "".join(kept))
     return gather_objects(step)[0]
-
-
-# --- The command line: argparse over the dataclasses ----------------------------------------------------
 
 
 def cli(main, cls, real):

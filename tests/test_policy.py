@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
+import data
 import env
 import rppo
 import sft
@@ -134,6 +135,18 @@ def test_lora(family, trajs, tmp_path):
     for file in ("model", "training/adapters", "training/optimizer"):
         for name in load_file(f"{out}/{file}.safetensors"):
             assert ("lora_" in name) == ("training" in file)
+
+
+def test_fingerprint(scenes, policy):
+    """It is that of the weights, in whatever type they are read; another seed, name or shape is another one."""
+    weights = policy.vlm.state_dict()
+    name, first = next(iter(weights.items()))
+    others = [{**weights, name: first + 0.01}, {**weights, name: first[:, :-1]}, {**weights, "new": weights[name]}]
+    half = {name: value.bfloat16() for name, value in weights.items()}
+    assert policy.fingerprint == sft.fingerprint(weights) == sft.fingerprint(half)
+    tiny = [sft.make_tiny(data.read_lines(f"{scenes}/sft.jsonl"), seed).vlm.state_dict() for seed in (0, 1)]
+    assert sft.fingerprint(tiny[0]) == policy.fingerprint
+    assert len({policy.fingerprint, *map(sft.fingerprint, [*others, tiny[1]])}) == 5
 
 
 def save(policy, out, step=1):
