@@ -68,7 +68,7 @@ REAL = dict(
     recompute=True, shard=True)
 
 
-# --- The objective. FORK: the algorithm, in the next five functions --------
+# --- The objective. FORK: the algorithm, in the next four functions -------------------------------------
 def group_advantages(rewards, norm_std):
     """rewards (P, G) -> advantages (P, G): minus the group's mean, divided by its unbiased std if asked.
 
@@ -79,38 +79,38 @@ def group_advantages(rewards, norm_std):
     centred = rewards - rewards.mean(1, keepdim=True)
     if norm_std and rewards.shape[1] > 1:
         centred = centred / rewards.std(1, keepdim=True).clamp_min(1e-12)
+
     flat = rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True)
     return centred.masked_fill(flat, 0.0)
 
 
+def policy_loss(logp, old_logp, advantages, clip_low, clip_high, n_tokens=None):
+    """The clipped loss (PPO, arXiv 1707.06347) of n trained tokens, all arguments (n,) -> scalar.
+
+    Each token has the advantage of its trajectory. The sum is divided by n_tokens (default: n). Training
+    passes the count of the whole step, so that the loss does not depend on micro-batches or ranks.
+    """
+    if n_tokens is None:
+        n_tokens = len(logp)
+    ratio = (logp - old_logp).exp()
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    surrogate = torch.minimum(ratio * advantages, clipped * advantages)
+    return -surrogate.sum() / max(n_tokens, 1)
+
+
 def counts(sample, cfg):
     """Do the trajectory's tokens count in the divisor of the loss?"""
+    if sample.traj.verdict == "failed":          # the judge: nobody knows what it is worth
+        return False
     return sample.traj.status == "answered" or not cfg.mask_over_turns
 
 
 def has_gradient(sample, cfg):
-    """Is it in the forward pass? If not, its tokens may still count in the divisor."""
-    return sample.advantage != 0 and counts(sample, cfg)
+    """Does it go through the model? If not, its tokens may still count in the divisor.
 
-
-def ratios(logp, old_logp, mask):
-    """How much likelier each token has become (B, T); 1 where the mask is 0."""
-    return torch.where(mask > 0, logp - old_logp, 0.0).exp()
-
-
-def policy_loss(logp, old_logp, advantages, mask, clip_low, clip_high, n_tokens=None):
-    """The clipped loss (PPO, arXiv 1707.06347). logp, old_logp, mask (B, T), advantages (B,) -> scalar.
-
-    Summed over the mask and divided by n_tokens (default: the mask's sum). Training passes the global count
-    of the step, so that the loss does not depend on micro-batches or ranks. 0 for an empty mask.
+    A further term of the loss needs the trajectories of advantage 0 too: then this is counts(sample, cfg).
     """
-    ratio = ratios(logp, old_logp, mask)
-    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
-    advantages = advantages[:, None]
-    surrogate = torch.minimum(ratio * advantages, clipped * advantages)
-    if n_tokens is None:
-        n_tokens = mask.sum().item()
-    return -(surrogate * mask).sum() / max(n_tokens, 1)
+    return sample.advantage != 0 and counts(sample, cfg)
 
 
 # --- One step: collect, then update ---------------------------------------------------------------------
@@ -123,16 +123,24 @@ class Sample:
 
 
 def collect(policy, rows, streams, step, cfg):
-    """Sample G trajectories of each row, reward them and compare them within their group: P * G samples."""
+    """Sample G trajectories of each row, reward them and compare them within their group: P * G samples.
+
+    A row's trajectories stand together. `streams` has for each row the number of its random stream.
+    """
     G = cfg.samples
     trajs = evaluation.rollout(policy, rows, cfg, G, seed=(cfg.seed, step), streams=streams)
     evaluation.judge(trajs, cfg)
+
     parts = []
     for i in range(0, len(trajs), G):
         parts += env.rewards(trajs[i:i + G], cfg)
-    rewards = torch.tensor([p["total"] for p in parts], dtype=torch.float64).view(-1, G)   # (P, G)
-    advantages = group_advantages(rewards, cfg.norm_std).flatten().tolist()   # P * G
-    return list(map(Sample, trajs, parts, advantages))
+    rewards = torch.tensor([p["total"] for p in parts], dtype=torch.float64).view(-1, G)      # (P, G)
+
+    # Where the judge failed the reward is unknown: the mean of the others changes none of their advantages.
+    failed = torch.tensor([traj.verdict == "failed" for traj in trajs]).view(-1, G)
+    known = rewards.masked_fill(failed, torch.nan).nanmean(1, keepdim=True).nan_to_num()      # (P, 1)
+    advantages = group_advantages(rewards.where(~failed, known), cfg.norm_std)                # (P, G)
+    return list(map(Sample, trajs, parts, advantages.flatten().tolist()))
 
 
 def length(sample):
@@ -140,9 +148,11 @@ def length(sample):
 
 
 def micro_batches(samples, size):
-    """The samples in about len(samples) / size micro-batches. None has more tokens, padding included, than
-    the larger of its share and the longest trajectory; neighbours in length stand together, so that little is
-    padding."""
+    """The samples in about len(samples) / size micro-batches, the longest first.
+
+    None has more tokens, padding included, than the larger of its share and the longest trajectory.
+    Neighbours in length stand together, so that little is padding.
+    """
     out = []
     for sample in sorted(samples, key=length, reverse=True):
         if not out:
@@ -154,41 +164,53 @@ def micro_batches(samples, size):
     return out
 
 
-def update(policy, optimizers, samples, cfg):
-    """`updates` passes over one rollout. Returns what the log says of it. All ranks must reach this."""
-    device = policy.device
+def idle(samples):
+    """The shortest trajectory with mask 0: it passes through the model, but no token of it is trained."""
+    shortest = min(samples, key=length)
+    return replace(shortest, traj=replace(shortest.traj, mask=[0] * length(shortest)))
+
+
+def update(policy, optimizers, samples, cfg, reference=None):
+    """`updates` passes over one rollout. Returns what the log says of it. All ranks must reach this.
+
+    `reference` is for a fork with a KL term: a Policy that stays as it is.
+    """
+    # 1. The micro-batches of this rank, and the divisor: the tokens of all trajectories of all ranks
     micro = micro_batches([s for s in samples if has_gradient(s, cfg)], cfg.micro_batch)
-    busy = len(micro)
     tokens = sum(sum(s.traj.mask) for s in samples if counts(s, cfg))
-    n_tokens, n_busy = sft.all_sum(tokens, busy)
-    if policy.sharded:   # ranks must pass equally often: some repeat a trajectory, with advantage 0
-        idle = replace(min(samples, key=length), advantage=0.0)
-        micro += [[idle]] * (max(sft.gather_objects(busy)) - busy)
-    old, skipped = [None] * len(micro), 0
-    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    n_tokens, n_micro = sft.all_sum(tokens, len(micro))
+    if policy.sharded:                   # ranks gather weights from each other: they must pass equally often
+        most = max(sft.gather_objects(len(micro)))
+        micro += [[idle(samples)]] * (most - len(micro))
+
+    old = [None] * len(micro)            # (n,) log-probabilities before the first optimizer step
+    sums = torch.zeros(4, dtype=torch.float64, device=policy.device)
+    skipped = 0
     policy.train()
     for k in range(cfg.updates):
         loss_sum = 0.0
         for j, chosen in enumerate(micro):
+            # 2. Forward: log-probability and entropy (n,) of the trained tokens, trajectory by trajectory
             batch = sft.collate([s.traj for s in chosen], policy.proc)
             with policy.autocast():
-                logp, entropy = policy(batch, cfg.temperature)                # (n,) the trained tokens
-            mask = batch["mask"][:, 1:].to(device)                            # (b, T-1)
-            logp = torch.zeros_like(mask).masked_scatter(mask > 0, logp)      # back to their places
+                logp, entropy = policy(batch, cfg.temperature)
             if k == 0:
-                old[j] = logp.detach()                                        # nothing has been updated yet
-            advantages = torch.tensor([s.advantage for s in chosen], device=device)
-            loss = policy_loss(logp, old[j], advantages, mask, cfg.clip_low, cfg.clip_high, n_tokens)
-            loss.backward()              # FORK: another term of the loss goes before this
+                old[j] = logp.detach()
+
+            # 3. The loss
+            advantages, sampled = per_token(chosen, batch, policy.device)
+            loss = policy_loss(logp, old[j], advantages, cfg.clip_low, cfg.clip_high, n_tokens)
+            # FORK: add another term here: a sum over the same tokens, divided by n_tokens
+            loss.backward()
             loss_sum += loss.item()
-            if j < busy:
-                sampled = batch["logp"][:, 1:].to(device)
-                sums += log_sums(logp.detach(), old[j], sampled, mask, entropy, cfg)
-        # In a step of flat groups alone, the optimizers' momentum would still move the weights.
-        _, norm, skip = sft.optimizer_step(policy, optimizers, loss_sum, cfg, rest=n_busy == 0)
+            sums += token_sums(logp.detach(), old[j], sampled, entropy.detach(), cfg)
+
+        # 4. Step. After flat groups alone, the optimizers' momentum would still move the weights.
+        _, norm, skip = sft.optimizer_step(policy, optimizers, loss_sum, cfg, rest=n_micro == 0)
         skipped += skip
+
     trained, entropy, gap, clipped = sft.all_sum(*sums.tolist())
-    trained = trained or np.nan      # in a step of flat groups alone the three are not logged
+    trained = trained or np.nan          # after flat groups alone the three are not logged
     return dict(
         tokens=n_tokens,
         entropy=entropy / trained,
@@ -198,12 +220,21 @@ def update(policy, optimizers, samples, cfg):
         skipped=skipped)
 
 
-def log_sums(logp, old_logp, sampled, mask, entropy, cfg):
-    """Over a micro-batch: tokens, entropy, |log-probability - that recorded while sampling|, clipped ones."""
-    ratio = ratios(logp, old_logp, mask)
+def per_token(chosen, batch, device):
+    """Of each trained token of a micro-batch: its advantage, its log-probability while sampling; both (n,)."""
+    trained = batch["mask"][:, 1:] > 0                                        # (b, T-1), on the CPU
+    advantages = torch.tensor([s.advantage for s in chosen])[:, None]         # (b, 1)
+    advantages = advantages.expand(trained.shape)[trained]                    # (n,)
+    sampled = batch["logp"][:, 1:][trained]                                   # (n,)
+    return advantages.to(device), sampled.to(device)
+
+
+def token_sums(logp, old_logp, sampled, entropy, cfg):
+    """Over n tokens, all arguments (n,): n, entropy, |log-probability - that while sampling|, clipped ones."""
+    ratio = (logp - old_logp).exp()
     clipped = (ratio < 1 - cfg.clip_low) | (ratio > 1 + cfg.clip_high)
-    gap = (old_logp - sampled).abs() * mask
-    return torch.stack([mask.sum(), entropy.sum(), gap.sum(), clipped.sum()]).double()
+    gap = (old_logp - sampled).abs()
+    return torch.stack([torch.ones_like(ratio).sum(), entropy.sum(), gap.sum(), clipped.sum()]).double()
 
 
 # --- The log --------------------------------------------------------------------------------------------

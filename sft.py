@@ -194,9 +194,8 @@ class Policy(torch.nn.Module):
         """Of hidden states h (n, width): log-probability of each target, entropy of what is sampled (n,)."""
         logits = self.logits(h, temperature)                      # (n, V)
         total = logits.logsumexp(-1)
-        with torch.no_grad():
-            p = (logits - total[:, None]).exp()
-            entropy = total - (p * logits.masked_fill(self.banned, 0)).sum(-1)
+        p = (logits - total[:, None]).exp()
+        entropy = total - (p * logits.masked_fill(self.banned, 0)).sum(-1)
         return logits.gather(1, target[:, None])[:, 0] - total, entropy
 
     def forward(self, batch, temperature=1.0):

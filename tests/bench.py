@@ -196,8 +196,10 @@ def plain_update(vlm, policy, optimizer, trajs, advantages, task):
         with policy.autocast():
             logits = vlm(**batch, use_cache=False).logits
         logp = (logits[:, :-1].float() / task.temperature).log_softmax(-1).gather(2, batch["input_ids"][:, 1:, None])[..., 0]
-        a = torch.tensor(advantages[i:i + size], device=policy.device)
-        rppo.policy_loss(logp, logp.detach(), a, mask[:, 1:], task.clip_low, task.clip_high, n_tokens).backward()
+        trained = mask[:, 1:] > 0
+        a = torch.tensor(advantages[i:i + size], device=policy.device)[:, None].expand_as(trained)[trained]
+        logp = logp[trained]
+        rppo.policy_loss(logp, logp.detach(), a, task.clip_low, task.clip_high, n_tokens).backward()
     norm = torch.nn.utils.clip_grad_norm_(vlm.parameters(), task.clip_norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)

@@ -33,50 +33,30 @@ def test_advantages_by_hand():
         assert group_advantages(rewards[:, :1], norm_std).tolist() == [[0.0]] * 4
 
 
-def loop(logp, old, advantages, mask):
-    """The sum of the clipped loss and its gradient with respect to logp, number by number."""
-    loss = 0.0
-    gradient = torch.zeros_like(logp)
-    for i, t in torch.nonzero(mask).tolist():
-        a = advantages[i].item()
-        ratio = math.exp(logp[i, t] - old[i, t])
+def test_loss_against_a_plain_loop():
+    """Ratios from 0.1 to 8, advantages of both signs: value and gradient, number by number. Inputs stay."""
+    torch.manual_seed(1)
+    logp = -3 * torch.rand(60).double()
+    old = logp + 0.7 * torch.randn(60).double()
+    advantages = torch.tensor([1.5, -0.8, 0.0, -2.0, 0.3, 1.0]).double().repeat(10)
+    inputs = [tensor.clone() for tensor in (logp, old, advantages)]
+    loss, gradient = 0.0, []
+    for new, before, a in zip(logp.tolist(), old.tolist(), advantages.tolist()):
+        ratio = math.exp(new - before)
         clipped = min(max(ratio, 0.8), 1.28)
         loss -= min(ratio * a, clipped * a)
-        if ratio * a <= clipped * a:     # the free branch is the smaller one: d ratio / d logp = ratio
-            gradient[i, t] = -ratio * a
-    return loss, gradient
-
-
-def loss_and_gradient(logp, *rest):
-    logp = logp.clone().requires_grad_()
-    loss = policy_loss(logp, *rest)
-    loss.backward()
-    return loss.item(), logp.grad
-
-
-@pytest.fixture
-def numbers():
-    """logp, old_logp, advantages, mask: advantages of both signs, ratios from 0.1 to 8."""
-    torch.manual_seed(1)
-    logp = -3 * torch.rand(6, 9).double()
-    old = logp + 0.7 * torch.randn(6, 9).double()
-    mask = (torch.rand(6, 9) < 0.7).double()
-    advantages = torch.tensor([1.5, -0.8, 0.0, -2.0, 0.3, 1.0]).double()
-    return logp, old, advantages, mask
-
-
-def test_loss_against_a_plain_loop(numbers):
-    """Ratios below, in and above the clip range. What stands where the mask is 0 changes nothing."""
-    logp, old, advantages, mask = numbers
-    expected, gradient = loop(*numbers)
-    junk = logp.where(mask > 0, math.nan), old.where(mask > 0, -math.inf), advantages, mask
-    for given in (numbers, junk):
-        loss, found = loss_and_gradient(*given, 0.2, 0.28, 17)
-        assert loss == pytest.approx(expected / 17, rel=1e-12)
-        close(found, gradient / 17)
-    loss, found = loss_and_gradient(logp, old, advantages, 0 * mask, 0.2, 0.28)
-    assert loss == 0                             # nothing was sampled
-    assert (found == 0).all()
+        gradient.append(-ratio * a if ratio * a <= clipped * a else 0.0)    # the free branch: d ratio = ratio
+    for n_tokens, divisor in ((17, 17), (None, 60)):
+        given = logp.clone().requires_grad_()
+        found = policy_loss(given, old, advantages, 0.2, 0.28, n_tokens)
+        found.backward()
+        assert found.item() == pytest.approx(loss / divisor, rel=1e-12)
+        close(given.grad, torch.tensor(gradient).double() / divisor)
+    assert all(map(torch.equal, inputs, (logp, old, advantages)))
+    empty = logp[:0].requires_grad_()
+    found = policy_loss(empty, old[:0], advantages[:0], 0.2, 0.28)
+    found.backward()                             # ranks that train nothing go backward, too
+    assert found == 0 and empty.grad.shape == (0,)
 
 
 def test_prompts_cover_the_rows():
@@ -187,17 +167,17 @@ def test_clipping_over_two_updates(learner, samples, monkeypatch):
     """The old log-probabilities are those of the first pass and stay; ratios leave 1 in the second."""
     calls = []
 
-    def recording(logp, old, advantages, mask, *rest):
-        calls.append((logp.detach(), old, mask))
-        return policy_loss(logp, old, advantages, mask, *rest)
+    def recording(logp, old, *rest):
+        calls.append((logp.detach(), old))
+        return policy_loss(logp, old, *rest)
 
     monkeypatch.setattr(rppo, "policy_loss", recording)
     optimizer = torch.optim.AdamW(learner.parameters(), lr=3e-3)
     stats = rppo.update(learner, [optimizer], samples, replace(CFG, updates=2, micro_batch=99))
-    [(logp, old, mask), (later, same, _)] = calls
+    [(logp, old), (later, same)] = calls
     assert torch.equal(logp, old)
     assert torch.equal(old, same)
-    ratios = (later - old)[mask > 0].exp()
+    ratios = (later - old).exp()
     clipped = (ratios < 0.8) | (ratios > 1.28)
     assert clipped.any()                         # none is in the first pass, which counts, too
     assert stats["clip_share"] == pytest.approx(clipped.double().mean().item() / 2)
