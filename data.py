@@ -270,9 +270,7 @@ def make_scene(rng, task):
 
 def crop_call(box):
     """The text of a call that looks at a box of the original."""
-    arguments = {"bbox_2d": box.astype(int).tolist(), "img_idx": 0}
-    call = {"name": env.CROP_SCHEMA["function"]["name"], "arguments": arguments}
-    return f"<tool_call>\n{json.dumps(call)}\n</tool_call>"
+    return env.call_text({"bbox_2d": box.astype(int).tolist(), "img_idx": 0})
 
 
 def listing(question):
@@ -439,7 +437,7 @@ def messages_of(traj, episode):
     messages = [dict(role="system", content=system), dict(role="user", content=question)]
     for turn in traj.turns:
         seen = turn.shown or env.ERRORS[turn.error]
-        response = [part("<tool_response>\n"), part(seen), part("\n</tool_response>")]
+        response = [part(env.RESPONSE_BEFORE), part(seen), part(env.RESPONSE_AFTER)]
         messages += [dict(role="assistant", content=turn.text), dict(role="user", content=response)]
     return messages
 

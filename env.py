@@ -180,7 +180,7 @@ class Tool:
     schema: dict                     # JSON schema, as in the system prompt
     parse: Callable                  # arguments (dict) -> Action; ValueError says what is wrong with them
     run: Callable                    # (action, images so far, EpisodeConfig) -> Shown; ToolError refuses
-    example: str = ""                # a call, its values 0: what the tiny tokenizer makes a token of
+    example: dict = field(default_factory=dict)  # arguments, numbers 0; the tiny tokenizer knows such calls
 
 
 def parse_crop(arguments):
@@ -214,7 +214,7 @@ CROP_SCHEMA = {"type": "function", "function": {
         "img_idx": {"type": "integer", "description": "0 is the original image, k the k-th crop; default 0"},
         "label": {"type": "string", "description": "what is looked for (optional)"}},
         "required": ["bbox_2d"]}}}
-CROP_EXAMPLE = '{"name": "image_zoom_in_tool", "arguments": {"bbox_2d": [0, 0, 0, 0], "img_idx": 0}}'
+CROP_EXAMPLE = {"bbox_2d": [0, 0, 0, 0], "img_idx": 0}
 TOOLS = {"crop": Tool(CROP_SCHEMA, parse_crop, crop, CROP_EXAMPLE)}
 ERRORS = {   # what the policy reads after a mistake: fixed texts, so that nothing it wrote is echoed
     "none": "Error: no action. Call the tool or answer.",
@@ -223,20 +223,37 @@ ERRORS = {   # what the policy reads after a mistake: fixed texts, so that nothi
     "empty": "Error: the box is empty.",
     "index": "Error: there is no such image."}
 
-# The two sentences around the schemas and the call are the ones that stock Qwen models were trained with.
+
+# --- The dialect: how calls, thoughts, answers and observations are written and read. FORK: all here -----
 INTRO = "You answer questions about an image, and you can zoom in before you answer."
+# The two sentences around the schemas and the call are the ones that stock Qwen models were trained with.
 TOOLS_BEFORE = ("\n\n# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
-                "You are provided with function signatures within <tools></tools> XML tags:\n<tools>")
+                "You are provided with function signatures within <tools></tools> XML tags:\n<tools>\n")
 TOOLS_AFTER = ("\n</tools>\n\nFor each function call, return a json object with function name and arguments "
                "within <tool_call></tool_call> XML tags:\n"
                '<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>\n\n'
                "Think first, between <think> and </think>. Then do exactly one thing: call one function, or "
                "give a short final answer with <answer>...</answer>.")
 SCHEMAS = [json.dumps(tool.schema) for tool in TOOLS.values()]
-SYSTEM = "\n".join([INTRO + TOOLS_BEFORE, *SCHEMAS]) + TOOLS_AFTER
+TOOLS_PROMPT = TOOLS_BEFORE + "\n".join(SCHEMAS) + TOOLS_AFTER
+SYSTEM = INTRO + TOOLS_PROMPT
 SYSTEM_NO_TOOL = ("You answer questions about an image. Think first, between <think> and </think>. "
                   "Then give a short final answer with <answer>...</answer>.")
 TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
+
+# What stands around the parts of a conversation. An observation comes as the user's, in these tags.
+IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+RESPONSE_BEFORE = "<tool_response>\n"
+RESPONSE_AFTER = "\n</tool_response>"
+BEFORE_QUESTION = "<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n" + IMAGE
+AFTER_QUESTION = "<|im_end|>\n<|im_start|>assistant\n"
+OBSERVATION = "\n<|im_start|>user\n" + RESPONSE_BEFORE + "{seen}" + RESPONSE_AFTER + AFTER_QUESTION
+
+
+def call_text(arguments, tool="crop"):
+    """The text of a call of a tool (a key of TOOLS), its arguments a dict."""
+    call = {"name": TOOLS[tool].schema["function"]["name"], "arguments": arguments}
+    return f"<tool_call>\n{json.dumps(call, ensure_ascii=False)}\n</tool_call>"
 
 
 def without_thoughts(text):
@@ -244,6 +261,7 @@ def without_thoughts(text):
     before, closed, after = text.partition("</think>")
     if closed and "<think>" not in before:
         text = after
+
     kept = ""
     while text:
         outside, opened, text = text.partition("<think>")
@@ -252,21 +270,36 @@ def without_thoughts(text):
     return kept
 
 
+def calls_tool(text):
+    """Does a turn try to call a tool, well or badly?"""
+    return "<tool_call>" in without_thoughts(text)
+
+
+def thought_of(text):
+    """What a turn says before its action, without tags: for people to read."""
+    thought, closed, said = text.rpartition("</think>")
+    said = said.partition("<tool_call>")[0].partition("<answer>")[0]
+    return (thought + said).replace("<think>", "").replace("</think>", "").strip()
+
+
 def parse_action(text):
     """Read one assistant turn. Never raises; text outside the action is ignored.
 
-    >>> call = '{"name": "image_zoom_in_tool", "arguments": {"bbox_2d": [0, 0, 500, 500]}}'
-    >>> parse_action(f"<think>a</think><tool_call>{call}</tool_call>").bbox
+    >>> call = call_text({"bbox_2d": [0, 0, 500, 500]})
+    >>> parse_action(f"<think>a</think>{call}").bbox
     (0.0, 0.0, 500.0, 500.0)
     >>> parse_action("<answer> red </answer>").answer, parse_action("red").kind
     ('red', 'none')
     """
+    # 1. Exactly one action is asked for.
     text = without_thoughts(text)
     calls, answers = text.count("<tool_call>"), text.count("<answer>")
     if calls + answers == 0:
         return Action("none", error="no action")
     if calls + answers > 1:
         return Action("malformed", error="more than one action")
+
+    # 2. It is closed, and not empty.
     tag = "tool_call" if calls else "answer"
     body, closed, _ = text.partition(f"<{tag}>")[2].partition(f"</{tag}>")
     body = body.strip()
@@ -274,9 +307,11 @@ def parse_action(text):
         return Action("malformed", error=f"<{tag}> is empty or not closed")
     if answers:
         return Action("answer", answer=body)
+
+    # 3. A call is JSON that one of the tools understands.
     try:
         return parse_call(json.loads(body))
-    except (ValueError, RecursionError) as e:   # json's errors are ValueErrors
+    except (ValueError, RecursionError) as e:    # json's errors are ValueErrors
         return Action("malformed", error=f"{type(e).__name__}: {e}")
 
 
@@ -289,64 +324,108 @@ def parse_call(call):
     raise ValueError("not a call of a tool")
 
 
+# The chat template of a checkpoint: a server gets the tokens of `reset` and `step`. Beside our own messages
+# it takes OpenAI's tool loop. With `tools` it writes our system prompt, whatever keys a server adds to them.
+# A reply comes back in pieces: reasoning, content and calls. A parser leaves the line break before a call
+# at the end of the content or drops it, so it is written only where it is missing.
+# Every tag begins with {%- or {{-, so indentation is not part of the text.
+# Servers (vLLM, SGLang) look for the loop over `m.content`: without it they put images before all text.
+CHAT_TEMPLATE = r"""
+{%- macro parts(m) %}
+    {%- if m.content is string %}
+        {{- m.content }}
+    {%- else %}
+        {%- for c in m.content | default([], true) %}
+            {{- image if c.image or c.image_url or c.type in ('image', 'image_url') else c.text }}
+        {%- endfor %}
+    {%- endif %}
+{%- endmacro %}
+
+{%- set first = parts(messages[0]) if messages[0].role == 'system' else '' %}
+{%- set add_tools = tools and '<tools>' not in first %}
+{%- for tool in tools or [] if (tool.function or tool).name not in known %}
+    {{- raise_exception('this policy has only the tools ' ~ known) }}
+{%- endfor %}
+{%- if add_tools %}
+    {{- '<|im_start|>system\n' + (first or intro) + tools_prompt + '<|im_end|>\n' }}
+{%- endif %}
+
+{%- for m in messages if not (add_tools and m.role == 'system') %}
+    {%- set text = parts(m) %}
+    {%- set thought = m.reasoning_content or m.reasoning %}
+    {%- if m.role == 'tool' %}
+        {%- set text = response_before + text + response_after %}
+    {%- elif thought %}
+        {%- set text = '<think>' + thought + '</think>' + ('' if text[:1] == '\n' else '\n') + text %}
+    {%- endif %}
+    {{- '<|im_start|>' + ('user' if m.role == 'tool' else m.role) + '\n' + text }}
+    {%- for call in m.tool_calls or [] %}
+        {%- set f = call.function or call %}
+        {%- set arguments = f.arguments if f.arguments is string else f.arguments | tojson %}
+        {{- '\n' if not loop.first or text and text[-1] != '\n' }}
+        {{- '<tool_call>\n{"name": "' + f.name + '", "arguments": ' + arguments + '}\n</tool_call>' }}
+    {%- endfor %}
+    {{- '<|im_end|>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\n' }}
+{%- endif %}"""
+TEMPLATE_CONSTANTS = {
+    "image": IMAGE,
+    "response_before": RESPONSE_BEFORE,
+    "response_after": RESPONSE_AFTER,
+    "intro": INTRO,
+    "tools_prompt": TOOLS_PROMPT,
+    "known": [tool.schema["function"]["name"] for tool in TOOLS.values()]}
+for key, value in TEMPLATE_CONSTANTS.items():
+    CHAT_TEMPLATE = "{%- set " + key + " = " + json.dumps(value) + " %}\n" + CHAT_TEMPLATE
+
+
 # --- Image files ----------------------------------------------------------------------------------------
+# Raster formats alone: Pillow goes by content, and would start Ghostscript for a PostScript file photo.jpg.
+IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+
+
+def to_rgb(image):
+    """Any Pillow image as RGB of 8 bits: upright, what is transparent on white, an animation's first frame.
+
+    More than 8 bits are scaled from the least usual depth that holds the brightest pixel, as files do not say
+    how many of their 16 bits a sensor has; floats of at most 1 from 1. Raises ValueError.
+    """
+    image = ImageOps.exif_transpose(image)
+
+    if image.mode == "F" or image.mode.startswith("I"):
+        pixels = np.asarray(image, dtype=np.float64)
+        if not np.isfinite(pixels).all() or pixels.min() < 0:
+            raise ValueError("it has pixels below 0, or that are not finite")
+        brightest = pixels.max()
+        depths = (8, 10, 12, 14, 16, 128)
+        white = next(2.0 ** depth - 1 for depth in depths if brightest < 2.0 ** depth)
+        if image.mode == "F" and brightest <= 1:
+            white = 1.0
+        image = Image.fromarray((pixels / white * 255).clip(0, 255).astype(np.uint8))
+
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image.convert("RGB")
+
+
 def open_image(path, header_only=False):
-    """Decode an image file to RGB, upright, 8 bit; an animation's first frame, what is transparent on white.
-    header_only reads the header and returns None. UserError names a file that cannot be read, with a side
-    over 100 times the other, or above 179 megapixels (Pillow's limit for decompression bombs)."""
+    """An image file as `to_rgb` makes it. header_only reads the header and returns None. UserError names a
+    file that cannot be read, has a side over 100 times the other or more than 179 megapixels (Pillow's limit
+    for decompression bombs), or is of none of IMAGE_FORMATS."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
             if max(image.size) > 100 * min(image.size):
                 raise ValueError(f"{image.width}x{image.height} pixels: one side is over 100 times the other")
-            if header_only:
-                return None
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):   # 16 bits: Pillow would clip them to 8, not scale them
-                pixels = np.asarray(image).clip(0, 65535) // 257
-                image = Image.fromarray(pixels.astype(np.uint8))
-            if image.has_transparency_data:
-                white = Image.new("RGBA", image.size, "white")
-                image = Image.alpha_composite(white, image.convert("RGBA"))
-            return image.convert("RGB")
+            return None if header_only else to_rgb(image)
     except Exception as e:                   # a damaged file can make a decoder raise anything
         reason = f"{type(e).__name__}: {e}"
         raise UserError(f"{path}: not a readable image ({reason}); remove its row or mend the file")
 
 
 # --- Tokens. The mask is born with the token: 1 if the policy sampled it, 0 if it was given -------------
-IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
-BEFORE_QUESTION = "<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n" + IMAGE
-AFTER_QUESTION = "<|im_end|>\n<|im_start|>assistant\n"
-OBSERVATION = "\n<|im_start|>user\n<tool_response>\n{seen}\n</tool_response>" + AFTER_QUESTION
-
-# Renders messages as `reset` and `step` do. With `tools` it writes our system prompt around them; calls and
-# results may come in OpenAI's form (tool_calls, role tool), images in any of the customary part forms.
-# Servers (vLLM, SGLang) look for the loop over `m.content`: without it they put images before all text.
-CHAT_TEMPLATE = (
-    "{%- macro parts(m) -%}{%- if m.content is string -%}{{ m.content }}{%- else -%}"
-    "{%- for c in m.content | default([], true) -%}"
-    "{%- if c.image or c.image_url or c.type in ('image', 'image_url') -%}{{ '" + IMAGE + "' }}"
-    "{%- else -%}{{ c.text }}{%- endif -%}{%- endfor -%}{%- endif -%}{%- endmacro -%}"
-    "{%- set first = parts(messages[0]) if messages[0].role == 'system' else '' -%}"
-    "{%- set add_tools = tools and '<tools>' not in first -%}"
-    "{%- if add_tools -%}{{ '<|im_start|>system\n' + (first or intro) + before }}"
-    "{%- for tool in tools -%}{{ '\n' + (tool | tojson) }}{%- endfor -%}{{ after + '<|im_end|>\n' }}"
-    "{%- endif -%}"
-    "{%- for m in messages -%}"
-    "{%- if m.role == 'tool' -%}{{ '<|im_start|>user\n<tool_response>\n' }}{{ parts(m) }}"
-    "{{ '\n</tool_response><|im_end|>\n' }}"
-    "{%- elif not (m.role == 'system' and add_tools) -%}{{ '<|im_start|>' + m.role + '\n' }}"
-    "{%- if m.reasoning_content -%}{{ '<think>' + m.reasoning_content + '</think>\n' }}{%- endif -%}"
-    "{{ parts(m) }}"
-    "{%- for call in m.tool_calls or [] -%}{%- set f = call.function or call -%}"
-    "{{ '\n' if parts(m) else '' }}{{ '<tool_call>\n{\"name\": \"' + f.name + '\", \"arguments\": ' }}"
-    "{{ f.arguments if f.arguments is string else f.arguments | tojson }}{{ '}\n</tool_call>' }}"
-    "{%- endfor -%}{{ '<|im_end|>\n' }}{%- endif -%}{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}")
-for name, text in (("intro", INTRO), ("before", TOOLS_BEFORE), ("after", TOOLS_AFTER)):
-    CHAT_TEMPLATE = "{%- set " + name + " = " + json.dumps(text) + " -%}" + CHAT_TEMPLATE
-
-
 class Processor:
     """Between text and images on one side and token ids on the other."""
 
@@ -461,10 +540,9 @@ class Trajectory:
 
 
 def start_episode(row, cfg):
-    """A new episode without tokens: its image (a path, or an RGB image) is the first that is shown."""
+    """A new episode without tokens: its image (a path, or a Pillow image) is the first that is shown."""
     image = row["images"][0]                     # FORK: rows with several images begin here
-    if not isinstance(image, Image.Image):
-        image = open_image(image)
+    image = to_rgb(image) if isinstance(image, Image.Image) else open_image(image)
     box = (0, 0, image.width, image.height)
     return Trajectory(row, [Shown(image, box, min(cfg.min_crop_pixels, cfg.max_pixels), cfg.max_pixels)])
 

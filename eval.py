@@ -325,8 +325,7 @@ def measure(traj, eps):
     overlaps = []                                # of each crop with the nearest earlier one
     for i, box in enumerate(crops):
         overlaps.append(max([env.iou(box, earlier) for earlier in crops[:i]], default=0))
-    refused = [env.without_thoughts(turn.text) for turn in traj.turns if turn.error]
-    invalid = sum("<tool_call>" in text for text in refused)
+    invalid = sum(env.calls_tool(turn.text) for turn in traj.turns if turn.error)
     return {
         "accuracy": (right, 1),
         "crops_right": (right * len(crops), right),
@@ -584,7 +583,7 @@ def trajectory_html(record, max_side=340):
         note = turn["error"] or ""
         crop = ""
         if not note:                             # a turn with an error is shown as it was written
-            text = re.sub("</?think>|<(tool_call|answer)>.*", "", text, flags=re.DOTALL)
+            text = env.thought_of(text)
         if box:
             repeats = [i for i, earlier in enumerate(crops, 1) if env.iou(box, earlier) >= 0.7]
             if repeats:

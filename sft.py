@@ -278,8 +278,9 @@ def make_tokenizer(rows):
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
     frames = []
-    for tool in env.TOOLS.values():
-        frames += [piece for piece in f"\n{tool.example}\n".split("0") if len(piece) > 2]
+    for name, tool in env.TOOLS.items():
+        call = env.call_text(tool.example, name).replace("<tool_call>", "").replace("</tool_call>", "")
+        frames += [piece for piece in call.split("0") if len(piece) > 2]
     whole = [*env.TAGS, env.SYSTEM, *frames]
     texts = [*env.ERRORS.values(), env.SYSTEM_NO_TOOL, "user\n", "assistant\n", "system\n", "\n"] * 50
     for row in rows:

@@ -286,22 +286,26 @@ def own_messages(row, image):
     return messages[:-1]
 
 
-def openai_messages(row, as_text):
-    """The same in OpenAI's form: image_url, reasoning_content, tool_calls, role tool, no system prompt. as_text:
-    arguments are text; else as vLLM gives it, arguments parsed and an empty content in parts."""
+def openai_messages(row, server):
+    """The same in OpenAI's form: image_url, role tool, no system prompt, and replies in the pieces that a
+    server's parsers leave."""
     messages = own_messages(row, {"type": "image_url", "image_url": {"url": "data:,"}})[1:]
     for message in messages[1:]:
         if message["role"] == "user":
             message.update(role="tool", content=message["content"][1:2])
             continue
         thought, body = message["content"].removeprefix("<think>").split("</think>\n")
-        message.update(content=body, reasoning_content=thought)
-        if body.startswith("<tool_call>"):
-            function = json.loads(body.split("\n")[1])
-            if as_text:
+        said, tag, call = body.partition("<tool_call>\n")
+        pieces = {"vLLM": {"content": f"<think>{thought}</think>\n{said}"},
+                  "vLLM, reasoning": {"reasoning": thought, "content": "\n" + said},
+                  "SGLang": {"reasoning_content": thought, "content": said or None},
+                  "parts": {"reasoning": thought, "content": [{"type": "text", "text": said}]}}
+        message.update(pieces[server])
+        if tag:
+            function = json.loads(call.removesuffix("</tool_call>"))
+            if server != "parts":
                 function["arguments"] = json.dumps(function["arguments"])
-            content = None if as_text else [{"type": "text", "text": ""}]
-            message.update(content=content, tool_calls=[{"id": "1", "type": "function", "function": function}])
+            message["tool_calls"] = [{"id": "1", "type": "function", "function": function}]
     return messages
 
 
@@ -310,19 +314,31 @@ def template_ids(proc, messages, **more):
     return proc.encode(expand(apply(messages, chat_template=env.CHAT_TEMPLATE, tokenize=False, **more)))
 
 
-@pytest.mark.parametrize("image, as_text", [({"type": "image"}, True), ({"image": "x.png"}, False)])
-def test_chat_template(image, as_text, policy, row):
-    """A server gets exactly env's ids of our own messages, finished or open, and of OpenAI's form with
-    `tools`, also behind a system prompt of one's own."""
+def test_chat_template(policy, row):
+    """A server gets exactly env's ids of our own messages, finished or open, with and without `tools`."""
     ids = env.render(policy.proc, row, SEARCH, ROOMY).ids + policy.proc.encode("\n")
-    messages = own_messages(row, image)
-    tools = [env.CROP_SCHEMA]
-    assert template_ids(policy.proc, messages) == template_ids(policy.proc, messages, tools=tools) == ids
-    for turns in range(4):
-        opened = template_ids(policy.proc, messages[:2 + 2 * turns], add_generation_prompt=True)
-        assert opened == env.render(policy.proc, row, SEARCH[:turns], ROOMY).ids
-    for system in ([], [{"role": "system", "content": env.INTRO}]):
-        assert template_ids(policy.proc, system + openai_messages(row, as_text), tools=tools) == ids
+    for image in ({"type": "image"}, {"image": "x.png"}):
+        messages = own_messages(row, image)
+        for tools in (None, [env.CROP_SCHEMA]):
+            assert template_ids(policy.proc, messages, tools=tools) == ids
+        for turns in range(4):
+            opened = template_ids(policy.proc, messages[:2 + 2 * turns], add_generation_prompt=True)
+            assert opened == env.render(policy.proc, row, SEARCH[:turns], ROOMY).ids
+
+
+@pytest.mark.parametrize("server", ["vLLM", "vLLM, reasoning", "SGLang", "parts"])
+def test_chat_template_in_the_tool_loop(server, policy, row):
+    """Replies that are fed back in pieces give env's ids, also behind a system prompt of one's own, and with
+    the keys that a server adds to a tool. Another tool is refused."""
+    ids = env.render(policy.proc, row, SEARCH, ROOMY).ids + policy.proc.encode("\n")
+    function = env.CROP_SCHEMA["function"]
+    dumped = {"defer_loading": None, "function": {"strict": None, **function}, "type": "function"}
+    messages = openai_messages(row, server)
+    for tool in (env.CROP_SCHEMA, dumped, function):
+        for system in ([], [{"role": "system", "content": env.INTRO}]):
+            assert template_ids(policy.proc, system + messages, tools=[tool]) == ids
+    with pytest.raises(Exception, match="only the tools .*image_zoom_in_tool"):
+        template_ids(policy.proc, messages, tools=[{"type": "function", "function": {"name": "search"}}])
 
 
 def test_servers_see_that_the_template_takes_parts():
@@ -363,6 +379,17 @@ def test_the_end_of_a_turn(policy, row):
         assert traj.ids[n:] == sampled + given
         assert traj.mask[n:] == [1] * len(sampled) + [0] * len(given)
         assert traj.logp[n:] == [-1.0] * len(sampled) + [0.0] * len(given)
+
+
+@pytest.mark.parametrize("mode", "L LA P PA RGB RGBA RGBa CMYK YCbCr HSV I I;16 F".split())
+def test_images_in_memory(mode):
+    """A script may hand over a Pillow image of any mode; what is transparent is white."""
+    image = Image.new("RGBA", (60, 40), (200, 200, 200, 255))
+    image.paste((0, 0, 0, 0), (30, 0, 60, 40))
+    image = image.convert({"PA": "P", "I": "L", "F": "L", "I;16": "L"}.get(mode, mode)).convert(mode)
+    frame = env.start_episode({"images": [image]}, ROOMY).shown[0].frame
+    assert frame.mode == "RGB" and frame.getpixel((3, 3))[1] == pytest.approx(200, abs=2)
+    assert frame.getpixel((50, 3)) == ((255, 255, 255) if mode in ("LA", "P", "PA", "RGBA", "RGBa") else (0, 0, 0))
 
 
 def test_token_limit(policy, row):

@@ -26,11 +26,15 @@ def test_readable_images(tmp_path):
     clear.save(tmp_path / "white.png")
     palette = clear.quantize(8)
     palette.save(tmp_path / "white.gif", transparency=palette.getpixel((0, 0)))
-    Image.fromarray(np.full((40, 60), 51200, np.uint16)).save(tmp_path / "grey.png")      # 200 of 255
+    for name, pixels in (("grey.png", np.full((40, 60), 51400, np.uint16)),          # 200 of 255
+                         ("grey.tiff", np.full((40, 60), 3212, np.uint16)),          # of 12 bits
+                         ("grey-1.tiff", np.full((40, 60), 200.4 / 255, np.float32)),
+                         ("grey-255.tiff", np.full((40, 60), 200.4, np.float32))):
+        Image.fromarray(pixels).save(tmp_path / name)
     for path in tmp_path.iterdir():
         image = env.open_image(path)
         size = (40, 60) if path.stem == "turned" else (60, 40)
-        colour = dict(white=(255, 255, 255), grey=(200, 200, 200)).get(path.stem, (200, 0, 0))
+        colour = dict(white=(255, 255, 255), grey=(200, 200, 200)).get(path.stem.split("-")[0], (200, 0, 0))
         assert (image.mode, image.size) == ("RGB", size), path
         assert np.abs(np.subtract(image.getpixel((3, 3)), colour)).max() <= 6, path
 
@@ -42,9 +46,11 @@ def test_unreadable_images(tmp_path):
     Image.effect_noise((60, 40), 90).save(tmp_path / "half", "png")
     (tmp_path / "half").write_bytes((tmp_path / "half").read_bytes()[:900])
     (tmp_path / "empty").touch()
+    Image.new("RGB", (60, 40)).save(tmp_path / "photo.jpg", "eps")        # Ghostscript would run it
+    Image.fromarray(np.full((40, 60), np.nan, np.float32)).save(tmp_path / "half-nan", "tiff")
     for path in tmp_path.iterdir():
         with pytest.raises(env.UserError, match=f"{path.name}: not a readable image.*remove its row"):
-            env.open_image(path, header_only=path.name != "half")
+            env.open_image(path, header_only="half" not in path.name)
 
 
 def test_image_root(tmp_path):
