@@ -150,8 +150,8 @@ class Shown:
     view: torch.Tensor | None = None # uint8 (height, width, 3), what the model saw; see Processor.look
     features: torch.Tensor | None = None         # (tokens, width or more) of a frozen tower; see Policy.see
 
-    def resized(self, factor):
-        """The region as an RGB image, its sides multiples of `factor` pixels, within the budget."""
+    def size(self, factor):
+        """(width, height) of the view, multiples of `factor` pixels, within the budget."""
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
         x0, y0, x1, y1 = self.box
         for least in (self.min_pixels, 0):       # rounded up to min_pixels, a small box can exceed max_pixels
@@ -159,8 +159,11 @@ class Shown:
             if height * width <= self.max_pixels:
                 break
         most = self.max_pixels // factor ** 2 * factor       # a thin box can be too long
-        size = [min(max(side, factor), most) for side in (width, height)]
-        return self.frame.resize(size, Image.BICUBIC, box=self.box, reducing_gap=3.0)
+        return min(max(width, factor), most), min(max(height, factor), most)
+
+    def resized(self, factor):
+        """The region as an RGB image of that size."""
+        return self.frame.resize(self.size(factor), Image.BICUBIC, box=self.box, reducing_gap=3.0)
 
 
 @dataclass
@@ -547,16 +550,25 @@ def start_episode(row, cfg):
     return Trajectory(row, [Shown(image, box, min(cfg.min_crop_pixels, cfg.max_pixels), cfg.max_pixels)])
 
 
+def prompt(proc, row, cfg):
+    """Ids of system prompt, image (as one token), question, and the header of the first turn."""
+    before = BEFORE_QUESTION.format(system=SYSTEM if cfg.max_crops else SYSTEM_NO_TOOL)
+    return proc.encode(before) + proc.encode_data(row["problem"]) + proc.encode(AFTER_QUESTION)
+
+
+def check_prompt(n, row, cfg):
+    """UserError unless a row's prompt of n tokens, the image's among them, leaves room for an answer."""
+    if n + 2 > cfg.max_tokens:                   # 2: a token and <|im_end|>
+        raise UserError(f"row {row.get('doc_id')}: its prompt of {n} tokens does not fit; raise "
+                        f"--max_tokens={cfg.max_tokens}, lower --max_pixels, or remake tiny/ for new TOOLS")
+
+
 def reset(proc, row, cfg):
-    """A new episode: system prompt, image, question, and the header of the first turn. Raises UserError."""
+    """A new episode that has its prompt. Raises UserError."""
     traj = start_episode(row, cfg)
     view = proc.look(traj.shown[0])
-    before = BEFORE_QUESTION.format(system=SYSTEM if cfg.max_crops else SYSTEM_NO_TOOL)
-    ids = proc.expand(proc.encode(before), view)
-    ids = ids + proc.encode_data(row["problem"]) + proc.encode(AFTER_QUESTION)
-    if len(ids) + 2 > cfg.max_tokens:            # 2: a token and <|im_end|>
-        raise UserError(f"row {row.get('doc_id')}: its prompt of {len(ids)} tokens does not fit; raise "
-                        f"--max_tokens={cfg.max_tokens}, lower --max_pixels, or remake tiny/ for new TOOLS")
+    ids = proc.expand(prompt(proc, row, cfg), view)
+    check_prompt(len(ids), row, cfg)
     traj.extend(proc, ids, view=view)
     return traj
 
