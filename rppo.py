@@ -356,7 +356,7 @@ def cold_start(cfg, rank):
         data.main(data.Config(seed=cfg.seed, out=cfg.data, task=cfg.task, max_crops=cfg.max_crops))
     sft.barrier()
     out = f"{parent(cfg)}/sft"
-    task = dict(seed=cfg.seed, data=cfg.data, image_root=cfg.image_root, out=out)
+    task = dict(seed=cfg.seed, data=cfg.data, image_root=cfg.image_root, tiny=cfg.tiny, out=out)
     sft.main(sft.Config(**env.shared(cfg, env.EpisodeConfig), **task))
     return env.newest(out)
 

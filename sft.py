@@ -46,7 +46,8 @@ from env import UserError
 class TrainConfig(env.EpisodeConfig):
     """Training: what sft.py and rppo.py have in common."""
     seed: int = env.setting(0, least=0)
-    model: str = ""                  # a checkpoint, a run folder or a hub id; empty: the tiny built-in model
+    model: str = ""                  # a checkpoint, a run folder or a hub id; empty: a tiny built-in model
+    tiny: str = "tiny"               # which one: tiny (a Qwen3-VL) or tiny3_5 (a Qwen3.5)
     data: str = "data/scenes-{seed}" # folder of the rows
     image_root: str = ""             # where the rows' images lie; empty: relative to the file of the rows
     out: str = env.setting("", free=True)  # run folder
@@ -85,16 +86,6 @@ REAL = dict(env.REAL_EPISODE, steps=1000, batch=32, micro_batch=1, lr=1e-5, lora
 
 
 # --- The policy: a Qwen VLM, driven through its parts so that positions, caches and logits are explicit -
-def linear_patches(self, hidden_states):
-    """The patch convolution (its kernel is its stride) as the matrix product that it is."""
-    return F.linear(hidden_states.to(self.proj.weight.dtype), self.proj.weight.flatten(1), self.proj.bias)
-
-
-@torch.autocast("cuda", enabled=False)           # torch 2.13's would go through fp32
-def rms_norm(self, x):
-    return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.variance_epsilon)
-
-
 def pack(images, proc):
     """The distinct Shown images, sorted by shape, and of each image token of `images` in order the row of its
     feature (N,). The G samples of a prompt share the original, see `fork`."""
@@ -121,10 +112,11 @@ class Policy(torch.nn.Module):
     def __init__(self, vlm, proc, image_processor):
         super().__init__()
         self.vlm, self.proc, self.image_processor = vlm, proc, image_processor
-        vlm.model.visual.patch_embed.forward = MethodType(linear_patches, vlm.model.visual.patch_embed)
+        self.family = FAMILIES[vlm.config.model_type]
         for module in vlm.modules():
-            if type(module).__name__.endswith("RMSNorm"):      # torch's takes one kernel, transformers' six
-                module.forward = MethodType(rms_norm, module)
+            for ending, forward in self.family.forwards.items():
+                if type(module).__name__.endswith(ending):
+                    module.forward = MethodType(forward, module)
         # A sampled vision token would be taken for an image, an id past the tokenizer decodes to nothing.
         banned = torch.zeros(vlm.config.get_text_config().vocab_size, dtype=torch.bool)
         for token in ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"):
@@ -214,19 +206,109 @@ class Policy(torch.nn.Module):
 
 
 # --- Families: what a model needs to be a policy, and where it comes from -------------------------------
-# FORK: the model. The known families, with mean and standard deviation of the pixels that a tower expects.
-PIXELS = {"qwen3_vl": ((0.5,) * 3, (0.5,) * 3),
-          "qwen2_5_vl": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))}
+def linear_patches(self, hidden_states):
+    """The patch convolution (its kernel is its stride) as the matrix product that it is."""
+    return F.linear(hidden_states.to(self.proj.weight.dtype), self.proj.weight.flatten(1), self.proj.bias)
+
+
+@torch.autocast("cuda", enabled=False)           # torch 2.13's would go through fp32
+def rms_norm(self, x):
+    """One kernel; transformers' takes six."""
+    return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.variance_epsilon)
+
+
+@torch.autocast("cuda", enabled=False)
+def centred_rms_norm(self, x):
+    """Qwen3.5's, whose factor is 1 + weight: in fp32, as bf16 would round a small weight away."""
+    return F.rms_norm(x.float(), self.weight.shape, 1 + self.weight.float(), self.eps).to(x.dtype)
+
+
+def gated_delta_net(self, hidden_states, cache_params=None, **_):
+    """A linear layer of Qwen3.5: Gated DeltaNet (arXiv 2412.06464). hidden_states (B, n, width) -> the same.
+
+    q, k, v are causal convolutions over the last 4 inputs. Each head keeps a matrix S, which learns online to
+    map keys to values, with step size 0 < b < 1, and forgets by a factor 0 < a < 1:
+
+        S_t = a_t S_{t-1} (I - b_t k_t k_t^T) + b_t v_t k_t^T,        o_t = S_t q_t
+
+    Over a cache it goes on from there. Padding, which lies behind a row's tokens, must not move a state: where
+    the slot is the bin, b = 0 and a = 1, and the inputs that are kept are the last ones before it. Without a
+    cache nothing is kept, and padding is seen by padding alone.
+    """
+    from transformers.models.qwen3_5 import modeling_qwen3_5 as qwen
+    # 1. projections: inputs of the convolution, step size, logarithm of the factor a
+    x = self.in_proj_qkv(hidden_states)                              # (B, n, channels)
+    b = self.in_proj_b(hidden_states).sigmoid()                      # (B, n, heads)
+    speed = F.softplus(self.in_proj_a(hidden_states).float() + self.dt_bias)
+    log_a = -self.A_log.float().exp() * speed                        # (B, n, heads)
+
+    # 2. what came before: the last 3 inputs, and S (B, heads, key size, value size); kept in place
+    before = self.conv_kernel_size - 1
+    state = None
+    if cache_params is None:
+        x = F.pad(x, (0, 0, before, 0))
+    else:
+        inputs, state = cache_params.states[self.layer_idx]
+        fed = cache_params.slots < cache_params.capacity             # (B, n)
+        b = b * fed[..., None]
+        log_a = log_a * fed[..., None]
+        x = torch.cat([inputs, x], 1)                                # (B, 3 + n, channels)
+        at = fed.sum(1, keepdim=True) + torch.arange(before, device=x.device)
+        inputs.copy_(x.gather(1, at[..., None].expand_as(inputs)))
+
+    # 3. convolution, heads
+    x = F.silu(F.conv1d(x.mT, self.conv1d.weight, groups=self.conv_dim)).mT      # (B, n, channels)
+    q, k, v = x.split([self.key_dim, self.key_dim, self.value_dim], dim=2)
+    v = v.unflatten(2, (self.num_v_heads, -1))
+    shared = self.num_v_heads // self.num_k_heads                    # heads of values to one of keys
+    q = q.unflatten(2, (self.num_k_heads, -1)).repeat_interleave(shared, dim=2)
+    k = k.unflatten(2, (self.num_k_heads, -1)).repeat_interleave(shared, dim=2)
+
+    # 4. the recurrence, in fp32: token by token when decoding, else in pieces of 64
+    rule = qwen.torch_chunk_gated_delta_rule
+    if state is not None and v.shape[1] == 1:
+        rule = qwen.torch_recurrent_gated_delta_rule
+    with torch.autocast(x.device.type, enabled=False):
+        out, after = rule(q, k, v, g=log_a, beta=b, initial_state=state, use_qk_l2norm_in_kernel=True,
+                          output_final_state=state is not None)
+    if state is not None:
+        state.copy_(after)
+
+    # 5. norm of each head, output gate
+    gate = self.in_proj_z(hidden_states).view_as(out)
+    return self.out_proj(self.norm(out, gate).flatten(2))
+
+
+# FORK: the model. A row of FAMILIES is all that a family needs beside transformers' own classes.
+@dataclass
+class Family:
+    forwards: dict                   # end of a class's name -> what its modules compute in place of `forward`
+    mean: tuple = (0.5, 0.5, 0.5)    # of the pixels that the vision tower expects
+    std: tuple = (0.5, 0.5, 0.5)
+    video: str = ""                  # the video processor whose file servers ask for
+
+
+FAMILIES = {   # by transformers' model_type
+    "qwen3_vl": Family(
+        forwards={"PatchEmbed": linear_patches, "RMSNorm": rms_norm},
+        video="Qwen3VLVideoProcessor"),
+    "qwen2_5_vl": Family(
+        forwards={"PatchEmbed": linear_patches, "RMSNorm": rms_norm},
+        mean=(0.48145466, 0.4578275, 0.40821073),
+        std=(0.26862954, 0.26130258, 0.27577711)),
+    "qwen3_5": Family(
+        forwards={"PatchEmbed": linear_patches, "RMSNorm": centred_rms_norm, "GatedDeltaNet": gated_delta_net},
+        video="Qwen3VLVideoProcessor")}
 
 
 def make_policy(vlm, tokenizer):
-    """The Policy of a transformers model of one of the families in PIXELS."""
+    """The Policy of a transformers model of one of the FAMILIES."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
     vision = vlm.config.vision_config
-    mean, std = PIXELS[vlm.config.model_type]
+    family = FAMILIES[vlm.config.model_type]
     images = Qwen2VLImageProcessorPil(do_resize=False, do_convert_rgb=False, patch_size=vision.patch_size,
                                       temporal_patch_size=2, merge_size=vision.spatial_merge_size,
-                                      image_mean=list(mean), image_std=list(std))
+                                      image_mean=list(family.mean), image_std=list(family.std))
     ends = vlm.generation_config.eos_token_id
     ends = [i for i in (ends if isinstance(ends, list) else [ends]) if isinstance(i, int)]
     return Policy(vlm, env.Processor(tokenizer, vision.patch_size * vision.spatial_merge_size, ends), images)
@@ -249,19 +331,20 @@ DAMAGED = "{!r} does not load ({!r:.200}); check --model, or put an older step's
 def load_policy(path, device, train=False):
     """A Policy from a folder or a hub id; UserError. On CUDA its weights are bf16, enough for rollouts; to
     train they are fp32, still on the CPU. Only safetensors are read, no code of a checkpoint is run."""
-    from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedTokenizerFast
     from transformers.utils import logging
     logging.disable_progress_bar()
     dtype = torch.float32 if train or torch.device(device).type == "cpu" else torch.bfloat16
     try:
         family = AutoConfig.from_pretrained(path, trust_remote_code=False).model_type
-        if family not in PIXELS:
-            raise UserError(f"{path}: a {family} model; --model takes Qwen3-VL or Qwen2.5-VL")
+        if family not in FAMILIES:
+            raise UserError(f"{path}: a {family} model; --model takes Qwen3-VL, Qwen2.5-VL or Qwen3.5 (not MoE)")
         vlm, found = AutoModelForImageTextToText.from_pretrained(
             path, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True)
         if found["missing_keys"]:                # transformers would leave them random
             raise ValueError(f"no weights of {sorted(found['missing_keys'])[:3]}")
-        policy = make_policy(vlm, AutoTokenizer.from_pretrained(path, trust_remote_code=False))
+        # Not AutoTokenizer, which for Qwen3.5 puts a pre-tokenizer of its own in the place of the file's.
+        policy = make_policy(vlm, PreTrainedTokenizerFast.from_pretrained(path))
         policy.fingerprint = fingerprint(vlm.state_dict())
     except Exception as e:                       # a damaged folder can make a loader raise anything
         raise UserError(DAMAGED.format(path, e))
@@ -300,31 +383,50 @@ def make_tokenizer(rows):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=SPECIAL[2], pad_token=SPECIAL[0])
 
 
-def make_tiny(rows, seed):
-    """A random Qwen3-VL of 0.6 M parameters for these rows. A patch is 8 x 8 pixels, a token 16 x 16."""
-    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
-    tokenizer = make_tokenizer(rows)
-    rope = dict(rope_theta=10000.0, mrope_section=[6, 5, 5], mrope_interleaved=True)
-    text = dict(vocab_size=len(tokenizer), hidden_size=96, intermediate_size=256, num_hidden_layers=3,
-                num_attention_heads=3, num_key_value_heads=3, head_dim=32, tie_word_embeddings=True,
-                eos_token_id=tokenizer.eos_token_id, rope_parameters=rope)
+def tiny_config(name, tokenizer):
+    """The configuration of a tiny model. A patch is 8 x 8 pixels, a token 16 x 16."""
+    from transformers import Qwen3_5Config, Qwen3VLConfig
+    rope = dict(rope_theta=10000.0, mrope_interleaved=True)
+    text = dict(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, tie_word_embeddings=True,
+                hidden_size=96, intermediate_size=256, num_attention_heads=3, num_key_value_heads=3,
+                head_dim=32, rope_parameters=rope)
     vision = dict(depth=2, hidden_size=64, intermediate_size=192, num_heads=2, patch_size=8,
-                  out_hidden_size=96, num_position_embeddings=64, deepstack_visual_indexes=[0])
+                  out_hidden_size=96, num_position_embeddings=64)
+    if name == "tiny":
+        config = Qwen3VLConfig
+        text.update(num_hidden_layers=3)
+        rope.update(mrope_section=[6, 5, 5])
+        vision.update(deepstack_visual_indexes=[0])
+    else:
+        config = Qwen3_5Config
+        text.update(num_hidden_layers=4, layer_types=["linear_attention", "full_attention"] * 2,
+                    linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=24,
+                    linear_value_head_dim=32)
+        rope.update(mrope_section=[3, 3, 2], partial_rotary_factor=0.5)
+    return config(text_config=text, vision_config=vision, tie_word_embeddings=True, image_token_id=6,
+                  video_token_id=7, vision_start_token_id=3, vision_end_token_id=4)
+
+
+def make_tiny(rows, seed, name="tiny"):
+    """A random model of 0.6 M parameters for these rows: "tiny" is a Qwen3-VL, "tiny3_5" a Qwen3.5."""
+    from transformers import AutoModelForImageTextToText
+    tokenizer = make_tokenizer(rows)
     torch.manual_seed(seed)
-    vlm = Qwen3VLForConditionalGeneration(
-        Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, image_token_id=6,
-                      video_token_id=7, vision_start_token_id=3, vision_end_token_id=4))
+    vlm = AutoModelForImageTextToText.from_config(tiny_config(name, tokenizer))
     # At transformers' 0.02 an image token hardly says where it is: finding boxes takes three times as long.
     torch.nn.init.normal_(vlm.model.visual.pos_embed.weight, std=0.5)
+    for name, p in vlm.named_parameters():
+        if name.endswith("dt_bias"):     # at transformers' 1 most heads forget within a token; now within 3 to 5000
+            torch.nn.init.constant_(p, -4.0)
     return make_policy(vlm, tokenizer)
 
 
-def save_tiny(folder, seed):
-    """Write <folder>/tiny, whole or not at all: a random model for the texts of <folder>/sft.jsonl."""
-    policy = make_tiny(data.read_lines(f"{folder}/sft.jsonl"), seed)
-    unfinished = f"{folder}/tiny.tmp"
+def save_tiny(folder, seed, name="tiny"):
+    """Write <folder>/<name>, whole or not at all: a random model for the texts of <folder>/sft.jsonl."""
+    policy = make_tiny(data.read_lines(f"{folder}/sft.jsonl"), seed, name)
+    unfinished = f"{folder}/{name}.tmp"
     save_model(unfinished, policy, policy.vlm.state_dict(), env.EpisodeConfig(), "tiny")
-    os.replace(unfinished, f"{folder}/tiny")
+    os.replace(unfinished, f"{folder}/{name}")
 
 
 # --- LoRA and FSDP2 -------------------------------------------------------------------------------------
@@ -388,8 +490,8 @@ def save_model(folder, policy, weights, cfg, preset):
                   image_processor_type="Qwen2VLImageProcessor")
     files = {"preprocessor_config.json": images, "episode.json": env.shared(cfg, env.EpisodeConfig)}
     files["episode.json"]["preset"] = preset
-    if policy.vlm.config.model_type == "qwen3_vl":
-        files["video_preprocessor_config.json"] = dict(images, video_processor_type="Qwen3VLVideoProcessor")
+    if policy.family.video:
+        files["video_preprocessor_config.json"] = dict(images, video_processor_type=policy.family.video)
     for name, content in files.items():
         env.write_text(f"{folder}/{name}", json.dumps(content, indent=1))
 
@@ -663,8 +765,10 @@ def main(cfg):
     if cfg.batch % world_size:
         raise UserError(f"--batch={cfg.batch} is not a multiple of the {world_size} ranks; change --batch")
     path = f"{cfg.data}/sft.jsonl"
-    if rank == 0 and not cfg.model and not os.path.exists(f"{cfg.data}/tiny"):
-        save_tiny(cfg.data, cfg.seed)
+    if cfg.tiny not in ("tiny", "tiny3_5"):
+        raise UserError(f"--tiny={cfg.tiny}: give tiny or tiny3_5")
+    if rank == 0 and not cfg.model and not os.path.exists(f"{cfg.data}/{cfg.tiny}"):
+        save_tiny(cfg.data, cfg.seed, cfg.tiny)
     barrier()
     rows = data.load_rows(path, cfg.image_root)
     for i, row in enumerate(rows):
@@ -672,7 +776,7 @@ def main(cfg):
             raise UserError(f"{path}: row {i} has no `turns` (the assistant's texts); remove it")
     data.check_images(rows, rank, world_size)
     first = open_run(cfg, rank)                       # the step to go on from, or 0
-    start = cfg.model or f"{cfg.data}/tiny"
+    start = cfg.model or f"{cfg.data}/{cfg.tiny}"
     policy, optimizers, preset = load_trainable(cfg, start, first, device, (0.9, 0.98), cfg.muon_lr)
     policy.train()
     def prepare(step):

@@ -407,7 +407,7 @@ def test_token_limit(policy, row):
         env.reset(proc, row, replace(ROOMY, max_tokens=len(prompt) + 1))
 
 
-@pytest.mark.parametrize("family", ["policy", "policy25"])
+@pytest.mark.parametrize("family", ["policy", "policy25", "policy35"])
 def test_positions(family, request):
     """M-RoPE positions of whole conversations are transformers' own, for images of many shapes."""
     family = request.getfixturevalue(family)
