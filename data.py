@@ -26,9 +26,10 @@ import re
 import threading
 import time
 import urllib.request
-from collections import Counter
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from email.utils import mktime_tz, parsedate_tz
 from itertools import product
 from pathlib import Path
 
@@ -350,28 +351,110 @@ def write_scenes(cfg):
 
 
 # --- Other models over HTTP: annotator and policy here, the judge in eval.py -------------------------------
-def chat(url, name, messages, temperature=0.0):
-    """The reply (text) of an OpenAI-compatible endpoint; url ends before /chat/completions. The key, if one
-    is needed, is OPENAI_API_KEY. What may pass (429, 5xx, a timeout, a reply that is no JSON) is tried five
-    times, then it raises ConnectionError; what will not (a wrong key or address) raises UserError."""
+TIMEOUT = 120                        # seconds: of a silence, and of a whole reply
+MOST_BYTES = 2 ** 24                 # of a reply
+PATIENCE = 600                       # seconds that one request waits, in all, because it is told to
+answering = set()                    # (url, name) of the models that have given a usable reply
+thinking = set()                     # (url, name) of those that want max_completion_tokens
+# No handler raises for a status, and none follows a redirect: the key would go along, to any host.
+opener = urllib.request.OpenerDirector()
+for handler in (urllib.request.ProxyHandler, urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
+    opener.add_handler(handler())
+
+
+class NoReply(UserError):
+    """One request got no usable reply from a model that answers others."""
+
+
+def post(url, body):
+    """Send JSON. Returns status, headers and text of the reply; raises whatever a network can raise."""
+    key = os.environ.get("OPENAI_API_KEY", "none").strip()
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
+    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+    deadline = time.monotonic() + TIMEOUT
+    content = b""
+    with opener.open(request, timeout=TIMEOUT) as reply:
+        for piece in iter(reply.read1, b""):         # what is there, be it one byte
+            content += piece
+            if len(content) > MOST_BYTES or time.monotonic() > deadline:
+                raise TimeoutError(f"the reply does not end ({len(content)} bytes)")
+        return reply.status, reply.headers, content.decode(errors="replace")
+
+
+def seconds_told(headers):
+    """The wait that Retry-After asks for, as a number or a date; 0 without one."""
+    told = headers.get("Retry-After", "0")
+    date = parsedate_tz(told)
+    return mktime_tz(date) - time.time() if date else float(told)
+
+
+def turn_of(message):
+    """A message as one text in the form of env.py: thoughts and calls that a server took out are put back."""
+    content = message.get("content") or ""
+    if isinstance(content, list):
+        content = "".join(part.get("text", "") for part in content)
+
+    pieces = [content.strip()]
+    thought = message.get("reasoning_content") or message.get("reasoning")
+    if thought:
+        pieces.insert(0, f"<think>{thought.strip()}</think>")
+    for call in message.get("tool_calls") or []:
+        name, arguments = call["function"]["name"], call["function"]["arguments"]
+        pieces.append(f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>')
+    return "\n".join(filter(None, pieces))
+
+
+def chat(url, name, messages, temperature=0.0, max_tokens=2048):
+    """The reply (text) of a model behind an OpenAI-compatible endpoint; url ends before /chat/completions. The
+    key, if one is needed, is OPENAI_API_KEY. What may pass (429, 5xx, a timeout, a reply that is no JSON) is
+    tried seven times within a minute, and again after each wait that Retry-After asks for.
+
+    UserError for what would meet every request: 401, 403, 404, and any failure before the model has given its
+    first usable reply. After that NoReply for one that was refused, failed, is empty or cut at max_tokens.
+    """
     if not url.startswith("http"):
         raise UserError(f"{url!r}: not an address; that of an endpoint begins with http:// or https://")
-    headers = {"Content-Type": "application/json",
-               "Authorization": "Bearer " + os.environ.get("OPENAI_API_KEY", "none")}
-    body = dict(model=name, messages=messages, temperature=temperature, max_tokens=1024)
-    address = url.rstrip("/") + "/chat/completions"
-    request = urllib.request.Request(address, json.dumps(body).encode(), headers)
-    for seconds in (1, 2, 4, 8, 0):
+    model = url, name
+    waits, patience = [1, 2, 4, 8, 16, 32], PATIENCE
+    while True:
+        # 1. Ask. OpenAI's models that think refuse temperature and top_p, too.
+        body = dict(model=name, messages=messages)
+        if model in thinking:
+            body.update(max_completion_tokens=max_tokens)
+        else:
+            body.update(max_tokens=max_tokens, temperature=temperature, top_p=1)
+        told = 0
         try:
-            with urllib.request.urlopen(request, timeout=120) as reply:
-                return str(json.load(reply)["choices"][0]["message"]["content"] or "")
+            status, headers, said = post(url.rstrip("/") + "/chat/completions", body)
+            if status == 200:
+                choice = json.loads(said)["choices"][0]
+                text = turn_of(choice["message"])
+                if text and choice.get("finish_reason") != "length":
+                    answering.add(model)
+                    return text
+                said = f"the reply is empty, or cut at {max_tokens} tokens"
+            else:
+                said = f"HTTP {status}: {said[:300]}"
+                told = seconds_told(headers)
         except Exception as e:               # besides errors of the network, whatever a reply can cause
-            error = e
-        code = getattr(error, "code", 500)   # of HTTP
-        if code < 500 and code != 429:
-            raise UserError(f"{url}: refused ({error}); check address, name of the model, OPENAI_API_KEY")
-        time.sleep(seconds)
-    raise ConnectionError(f"{url}: {type(error).__name__}: {error}")
+            status, said = 500, f"{type(e).__name__}: {e}"
+
+        # 2. Ask again: by the other name; after the wait that it asks for; or after one of our own.
+        if "Use 'max_completion_tokens'" in said and "max_tokens" in body:
+            thinking.add(model)
+        elif status != 429 and status < 500:
+            break
+        elif 0 < told <= patience:
+            patience -= told
+            time.sleep(told)
+        elif waits:
+            time.sleep(waits.pop(0))
+        else:
+            break
+
+    if status in (401, 403, 404) or model not in answering:
+        raise UserError(f"{url}, {name}: {said}; check address, name of the model, OPENAI_API_KEY")
+    raise NoReply(f"{url}, {name}: {said}")
 
 
 # --- Questions about photographs ---------------------------------------------------------------------------
@@ -414,6 +497,8 @@ class Job:
                 self.answers.setdefault(*json.loads(line))
             except ValueError:               # empty, or the half line that a killed run leaves
                 pass
+        if self.answers:                     # so the settings are right, and what is refused is one request
+            answering.update({(cfg.annotator, cfg.annotator_name), (cfg.policy, cfg.policy_name)})
 
 
 def image_url(image):
@@ -444,7 +529,7 @@ def messages_of(traj, episode):
 
 def converse(job, row, who, episode, k):
     """k conversations of the "annotator" or the "policy" about a row, recorded or new: env.Trajectory without
-    tokens. Raises ConnectionError when the endpoint fails or the job has stopped."""
+    tokens. Raises NoReply, also when the job has stopped."""
     address, name = getattr(job.cfg, who), getattr(job.cfg, who + "_name")
     start = env.start_episode(row, episode)
     # What decides the answers, and no more: a new setting must not make those that were paid for worthless.
@@ -456,7 +541,7 @@ def converse(job, row, who, episode, k):
         while traj.status == "open":
             key = hashlib.sha256(json.dumps([*request, i, len(traj.turns)]).encode()).hexdigest()
             if job.stopped:
-                raise ConnectionError("stopped")
+                raise NoReply("stopped")
             if key not in job.answers:
                 text = chat(address, name, messages_of(traj, episode), temperature=1.0)
                 text = text.strip().encode(errors="replace").decode()      # no half surrogate pair
@@ -566,9 +651,9 @@ def build(job, path, n):
     for step in STEPS:
         try:
             reason = step(job, row)
-        except ConnectionError as e:
+        except NoReply as e:
             tqdm.write(f"{str(path)!r}: {e}; not recorded, so the same command asks again")
-            reason = "endpoint failed"
+            reason = "no usable reply"
         if reason:
             return f"{step.__name__}: {reason}", "train", []
     # 7. The photograph decides where a question goes, so that copies are on one side and a new photograph

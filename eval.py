@@ -284,18 +284,18 @@ JUDGE = ("You grade a short answer to a question about an image that you do not 
 
 
 def judge(trajs, cfg):
-    """With --judge_url, set the verdict of answers to open questions (no options, no number) that the rules
-    do not accept. Without a usable reply it has failed: wrong, and counted. UserError when refused."""
+    """With --judge_url, set the verdict of answers to open questions (no options) that the rules do not accept.
+    Without a yes or no it has failed: counted, and left out of the gradient. UserError: see data.chat."""
     def ask_about(traj):
         row = traj.row
-        if row.get("choices") or env.number(row["solution"]) or not traj.answer or env.is_right(traj):
+        if row.get("choices") or not traj.answer or env.is_right(traj):
             return
         # Quoted as JSON and cut, an answer can hardly talk to the judge.
         quoted = {"question": row["problem"], "accepted": row["solution"], "answer": traj.answer[:300]}
         content = JUDGE + json.dumps(quoted, ensure_ascii=False)
         try:
             reply = data.chat(cfg.judge_url, cfg.judge_name, [{"role": "user", "content": content}])
-        except ConnectionError:
+        except data.NoReply:
             reply = ""
         said = re.match(r"\W*(yes|no)\b", env.without_thoughts(reply).lower())
         traj.verdict = {"yes": "right", "no": "wrong"}[said[1]] if said else "failed"

@@ -92,14 +92,27 @@ def amplify(vlm, factor=8.0):
 
 @contextmanager
 def serving(script):
-    """Yields the address of an endpoint that says script(body): a text, an HTTP status or "cut"."""
+    """Yields the address of an endpoint that says script(body): a text, "cut", a choice (dict), an HTTP status or
+    (status, headers, pieces of text)."""
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_POST(self):
             reply = script(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            self.send_response(reply if isinstance(reply, int) else 200)
+            status, headers, pieces = reply if isinstance(reply, tuple) else (200, {}, [])
+            if isinstance(reply, int):
+                status = reply
+            elif not pieces:
+                choice = reply if isinstance(reply, dict) else {"message": {"role": "assistant", "content": reply}}
+                text = json.dumps({"choices": [choice]})
+                pieces = [text[:20 if reply == "cut" else None]]
+            self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name, value)
             self.end_headers()
-            text = json.dumps({"choices": [{"message": {"role": "assistant", "content": reply}}]})
-            self.wfile.write(text[:20 if reply == "cut" else None].encode())
+            try:
+                for piece in pieces:
+                    self.wfile.write(piece.encode())
+            except OSError:                   # nobody listens any more
+                pass
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()

@@ -3,8 +3,12 @@ started again, and on images and answers that are no good."""
 import base64
 import io
 import json
+import re
+import threading
+import time
 from collections import Counter
 from dataclasses import replace
+from email.utils import formatdate
 from pathlib import Path
 
 import pytest
@@ -93,6 +97,75 @@ class Script:
         return f"<think>try {nth}</think>\n<answer>{answer}</answer>"
 
 
+MOVED = {"Location": "http://127.0.0.1:9/v1"}
+CALL = {"function": {"name": "image_zoom_in_tool", "arguments": '{"bbox_2d": [1, 2, 3, 4], "img_idx": 0}'}}
+WORDS = [{"type": "text", "text": "<answer>red"}, {"type": "text", "text": "</answer>"}]
+OTHER_NAME = 400, {}, ["Unsupported parameter: 'max_tokens' is not supported. Use 'max_completion_tokens' instead."]
+
+
+def slowly():
+    for _ in range(9):
+        threading.Event().wait(0.02)          # time.sleep is not its own in these tests
+        yield " "
+
+
+@pytest.fixture
+def talk(monkeypatch):
+    """talk(*replies): a question to an endpoint that has answered before, or not, and now says these replies:
+    the text or the error, the requests, the waits."""
+    def ask(*replies, answered=True):
+        bodies, waits, replies = [], [], iter(replies)
+        monkeypatch.setattr(data, "MOST_BYTES", 1000)
+        monkeypatch.setattr(data, "TIMEOUT", 0.1)
+        monkeypatch.setattr(data.time, "sleep", waits.append)
+        with serving(lambda body: bodies.append(body) or next(replies)) as url:
+            data.answering.update([(url, "m")] if answered else [])
+            try:
+                said = data.chat(url, "m", [], temperature=0.5, max_tokens=9)
+            except env.UserError as e:
+                said = e
+        return said, bodies, waits
+    return ask
+
+
+@pytest.mark.parametrize("message, text", [
+    ({"content": " a\n"}, "a"), ({"content": WORDS}, "<answer>red</answer>"),
+    ({"content": "b", "reasoning_content": "\nlook\n"}, "<think>look</think>\nb"),
+    ({"content": None, "reasoning": "c", "tool_calls": [CALL]}, "<think>c</think>\n" + zoom([1, 2, 3, 4], 0))])
+def test_a_reply_becomes_a_turn(talk, message, text):
+    """What a server takes out of the text is put back."""
+    said, [body], _ = talk({"message": message, "finish_reason": "stop"}, answered=False)
+    settings = dict(temperature=0.5, top_p=1, max_tokens=9)
+    assert said == text and body == dict(model="m", messages=[], **settings)
+
+
+@pytest.mark.parametrize("replies, answered, error, words", [
+    ([401], True, env.UserError, "OPENAI_API_KEY"), ([403], True, env.UserError, "403"),
+    ([404], True, env.UserError, "404"), ([400], False, env.UserError, "400"), ([400], True, data.NoReply, "400"),
+    ([413], True, data.NoReply, "413"), ([(422, {}, ["\x1b[31mlong"])], True, data.NoReply, r"\\x1b\[31mlong"),
+    ([{"message": {"content": ""}}], True, data.NoReply, "empty"),
+    ([{"message": {"content": "I am"}, "finish_reason": "length"}], True, data.NoReply, "cut at 9 tokens"),
+    ([500] * 7, False, env.UserError, "500"), (["cut"] * 7, True, data.NoReply, "JSON"),
+    ([(200, {}, ["x" * 2000])] * 7, True, data.NoReply, "does not end"),
+    ([(200, {}, slowly()) for _ in range(7)], True, data.NoReply, "does not end"),
+    ([(302, MOVED, [""])], True, data.NoReply, "302")])
+def test_no_usable_reply(talk, replies, answered, error, words):
+    """What would meet every request ends the job, what met one drops its sample. The key follows no redirect, and
+    neither an endless nor a slow reply holds a call."""
+    said, bodies, _ = talk(*replies, answered=answered)
+    assert type(said) is error and re.search(words, str(said)) and len(bodies) == len(replies)
+
+
+def test_ask_again(talk):
+    """Retry-After is obeyed, in seconds or as a date, up to a bound, and costs no try. The other name of
+    max_tokens is learnt once."""
+    limited = [(429, {"Retry-After": told}, [""]) for told in ("3", formatdate(time.time() + 50), "1e9", "soon", "nan")]
+    said, _, waits = talk(*limited, 500, 503, "yes")
+    assert said == "yes" and waits == [3, pytest.approx(50, abs=2), 1, 2, 4, 8, 16]
+    said, bodies, waits = talk(OTHER_NAME, "yes")
+    assert said == "yes" and not waits and bodies[1] == dict(model="m", messages=[], max_completion_tokens=9)
+
+
 def files(cfg):
     """The rows and the card, but not the answers, which come in any order."""
     return {path.name: path.read_text() for path in Path(cfg.out).glob("[dst]*.json*")}
@@ -149,8 +222,8 @@ def test_again(done, capsys):
 
 
 def test_endpoint_fails_and_run_is_killed(done, tmp_path, monkeypatch):
-    """A refusal ends the run with one line. A request that fails for good drops its question and is not
-    recorded; mended, it is asked again. Killed again and again, with half a line left behind, a run asks
+    """A refusal of the key ends the run with one line. A request that is refused drops its question and is not
+    recorded, also when it is the first one of a run; mended, it is asked again. Killed again and again, with half a line left behind, a run asks
     nothing twice and ends with the same files."""
     script, cfg = done
     cfg = replace(cfg, images=f"{cfg.images}/few", out=f"{tmp_path}/whole")
@@ -158,9 +231,10 @@ def test_endpoint_fails_and_run_is_killed(done, tmp_path, monkeypatch):
     script.broken = {"evidence": 403}
     with pytest.raises(env.UserError, match="403"):
         data.main(cfg)
-    script.broken = {"collect": 500}
+    script.broken = {"collect": 400}
+    data.answering.clear()
     data.main(cfg)
-    assert '"demonstrate: endpoint failed": 2' in files(cfg)["data_card.json"] and not files(cfg)["sft.jsonl"]
+    assert '"demonstrate: no usable reply": 2' in files(cfg)["data_card.json"] and not files(cfg)["sft.jsonl"]
     script.broken = {}
     data.main(cfg)
     assert '"kept": 2' in files(cfg)["data_card.json"]

@@ -161,6 +161,18 @@ def test_judge(folder, asked):
     assert 0 < sum(asked) < 10
 
 
+@pytest.mark.parametrize("row, answer, verdict", [
+    ({"solution": "70"}, "the limit of that sign", "right"), ({"solution": "70"}, "70", None),
+    ({"solution": "A", "choices": ["70", "71"]}, "B", None)])
+def test_who_is_judged(row, answer, verdict):
+    """Open answers, with a number for a key too, that the rules do not accept."""
+    traj = env.start_episode({"images": [Image.new("RGB", (64, 64))], "problem": "q", **row}, env.EpisodeConfig())
+    env.step(traj, f"<answer>{answer}</answer>", env.EpisodeConfig())
+    with serving(lambda body: "yes") as url:
+        evaluation.judge([traj], evaluation.Config(judge_url=url, judge_name="j"))
+    assert traj.verdict == verdict
+
+
 def test_a_question_about_an_image(folder, capsys):
     answer = run(folder, image=f"{folder}/a.png", question="what?")
     records = evaluation.read_records(f"{folder}/runs/eval/results-question.jsonl")
