@@ -303,6 +303,7 @@ FAMILIES = {   # by transformers' model_type
 
 def make_policy(vlm, tokenizer):
     """The Policy of a transformers model of one of the FAMILIES."""
+    from transformers import GenerationConfig
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
     vision = vlm.config.vision_config
     family = FAMILIES[vlm.config.model_type]
@@ -310,8 +311,14 @@ def make_policy(vlm, tokenizer):
                                       temporal_patch_size=2, merge_size=vision.spatial_merge_size,
                                       image_mean=list(family.mean), image_std=list(family.std))
     ends = vlm.generation_config.eos_token_id
-    ends = [i for i in (ends if isinstance(ends, list) else [ends]) if isinstance(i, int)]
-    return Policy(vlm, env.Processor(tokenizer, vision.patch_size * vision.spatial_merge_size, ends), images)
+    ends = ends if isinstance(ends, list) else [ends]
+    ends = [i for i in ends if type(i) is int and 0 <= i < len(tokenizer)]
+    proc = env.Processor(tokenizer, vision.patch_size * vision.spatial_merge_size, ends)
+
+    # A server samples as the checkpoint's generation config says: the hub's top_k of 1 would make it greedy.
+    ends = sorted(proc.ends)
+    vlm.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id)
+    return Policy(vlm, proc, images)
 
 
 def fingerprint(weights):
@@ -325,22 +332,45 @@ def fingerprint(weights):
     return f"{crc:08x}"
 
 
+def read_config(path):
+    """The config of a folder or hub id, without dropouts and without what chooses code: the boolean mask of a
+    rollout is right under sdpa only. UserError for what is sampled and trained differently, or hangs a load."""
+    from transformers import AutoConfig, PretrainedConfig
+    raw, _ = PretrainedConfig.get_config_dict(path)
+    family = raw.get("model_type")
+    if family not in FAMILIES:
+        raise UserError(f"{path}: a {family} model; --model takes Qwen3-VL, Qwen2.5-VL or Qwen3.5 (not MoE)")
+
+    for part in (raw, raw.get("text_config", {}), raw.get("vision_config", {})):
+        kinds = str([part.get(key) for key in ("layer_types", "rope_scaling", "rope_parameters")])
+        other = any(kind in kinds for kind in ("sliding", "dynamic", "longrope"))
+        if other or part.get("use_sliding_window") or part.get("quantization_config"):
+            raise UserError(f"{path}: no sliding windows, dynamic rope or quantized weights, says config.json")
+        if max(part.get("num_hidden_layers", 0), part.get("depth", 0)) > 200:
+            raise UserError(f"{path}: config.json asks for more than 200 layers")
+        for key in list(part):
+            if "attn_implementation" in key or key == "fusion_config":
+                del part[key]
+            elif "dropout" in key:
+                part[key] = 0.0
+    return AutoConfig.for_model(**raw)
+
+
 DAMAGED = "{!r} does not load ({!r:.200}); check --model, or put an older step's number into the run's `last`"
 
 
 def load_policy(path, device, train=False):
     """A Policy from a folder or a hub id; UserError. On CUDA its weights are bf16, enough for rollouts; to
     train they are fp32, still on the CPU. Only safetensors are read, no code of a checkpoint is run."""
-    from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedTokenizerFast
+    from transformers import AutoModelForImageTextToText, PreTrainedTokenizerFast
     from transformers.utils import logging
-    logging.disable_progress_bar()
+    if os.path.isdir(path):
+        logging.disable_progress_bar()           # of the loading; a download shows its own
     dtype = torch.float32 if train or torch.device(device).type == "cpu" else torch.bfloat16
     try:
-        family = AutoConfig.from_pretrained(path, trust_remote_code=False).model_type
-        if family not in FAMILIES:
-            raise UserError(f"{path}: a {family} model; --model takes Qwen3-VL, Qwen2.5-VL or Qwen3.5 (not MoE)")
         vlm, found = AutoModelForImageTextToText.from_pretrained(
-            path, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True)
+            path, config=read_config(path), attn_implementation="sdpa", dtype=dtype, use_safetensors=True,
+            trust_remote_code=False, output_loading_info=True)
         if found["missing_keys"]:                # transformers would leave them random
             raise ValueError(f"no weights of {sorted(found['missing_keys'])[:3]}")
         # Not AutoTokenizer, which for Qwen3.5 puts a pre-tokenizer of its own in the place of the file's.
@@ -485,7 +515,8 @@ def save_model(folder, policy, weights, cfg, preset):
     policy.vlm.save_pretrained(folder, state_dict=weights)
     policy.proc.tokenizer.chat_template = env.CHAT_TEMPLATE
     policy.proc.tokenizer.save_pretrained(folder)
-    areas = dict(shortest_edge=min(cfg.min_crop_pixels, cfg.max_pixels), longest_edge=cfg.max_pixels)
+    least, most = min(cfg.min_crop_pixels, cfg.max_pixels), max(cfg.max_crop_pixels, cfg.max_pixels)
+    areas = dict(shortest_edge=least, longest_edge=most)       # one pair for a server's originals and crops
     images = dict(policy.image_processor.to_dict(), do_resize=True, do_convert_rgb=True, size=areas,
                   image_processor_type="Qwen2VLImageProcessor")
     files = {"preprocessor_config.json": images, "episode.json": env.shared(cfg, env.EpisodeConfig)}

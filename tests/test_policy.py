@@ -9,7 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from conftest import gradient, plain, stock
+from conftest import gradient, plain, refusal, stock
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -225,6 +225,50 @@ def test_other_models_are_refused(scenes, tmp_path):
         sft.load_policy(str(folder), "cpu")
 
 
+def edit(path, part="", **values):
+    """Set keys of a JSON file, or of a part of it."""
+    content = json.loads(Path(path).read_text())
+    (content[part] if part else content).update(values)
+    Path(path).write_text(json.dumps(content))
+
+
+REFUSED = [("", dict(quantization_config={"quant_method": "fp8"}), "quantized"),
+           ("", dict(sliding_window=8, use_sliding_window=True), "sliding"),
+           ("text_config", dict(layer_types=["sliding_attention"] * 3), "sliding"),
+           ("text_config", dict(rope_parameters={"rope_type": "dynamic", "factor": 2.0}), "dynamic rope"),
+           ("text_config", dict(rope_scaling={"type": "longrope"}), "dynamic rope"),
+           ("text_config", dict(num_hidden_layers=10 ** 9), "200 layers"),
+           ("vision_config", dict(depth=2 ** 70), "200 layers")]
+
+
+def test_configs_choose_no_code(family, trajs, tmp_path):
+    """Attention, fused kernels, dropouts and sampling of a checkpoint's files are not ours; what would be computed
+    in two ways, or hangs a load, is refused. A server samples what is saved again as it is."""
+    run = str(tmp_path / "run")
+    eager = dict(_attn_implementation="eager", attn_implementation="eager", attention_dropout=0.5)
+    family.vlm.save_pretrained(run)
+    family.proc.tokenizer.save_pretrained(run)
+    for part in ("", "text_config", "vision_config"):
+        edit(f"{run}/config.json", part, **eager, fusion_config={"patch_embeddings": True})
+    sampling = dict(temperature=0.1, top_k=1, top_p=0.001, repetition_penalty=1.05, do_sample=False)
+    edit(f"{run}/generation_config.json", **sampling)
+    loaded = sft.load_policy(run, "cpu", train=True).train()
+    batch = sft.collate(trajs, family.proc)
+    with torch.no_grad():
+        assert torch.equal(loaded(batch)[0], family.eval()(batch)[0])
+    config = loaded.vlm.config
+    for part in (config, config.text_config, config.vision_config):
+        assert part._attn_implementation == "sdpa"
+    out = save(loaded, str(tmp_path / "again"))
+    saved = json.loads(Path(out, "generation_config.json").read_text())
+    assert not sampling.keys() & saved.keys() and saved["eos_token_id"] == sorted(loaded.proc.ends)
+    assert saved["pad_token_id"] == loaded.proc.tokenizer.pad_token_id
+    for part, values, words in REFUSED:
+        shutil.copy(f"{out}/config.json", f"{run}/config.json")
+        edit(f"{run}/config.json", part, **values)
+        assert words in refusal(sft.load_policy, run, "cpu")
+
+
 HOSTILE = [None, "9", "", -1, 0, 0.5, float("nan"), 2 ** 70, True, [], [3], {}, {"a": [1]}, "\x1b[2J"]
 
 
@@ -257,7 +301,7 @@ def test_hostile_config_files(scenes, tmp_path):
     folder = tmp_path / "tiny"
     shutil.copytree(f"{scenes}/tiny", folder)
     for file, part, key in (("config.json", None, "model_type"),
-                            ("config.json", "text_config", "hidden_size"),
+                            ("config.json", "text_config", "num_hidden_layers"),
                             ("config.json", "vision_config", "patch_size"),
                             ("generation_config.json", None, "eos_token_id"),
                             ("tokenizer_config.json", None, "tokenizer_class")):
