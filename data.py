@@ -23,6 +23,7 @@ import io
 import json
 import os
 import re
+import string
 import threading
 import time
 import urllib.request
@@ -82,11 +83,36 @@ class Config(ScenesConfig, PhotosConfig):
 
 
 # --- Rows -----------------------------------------------------------------------------------------------
+def split_path(folder, split):
+    """The file of a folder's sft, train or test rows: <split>.jsonl or, in its place, <split>.json: DRIM's own
+    train.json is read under its own name."""
+    path = f"{folder}/{split}.jsonl"
+    if not os.path.exists(path) and os.path.exists(f"{folder}/{split}.json"):
+        return f"{folder}/{split}.json"
+    return path
+
+
 def read_lines(path):
-    """The objects of a JSON list or of a JSON Lines file. Raises UserError."""
+    """The objects of a JSON list or of a JSON Lines file. Raises UserError.
+
+    Parquet is turned into such a file once, with pandas; of its columns those that are needed (of ZoomBench image,
+    query, response, question_type, bbox):
+
+        import os, pandas
+        table = pandas.read_parquet("rows.parquet", columns=["image", "problem", "solution"])
+        os.makedirs("images", exist_ok=True)
+        for i, image in enumerate(table.pop("image")):
+            open(f"images/{i}", "wb").write(image["bytes"])
+        table["images"] = [[f"images/{i}"] for i in range(len(table))]
+        table.to_json("rows.jsonl", orient="records", lines=True)
+
+    Where `image` is text (HR-Bench), one line is enough: `pandas.read_parquet(FILE).to_csv("rows.tsv", sep="\\t")`.
+    """
     try:
-        with open(path, encoding="utf-8-sig") as f:
-            text = f.read()
+        raw = Path(path).read_bytes()
+        if raw.startswith(b"PAR1"):
+            raise UserError(f"{path} is Parquet: turn it into JSON Lines with pandas (see README, Parquet)")
+        text = raw.decode("utf-8-sig")
         if text.lstrip().startswith("["):
             return json.loads(text)
         return [json.loads(line) for line in text.split("\n") if line.strip()]
@@ -97,58 +123,90 @@ def read_lines(path):
 
 
 def find_image(root, path, where, confined):
-    """The absolute path of an image. Raises UserError if there is none or, confined, if it is outside
-    root."""
-    full = os.path.join(root, path.replace("\0", "").encode(errors="replace").decode())   # a name can be that
-    if confined:
-        root, full = os.path.realpath(root), os.path.realpath(full)
-        if os.path.commonpath([root, full]) != root:
-            raise UserError(f"{where}: image {path} lies outside {root}; mend the row or --image_root")
+    """The absolute path of an image. Raises UserError if there is none or, confined, if its path leads out of root.
+    Links count as what they are in, not where they lead: the Hugging Face hub's cache is made of them."""
+    root = os.path.abspath(root)
+    full = os.path.normpath(os.path.join(root, path))
+    if confined and os.path.commonpath([root, full]) != root:
+        raise UserError(f"{where}: image {path} lies outside {root}; mend the row or --image_root")
     if not os.path.exists(full):
         raise UserError(f"{where}: no image {full}; paths are relative to the file or to --image_root")
     return full
 
 
+def is_evidence(box):
+    """Is a value [x0, y0, x1, y1] in pixels? NaN compares false."""
+    return env.is_box(box) and max(map(abs, box)) <= 1e6 and box[0] < box[2] and box[1] < box[3]
+
+
+# What a row may have: a list of values that are right.
+OPTIONAL = {
+    "choices": (lambda value: isinstance(value, (str, int, float)), "texts"),
+    "turns": (lambda value: isinstance(value, str), "texts"),
+    "boxes": (is_evidence, "[x0, y0, x1, y1], in pixels of the image")}
+
+
 def check_row(row, where):
-    """Raise UserError unless a row has what every row needs."""
+    """Raise UserError unless a row has what every row needs, and nothing else that is wrong."""
     for key in ("images", "problem", "solution"):
         if not isinstance(row, dict) or row.get(key) in (None, "", []):
             raise UserError(f"{where} has no `{key}`; a row needs images (a list of paths), problem and "
                             "solution; conversations of other projects: `python tests/convert.py FILE`")
     if not isinstance(row["images"], list) or len(row["images"]) != 1:
         raise UserError(f"{where}: `images` is not a list of one image; several images are not supported")
-    choices, turns, boxes = [row.get(key) or [] for key in ("choices", "turns", "boxes")]
-    if any(not isinstance(values, list) for values in (choices, turns, boxes)):
-        raise UserError(f"{where}: `choices`, `turns` or `boxes` is not a list")
-    if not all(map(env.is_box, boxes)) or any(not isinstance(turn, str) for turn in turns):
-        raise UserError(f"{where}: `boxes` are not four numbers each, or `turns` not texts")
+    for key, (is_right, what) in OPTIONAL.items():
+        values = row.get(key) or []
+        if not isinstance(values, list) or not all(map(is_right, values)):
+            raise UserError(f"{where}: `{key}` is not a list of {what}")
+
     solution = row["solution"][0] if isinstance(row["solution"], list) else row["solution"]
-    if choices and not env.match(solution, row):
-        raise UserError(f"{where}: its solution {solution!r} is none of its choices {choices}")
+    if row.get("choices") and not env.match(solution, row):
+        raise UserError(f"{where}: its solution {solution!r} is none of its choices {row['choices']}")
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as e:
+        raise UserError(f"{where} has half a character: {e}")
+
+
+def ready(row, where, root, confined):
+    """A row with its image found and its question as text, once it is checked. Raises UserError."""
+    check_row(row, where)
+    image = find_image(root, str(row["images"][0]), where, confined)
+    problem = str(row["problem"]).replace("<image>", "").strip()     # the image always comes first
+    return {"doc_id": os.path.basename(where), **row, "images": [image], "problem": problem}
 
 
 def load_rows(path, image_root=""):
     """FORK: the data set. The rows of a file, with absolute image paths, relative to image_root or to the
     file. UserError names file and row if a field is missing, or if an image does not exist or lies outside
     image_root."""
-    rows = read_lines(path)
+    rows = []
+    for i, row in enumerate(read_lines(path)):
+        root = image_root or os.path.dirname(path)
+        rows.append(ready(row, f"{path}: row {i}", root, confined=bool(image_root)))
     if not rows:
         raise UserError(f"{path}: no rows")
-    root = os.path.abspath(image_root or os.path.dirname(path))
-    for i, row in enumerate(rows):
-        where = f"{path}: row {i}"
-        check_row(row, where)
-        row["images"] = [find_image(root, str(row["images"][0]), where, bool(image_root))]
-        row["problem"] = str(row["problem"]).replace("<image>", "").strip()   # the image always comes first
     return rows
 
 
-def check_images(rows, rank, world_size):
-    """Read the header of every image, shared out over the ranks, before hours are spent. Raises UserError. An
-    image that is cut short shows only when it is decoded."""
+def check_rows(rows, rank, world_size, proc, cfg):
+    """Before hours are spent: decode every image (one that is cut short shows only then) and count the tokens of
+    every prompt, shared out over the ranks. proc: the policy's Processor; cfg: EpisodeConfig. UserError names the
+    image or row that cannot be used."""
     paths = sorted({row["images"][0] for row in rows})[rank::world_size]
+
+    def measure(path):
+        """Size in tokens of what the policy sees."""
+        width, height = env.start_episode({"images": [path]}, cfg).shown[0].size(proc.factor)
+        return width * height // proc.factor ** 2
+
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda path: env.open_image(path, header_only=True), paths))
+        sizes = tqdm(pool.map(measure, paths), "images", len(paths), disable=rank > 0 or None, leave=False)
+        n_image = dict(zip(paths, sizes))
+    for row in rows:
+        n = n_image.get(row["images"][0])
+        if n is not None:
+            env.check_prompt(len(env.prompt(proc, row, cfg)) - 1 + n, row, cfg)
 
 
 # --- The built-in scenes: coloured boxes on a 4 x 4 grid, whose evidence can be seen in crops alone --------
@@ -691,124 +749,189 @@ def construct(cfg):
 
 
 # --- Published benchmarks ----------------------------------------------------------------------------------
-# Rows as load_rows returns them, with `category`. Layouts: open-compass/VLMEvalKit, penghao-wu/vstar.
+# Rows as load_rows returns them, with `category`. Layouts: open-compass/VLMEvalKit, penghao-wu/vstar,
+# inclusionAI/ZoomBench, agents-x-project/TIR-Bench.
 
-def multiple_choice(where, image, question, options, letter, category):
-    """A row of a question with options, in the wording that all benchmarks get."""
-    letters = "ABCDE"[:len(options)]
-    if letter not in tuple(letters):
-        raise UserError(f"{where}: the answer {letter!r} is none of its {len(options)} options")
-    problem = question
-    for option_letter, option in zip(letters, options):
-        problem += f"\n{option_letter}. {option}"
-    problem += "\nAnswer with the letter of the right option."
-    return {"images": [image], "problem": problem, "solution": letter, "choices": options,
-            "doc_id": os.path.basename(where), "category": category}
+LETTERS = string.ascii_uppercase
+# FORK: what a row needs -> the columns that benchmarks have it in; the first that is not empty counts.
+COLUMNS = {
+    "problem": ("question", "query", "prompt", "text"),
+    "solution": ("answer", "response", "label"),
+    "images": ("image", "images", "image_path", "image_1"),
+    "boxes": ("target_instances", "bbox"),       # [x0, y0, x1, y1] in pixels, or a list of such
+    "category": ("category", "task", "question_type")}
+
+
+def values(cell):
+    """The values of a cell: none, one, or those of a list, which a TSV has as its text."""
+    if isinstance(cell, str) and cell.startswith("["):
+        cell = ast.literal_eval(cell)
+    if isinstance(cell, list):
+        return cell
+    return [cell] if cell else []
+
+
+def split_options(text):
+    """(question, options) of a text that ends in a line for each option: "(A) red", "(B) blue" (or "A. red", "A: red").
+    Nothing is guessed: without such lines from A on, or with others among them, it has no options."""
+    text = text.partition("\nAnswer with the option")[0].rstrip()
+    question, *parts = re.split(r"\n *[(（]?([A-Z])[)）.:：] *", text)
+    letters, options = "".join(parts[::2]), parts[1::2]
+    if len(letters) < 2 or not LETTERS.startswith(letters) or "\n" in "".join(options):
+        return text, []
+    return question, options
+
+
+def read_options(item, question):
+    """(question, options) of a line: its columns A to Z, its list of lettered options, or its question's own."""
+    options = [item.get(letter) or "" for letter in LETTERS]
+    while options and not options[-1]:
+        options.pop()
+    if not options:
+        lines = ["", *values(item.get("multi-choice options"))]
+        options = split_options("\n".join(lines))[1]
+    return (question, options) if options else split_options(question)
+
+
+def bench_row(item, where):
+    """The row of a line of a benchmark, {column: cell}; its images are as they stand there. Raises UserError."""
+    row = {}
+    for key, columns in COLUMNS.items():
+        cells = [item[column] for column in columns if item.get(column) not in (None, "")]
+        row[key] = cells[0] if cells else ""
+    row["solution"] = str(row["solution"]).strip()
+    row["images"] = values(row["images"]) + values(item.get("image_2"))
+    boxes = values(row["boxes"])
+    row["boxes"] = [boxes] if env.is_box(boxes) else boxes
+    part = item.get("l2-category")
+    if part and part != row["category"]:
+        row["category"] += "/" + part.lower()
+
+    # Letters keep their place: an option is empty where pandas read "None" or "N/A".
+    problem, options = read_options(item, row["problem"])
+    if not options and row["solution"] in LETTERS and ("A" in item or "multi-choice options" in item):
+        options = [""]
+    if "" in options:
+        raise UserError(f"{where}: option {LETTERS[options.index('')]} is empty or cannot be read; write its text")
+
+    # The wording that all benchmarks get.
+    if item.get("hint"):
+        problem = f"Hint: {item['hint']}\n{problem}"
+    for letter, option in zip(LETTERS, options):
+        problem += f"\n{letter}. {option}"
+    if options:
+        problem += "\nAnswer with the letter of the right option."
+    return {**row, "problem": problem, "choices": options}
 
 
 def unpack(text, folder):
     """Write an image in base64 to a file named by its content, unless it is there. Returns its path."""
-    file = os.path.join(folder, hashlib.sha1(text.encode()).hexdigest())
-    if not os.path.exists(file):
-        os.makedirs(folder, exist_ok=True)
-        with open(f"{file}.{os.getpid()}", "wb") as f:         # other ranks may be writing the same image
-            f.write(base64.b64decode(text))
-        os.replace(f.name, file)
-    return file
+    file = Path(folder, hashlib.sha1(text.encode()).hexdigest())
+    if not file.exists():
+        file.parent.mkdir(exist_ok=True)
+        part = file.with_suffix(f".{os.getpid()}")             # other ranks may be writing the same image
+        part.write_bytes(base64.b64decode(text))
+        part.replace(file)
+    return str(file.resolve())
 
 
-def read_options(item):
-    """The options of a line: the columns A to E that are not empty, or one list of "(A) red" (Lite)."""
-    if "A" in item:
-        return [item[letter] for letter in "ABCDE" if item.get(letter)]
-    return [option[len("(A) "):] for option in ast.literal_eval(item["multi-choice options"])]
-
-
-def read_tsv(path, image_root):
-    """Rows of a TSV of VLMEvalKit. MME-RealWorld's categories become "Perception/OCR/text/advert"; HR-Bench
-    has each question in four rotations of its options, told by cycle_category.
+def read_tsv(path):
+    """The lines of a TSV of VLMEvalKit as dicts.
 
     The column `image` holds base64, unpacked once to <path>.images/, or the index of the line that has it. A
     _local.tsv, which VLMEvalKit writes for a file above 1 GB, has the column `image_path` in its place.
     """
     csv.field_size_limit(2 ** 31 - 1)
-    rows, files = [], {}
+    items, files = [], {}
     with open(path, newline="", encoding="utf-8-sig") as f:
-        for i, item in enumerate(tqdm(csv.DictReader(f, delimiter="\t"), desc=path, disable=None)):
+        for item in tqdm(csv.DictReader(f, delimiter="\t"), desc=path, disable=None):
             image = item.get("image") or ""
-            if len(image) > 64:
-                image = files[item["index"]] = unpack(image, path + ".images")
-            elif not image:
-                image = os.path.join(image_root or os.path.dirname(path), item["image_path"])
-            category = item["category"]
-            if "l2-category" in item:
-                category += "/" + item["l2-category"].lower()
-            row = multiple_choice(f"{path}: row {i}", image, item["question"], read_options(item),
-                                  item["answer"].strip(), category)
-            row["cycle_category"] = item.get("cycle_category")
-            rows.append(row)
-    for row in rows:
-        image = row["images"][0]
-        row["images"] = [files.get(image, image)]
-    return rows
+            if len(image) > 64 and not image.startswith("["):
+                item["image"] = files[item.get("index")] = unpack(image, path + ".images")
+            items.append(item)
+    for item in items:
+        item["image"] = files.get(item.get("image"), item.get("image"))
+    return items
 
 
-def read_vstar(path):
-    """V*Bench, 191 questions, as its published folder: test_questions.jsonl has question and options in one
-    text; X.json beside X.jpg has the evidence boxes as [x, y, w, h]."""
-    rows, table = [], f"{path}/test_questions.jsonl"
-    for i, item in enumerate(read_lines(table)):
+def read_vstar(folder):
+    """The lines of V*Bench, 191 questions, as its published folder: test_questions.jsonl has question and options
+    in one text; X.json beside X.jpg has the evidence boxes as [x, y, w, h]."""
+    items = []
+    for item in read_lines(f"{folder}/test_questions.jsonl"):
         if item["category"] not in ("direct_attributes", "relative_position"):
             continue                         # the folders OCR and GPT4V-hard are not part of it
-        text = item["text"].partition("\nAnswer with the option")[0]
-        question, *options = re.split(r"\s*\([A-E]\)\s*", text)
-        image = os.path.join(path, item["image"])
-        row = multiple_choice(f"{table}: row {i}", image, question, options, item["label"], item["category"])
-        for x, y, w, h in env.read_json(os.path.splitext(image)[0] + ".json", {}).get("bbox", []):
-            row.setdefault("boxes", []).append([x, y, x + w, y + h])
-        rows.append(row)
-    return rows
+        item["bbox"] = []
+        beside = Path(folder, item["image"]).with_suffix(".json")
+        for x, y, w, h in env.read_json(beside, {}).get("bbox", []):
+            item["bbox"].append([x, y, x + w, y + h])
+        items.append(item)
+    return items
+
+
+def read_bench(path, root):
+    """(rows, a line about each row left out) of a TSV, a file of our rows, V*Bench's folder, or any other JSON that
+    has the columns above. Left out is what cannot be asked: no image, several images, an empty option."""
+    beside = os.path.dirname(path)
+    if os.path.isdir(path):
+        items, beside = read_vstar(path), path
+    elif path.endswith(".tsv"):
+        items = read_tsv(path)
+    else:
+        items = read_lines(path)
+        if "problem" in items[0]:
+            return load_rows(path, root), []
+    rows, left_out = [], []
+    for i, item in enumerate(items):
+        where = f"{path}: row {i}"
+        try:
+            row = bench_row(item, where)
+            rows.append(ready(row, where, root or beside, confined=False))
+        except UserError as e:
+            left_out.append(str(e))
+    return rows, left_out
 
 
 def read_benches(spec, image_root, limit):
-    """FORK: {name: rows} of spec, "NAME:PATH,NAME:PATH"; of each at most limit rows (0: all). A .tsv is read
-    as VLMEvalKit's, a folder as V*Bench or VisualProbe (its three levels, each under its own name), else a
-    file of rows. UserError for a path or an image that does not exist, another layout, no questions."""
+    """FORK: the benchmarks of spec, "NAME:PATH,NAME:PATH": {name: rows}, and {name: a line about each row left out}.
+
+    A path is what `read_bench` takes, or the folder of VisualProbe, whose levels each get their own name, or of one
+    level. Of each there are at most `limit` rows (0: all). UserError for a path that does not exist, another layout,
+    and where no row remains.
+    """
     entries = []
     for entry in spec.split(","):
         name, _, path = entry.partition(":")
-        if not os.path.exists(path):
-            raise UserError(f"--bench: {entry!r} is not NAME:PATH of a file or folder")
-        levels = sorted(Path(path).glob("VisualProbe_*/val.json"))
-        for level in levels:
-            entries.append((level.parent.name.lower(), str(level), path))
+        if not re.fullmatch(r"[\w.-]+", name) or not os.path.exists(path):
+            raise UserError(f"--bench: {entry!r} is not NAME:PATH, a word and a file or folder that exists")
+        levels = sorted(Path(os.path.abspath(path)).rglob("val.json"))
+        for level in levels:                 # of VisualProbe; images are named from the folder of the levels
+            entries.append((level.parent.name.lower(), str(level), str(level.parent.parent)))
         if not levels:
             entries.append((name, path, image_root))
-    benches = {}
+
+    benches, left_out = {}, {}
     for name, path, root in entries:
+        if name in benches:
+            raise UserError(f"--bench: {name} is given twice")
         try:
-            if path.endswith(".tsv"):
-                rows = read_tsv(path, root)
-            elif os.path.isdir(path):
-                rows = read_vstar(path)
-            else:
-                rows = load_rows(path, root)
-        except (Exception, UserError) as e:  # whatever a damaged file makes a parser raise
+            rows, left_out[name] = read_bench(path, root)
+        except (Exception, UserError) as e:      # whatever a damaged file makes a parser raise
             raise UserError(f"{path}: damaged or not as {name} is published ({type(e).__name__}: {e})")
-        if not rows or name in benches:
-            raise UserError(f"{path}: no questions, or {name} is given twice")
+        if not rows:
+            raise UserError(f"{path}: no questions that can be asked; {left_out[name][:1]}")
         benches[name] = rows[:limit or None]
-        for row in benches[name]:
-            image = os.path.abspath(row["images"][0])
-            row["images"] = [find_image("", image, row.get("doc_id"), False)]
-    return benches
+    return benches, left_out
 
 
 # --- The command -------------------------------------------------------------------------------------------
 def foreign(folder, images=""):
     """Does a folder hold rows that are not of these photographs (default: not of the built-in scenes)?"""
     made = env.read_json(f"{folder}/config.json", {})
-    return made.get("images") != images and any(Path(folder).glob("*.jsonl"))
+    if made.get("images") == images:
+        return False
+    published = os.path.exists(f"{folder}/train.json")
+    return published or any(Path(folder).glob("*.jsonl"))
 
 
 def main(cfg):

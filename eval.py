@@ -719,16 +719,20 @@ def main(cfg):
     if cfg.image:
         return ask(policy, cfg) if rank == 0 else None
     if cfg.bench:
-        tasks = data.read_benches(cfg.bench, cfg.image_root, cfg.limit)
+        tasks, left_out = data.read_benches(cfg.bench, cfg.image_root, cfg.limit)
     else:
-        rows = data.load_rows(f"{cfg.data}/test.jsonl", cfg.image_root)[:cfg.limit or None]
-        tasks = {"sampled": rows, "greedy": rows}
-    data.check_images(sum(tasks.values(), []), rank, world_size)
+        rows = data.load_rows(data.split_path(cfg.data, "test"), cfg.image_root)[:cfg.limit or None]
+        tasks, left_out = {"sampled": rows, "greedy": rows}, {}
+    for name, lines in left_out.items():
+        if rank == 0 and lines:
+            print(f"{name}: {len(lines)} questions are left out, the first: {lines[0]}")
+    data.check_rows(sum(tasks.values(), []), rank, world_size, policy.proc, cfg)
     started = time.time()
     result = {"config": vars(cfg)}
     for name, rows in tasks.items():
         greedy = name == "greedy" or name != "sampled" and cfg.k == 1
         result[name] = score(policy, name, rows, cfg, rank, world_size, greedy)
+        result[name]["left_out"] = len(left_out.get(name, ()))
     if not cfg.bench:
         result.update(result.pop("sampled"))
         result["accuracy_greedy"] = result["greedy"]["accuracy"]
@@ -738,9 +742,9 @@ def main(cfg):
         print(f"{cfg if cfg.bench else ''}\n{'':37}n{HEADER}")
         for label, means in scores_in(cfg.model, result):
             print(f"{label[-32:]:32}{means['n']:6}{line(means)}")
-            for name in ("repaired", "broken", "judge_failed_rate"):
+            for name in ("repaired", "broken", "judge_failed_rate", "left_out"):
                 if means.get(name):
-                    print(f"    {name} {means[name]:.3f}")
+                    print(f"    {name} {means[name]:.4g}")
         refresh_report(os.path.dirname(cfg.out) or cfg.out)
     return result
 

@@ -386,16 +386,17 @@ def main(cfg):
     t = time.time()
     start = cold_start(cfg, rank)
     seconds = dict(start=time.time() - t)
-    rows = data.load_rows(f"{cfg.data}/train.jsonl", cfg.image_root)
-    if cfg.n_score and not os.path.exists(f"{cfg.data}/test.jsonl"):
+    path = data.split_path(cfg.data, "train")
+    rows = data.load_rows(path, cfg.image_root)
+    if cfg.n_score and not os.path.exists(data.split_path(cfg.data, "test")):
         raise env.UserError(f"{cfg.data} has no test.jsonl to score at the end; add one or give --n_score=0")
     rows, held_out = hold_out(rows, cfg.eval_rows)
     if not rows:
-        raise env.UserError(f"{cfg.data}/train.jsonl: too few rows for --eval_rows={cfg.eval_rows}; lower it")
-    data.check_images(rows + held_out, rank, world_size)
+        raise env.UserError(f"{path}: too few rows for --eval_rows={cfg.eval_rows}; lower it")
 
     first = sft.open_run(cfg, rank)         # the step to go on from, or 0
     policy, optimizers, preset = sft.load_trainable(cfg, start, first, device, (0.9, 0.95))
+    data.check_rows(rows + held_out, rank, world_size, policy.proc, cfg)
     if rank == 0:
         print(f"rppo: {cfg.prompts} prompts x {cfg.samples} samples on {world_size} ranks, from {start}")
     t = time.time()

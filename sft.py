@@ -453,7 +453,7 @@ def make_tiny(rows, seed, name="tiny"):
 
 def save_tiny(folder, seed, name="tiny"):
     """Write <folder>/<name>, whole or not at all: a random model for the texts of <folder>/sft.jsonl."""
-    policy = make_tiny(data.read_lines(f"{folder}/sft.jsonl"), seed, name)
+    policy = make_tiny(data.read_lines(data.split_path(folder, "sft")), seed, name)
     unfinished = f"{folder}/{name}.tmp"
     save_model(unfinished, policy, policy.vlm.state_dict(), env.EpisodeConfig(), "tiny")
     os.replace(unfinished, f"{folder}/{name}")
@@ -795,7 +795,7 @@ def main(cfg):
     rank, world_size, device = setup()
     if cfg.batch % world_size:
         raise UserError(f"--batch={cfg.batch} is not a multiple of the {world_size} ranks; change --batch")
-    path = f"{cfg.data}/sft.jsonl"
+    path = data.split_path(cfg.data, "sft")
     if cfg.tiny not in ("tiny", "tiny3_5"):
         raise UserError(f"--tiny={cfg.tiny}: give tiny or tiny3_5")
     if rank == 0 and not cfg.model and not os.path.exists(f"{cfg.data}/{cfg.tiny}"):
@@ -805,10 +805,10 @@ def main(cfg):
     for i, row in enumerate(rows):
         if not row.get("turns"):
             raise UserError(f"{path}: row {i} has no `turns` (the assistant's texts); remove it")
-    data.check_images(rows, rank, world_size)
     first = open_run(cfg, rank)                       # the step to go on from, or 0
     start = cfg.model or f"{cfg.data}/{cfg.tiny}"
     policy, optimizers, preset = load_trainable(cfg, start, first, device, (0.9, 0.98), cfg.muon_lr)
+    data.check_rows(rows, rank, world_size, policy.proc, cfg)
     policy.train()
     def prepare(step):
         chosen = [rows[i % len(rows)] for i in range(step * cfg.batch, (step + 1) * cfg.batch)]

@@ -18,6 +18,8 @@ import data  # noqa: E402
 import env  # noqa: E402
 
 ASSISTANT = ("gpt", "assistant", "function_call", "tool_call")
+# A line of a prompt that says that boxes are relative: "0 to 1000", "[0, 1000]", "0-999".
+RELATIVE = re.compile(r"^.*(box|coordinate).*\b0\W{1,4}(and |to )?(1,?000|999)\b", re.MULTILINE | re.IGNORECASE)
 ACTIONS = re.compile(r"<(tool_call|grounding|answer)>(.*?)</\1>|\\boxed\{(.*)\}", re.DOTALL)
 INSTRUCTIONS = re.compile(r"\s*(Think first, call|Think in the mind first|Guidelines:).*", re.DOTALL)
 DEEPEYES_PIXELS = 16384 * 28 ** 2   # its model saw larger images at this size, its tool cut them as they were
@@ -43,16 +45,19 @@ def text_of(content, images):
 
 
 def messages_of(row):
-    """A conversation as [(is the assistant's, text)], neighbours of one side joined, and its images as given.
-    Calls stand in <tool_call> tags, whichever form they had."""
+    """A conversation as [(is the assistant's, text)], neighbours of one side joined, its images as given, and what
+    describes its tools. Calls stand in <tool_call> tags, whichever form they had."""
     images = row.get("images") or row.get("image") or []
     images = list(images) if isinstance(images, list) else [images]
-    sides = []
+    sides, tools = [], f"{row.get('system')}\n{row.get('tools')}\n"
     for message in row.get("conversations") or row.get("messages") or row.get("message_list"):
         role = message.get("role") or message.get("from")
-        if role == "system":                    # it describes another tool
-            continue
         text = text_of(message.get("content") or message.get("value"), images)
+        if role == "system":
+            tools += text
+            continue
+        if role in ASSISTANT and message.get("loss") in (False, 0):
+            raise Unusable("a turn that is not to be trained")
         calls = message.get("tool_calls") or []
         if role in ("function_call", "tool_call") and "<tool_call>" not in text:
             thought, tag, body = text.rpartition("</think>")
@@ -63,35 +68,43 @@ def messages_of(row):
         if sides and sides[-1][0] == (role in ASSISTANT):
             text = sides.pop()[1] + "\n" + text
         sides.append((role in ASSISTANT, text))
-    return sides, images
+    return sides, images, tools
 
 
 def box_of(call, size, prompts):
-    """img_idx and bbox_2d of our call for a foreign one. Only tools are read whose box is defined by the call
-    and the size of the original, (w, h) in pixels. prompts: it shows Chain-of-Focus."""
+    """img_idx and bbox_2d of our call for a foreign one. Only tools are read whose box is defined by the call, the
+    scale that the prompts name, and the size of the original, (w, h) in pixels. prompts show Chain-of-Focus too."""
     arguments = call.get("arguments", call)     # Mini-o3's calls are the arguments alone
     if isinstance(arguments, str):
         arguments = json.loads(arguments)
     name = call.get("name")
     box = arguments.get("bbox_2d")
     number, margin, unit = 0, 0, (1, 1)
+    known = {"bbox_2d", "label"}
     if "source" in arguments:                   # Mini-o3: shares of that image
+        known.add("source")
         if arguments["source"] != "original_image":
             number = int(arguments["source"].removeprefix("observation_"))
     elif name == "crop_image_normalized":       # Pixel-Reasoner: shares, and a tenth is added on each side
+        known.add("target_image")
         number, margin = int(arguments["target_image"]) - 1, 0.1
         if max(box) >= 1:
             raise Unusable("Pixel-Reasoner: a box with a value of 1 or more, which its tool takes for pixels")
     elif name != "image_zoom_in_tool":
         raise Unusable(f"a call of the tool {name}")
-    elif "img_idx" in arguments:                # Qwen-Agent and ours
-        number, unit = arguments["img_idx"], (1000, 1000)
+    elif "img_idx" in arguments or RELATIVE.search(prompts):     # Qwen-Agent and ours
+        known.add("img_idx")
+        number, unit = arguments.get("img_idx", 0), (1000, 1000)
     elif "Think in the mind first" in prompts:
         raise Unusable("Chain-of-Focus: it shows more than the box, of a resized image")
     elif size[0] * size[1] > DEEPEYES_PIXELS:
         raise Unusable("DeepEyes: pixels of an image above 12.8 megapixels, which its model saw smaller")
+    elif max(box) <= 1:
+        raise Unusable("shares of the image where pixels are read")
     else:                                       # DeepEyes: pixels of the original
         unit = size
+    for argument in sorted(set(arguments) - known):              # it may name another image, or turn it
+        raise Unusable(f"a call with the argument {argument}")
     ours = []
     for i, value in enumerate(box):
         share = value / unit[i % 2]
@@ -104,7 +117,7 @@ def box_of(call, size, prompts):
 
 def translate(row, find):
     """A conversation as our row with `turns`; find(path) gives the absolute path of an image. Or Unusable."""
-    sides, images = messages_of(row)
+    sides, images, tools = messages_of(row)
     tags = [text.count("<image>") for _, text in sides]
     if not images or not sides or sides[0][0] or tags[0] > 1 or len(images) not in (1, sum(tags)):
         raise Unusable("not one original in the question and then the crops, but several images or a video")
@@ -113,7 +126,7 @@ def translate(row, find):
         image = image.get("path") or image.get("url") or ""
     image = find(image.removeprefix("file://"))
     size = env.open_image(image).size
-    prompts = "".join([text for mine, text in sides if not mine])
+    prompts = "\n".join([tools, *[text for mine, text in sides if not mine]])
     boxes = [(0, 0, *size)]
     turns, answer = [], None
     for i in range(1, len(sides), 2):

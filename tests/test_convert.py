@@ -62,6 +62,21 @@ def test_dialects(tmp_path, dialect):
     assert row["turns"][-1] == "<think>So.</think>\n<answer>red</answer>"
 
 
+@pytest.mark.parametrize("where", ["system", "tools", "messages", "question"])
+def test_the_scale_of_the_prompt(tmp_path, where):
+    """Boxes without an image's number are pixels, unless the prompt says that they are relative."""
+    row = chat(zoom(bbox_2d=[100, 100, 500, 600]))
+    text = "bbox_2d: [x1, y1, x2, y2], relative coordinates from 0 to 1000"
+    if where == "messages":
+        row["messages"].insert(0, {"role": "system", "content": text})
+    elif where == "question":
+        row["messages"][0]["content"] += "\nIt costs 0 to 1000 dollars."
+    else:
+        row[where] = text
+    converted_row, = converted(tmp_path, [row])
+    check_boxes(converted_row, (100, 100, 500, 600) if where == "question" else FIRST)
+
+
 # Its tool adds a tenth of the image on each side.
 PIXEL_REASONER = r"""{"message_list": [
 {"role": "system", "content": [{"text": "Tools.", "image": null, "video": null}]},
@@ -102,12 +117,18 @@ def test_what_is_left_out_is_counted(tmp_path, capsys):
     del prefix["messages"][4:]
     error = chat(one)
     error["messages"][2]["content"] = "Error: ZOOM IN ARGUMENTS ARE INVALID"
+    masked = chat(one)
+    masked["messages"][1]["loss"] = False
     video = {"message_list": [{"role": "user", "content": [{"video": ["1.jpg"]}, {"text": "Which?"}]}]}
     expected = [(chat(*[one] * 9), None), (prefix, "a prefix of a trajectory"), (error, "an error"),
                 (video, "not one original"), (chat(zoom(bbox_2d=[5, 5, 5, 5])), "our tool refuses"),
                 (chat(zoom("select_frames", frames=[1])), "select_frames"),
                 (chat(zoom(bbox_2d=[0, 0, 9000, 90])), "not on its image"), (3, "cannot be read"),
-                (chat(one, image={"bytes": "x", "path": None}), "not a readable file")]
+                (chat(one, image={"bytes": "x", "path": None}), "not a readable file"),
+                (masked, "not to be trained"), (chat(zoom(bbox_2d=[0, 0, 0.5, 0.5])), "shares")]
+    for argument in ("target_image", "image_index", "image_id", "angle"):
+        call = zoom(bbox_2d=FIRST, **{argument: 1})
+        expected.append((chat(call), f"the argument {argument}"))
     rows, reasons = zip(*expected)
     used = converted(tmp_path, rows)
     assert len(used) == 1 and len(used[0]["turns"]) == 10

@@ -2,6 +2,8 @@
 import ast
 import json
 import math
+import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ from PIL import Image
 
 import data
 import env
-from conftest import ROOT
+from conftest import ROOT, picture, refusal
 
 
 def test_readable_images(tmp_path):
@@ -54,15 +56,18 @@ def test_unreadable_images(tmp_path):
 
 
 def test_image_root(tmp_path):
-    """With a root a path cannot leave it: not by .., not absolutely, not by a link, not into a like name."""
+    """With a root a path cannot lead out of it: not by .., not absolutely, not into a like name. A link counts as what
+    it is in: the files of the Hugging Face hub's cache are links to ../../blobs."""
     root = tmp_path / "root"
-    for folder in (root, tmp_path / "root2"):
+    for folder in (root, tmp_path / "root2", tmp_path / "blobs"):
         folder.mkdir()
         (folder / "x.png").touch()
-    (root / "link").symlink_to(tmp_path)
-    for path in ("x.png", "a/../x.png", str(root / "x.png"), "link/root/x.png"):
-        assert data.find_image(str(root), path, "row 5", True) == str(root / "x.png")
-    for path in ("../root2/x.png", "link/root2/x.png", "/etc/passwd", "..", "x\0/../../y\ud800"):
+    (root / "blob.png").symlink_to("../blobs/x.png")
+    (root / "link").symlink_to(tmp_path / "blobs")
+    for path in ("x.png", "a/../x.png", str(root / "x.png"), "blob.png", "link/x.png"):
+        expected = str(root / path).replace("a/../", "")
+        assert data.find_image(str(root), path, "row 5", True) == expected
+    for path in ("../root2/x.png", "link/../../root2/x.png", "/etc/passwd", "..", "x\0/../../y\ud800"):
         with pytest.raises(env.UserError, match="row 5: .*outside"):
             data.find_image(str(root), path, "row 5", True)
 
@@ -78,28 +83,72 @@ def load(folder, text, image_root=""):
 
 
 def test_rows(tmp_path):
-    """A JSON list and JSON Lines give the same rows: absolute paths, unknown fields, no <image>."""
+    """A JSON list and JSON Lines give the same rows: absolute paths, unknown fields, no <image>, a name."""
     line = json.dumps(ROW, ensure_ascii=False)
-    expected = [{**ROW, "images": [f"{tmp_path}/a.png"], "problem": "a\u2028b"}] * 2
-    assert load(tmp_path, f"[{line},\n{line}]") == expected
-    assert load(tmp_path, f"\ufeff{line}\n\n{line}\n", str(tmp_path)) == expected
-    for text, message in (("[" * 100_000, "not JSON"), ("", "no rows"), ("5", "row 0 has no")):
-        with pytest.raises(env.UserError, match=f"x.json: {message}"):
+    expected = {**ROW, "images": [f"{tmp_path}/a.png"], "problem": "a\u2028b"}
+    for text, root in ((f"[{line},\n{line}]", ""), (f"\ufeff{line}\n\n{line}\n", str(tmp_path))):
+        rows = load(tmp_path, text, root)
+        assert rows == [{**expected, "doc_id": f"x.json: row {i}"} for i in range(2)]
+    for text, message in (("[" * 100_000, ": not JSON"), ("", ": no rows"), ("5", ": row 0 has no"),
+                          ("PAR1\0", " is Parquet.*README")):
+        with pytest.raises(env.UserError, match=f"x.json{message}"):
             load(tmp_path, text)
 
 
-@pytest.mark.parametrize("line", """{"solution": null} -> has no `solution`
+def test_splits(tmp_path):
+    """DRIM's train.json is read under its own name, and no scenes are drawn beside it."""
+    assert data.split_path(tmp_path, "train") == f"{tmp_path}/train.jsonl" and not data.foreign(tmp_path)
+    (tmp_path / "train.json").touch()
+    assert data.split_path(tmp_path, "train") == f"{tmp_path}/train.json" and data.foreign(tmp_path)
+    (tmp_path / "train.jsonl").touch()
+    assert data.split_path(tmp_path, "train") == f"{tmp_path}/train.jsonl"
+
+
+def test_parquet_recipe(tmp_path, monkeypatch):
+    """The lines of pandas that `read_lines` gives turn a published file into rows."""
+    pandas = pytest.importorskip("pandas")
+    pytest.importorskip("pyarrow")
+    monkeypatch.chdir(tmp_path)
+    picture().save("a.png")
+    cell = {"bytes": Path("a.png").read_bytes(), "path": None}
+    table = pandas.DataFrame({"image": [cell], "problem": ["Which?"], "solution": ["red"], "crop_image": [cell]})
+    table.to_parquet("rows.parquet")
+    recipe = data.read_lines.__doc__.split("\n\n")[2]
+    exec(textwrap.dedent(recipe))
+    [row] = data.load_rows("rows.jsonl")
+    assert row["solution"] == "red" and env.open_image(row["images"][0]).size == (40, 30)
+
+
+@pytest.mark.parametrize("line", r"""{"solution": null} -> has no `solution`
 {"images": ["b.png"]} -> : no image
 {"images": ["a.png", "a.png"]} -> : .*several images are not supported
 {"choices": ["blue"]} -> : its solution 'red' is none of its choices
-{"choices": "red"} -> : .*not a list
-{"turns": [5]} -> : .*`turns` not texts
-{"boxes": [[1, 2, 3]]} -> : `boxes` are not four numbers each""".splitlines())
+{"choices": "red"} -> : `choices` is not a list of texts
+{"turns": [5]} -> : `turns` is not a list of texts
+{"boxes": [[1, 2, 3]]} -> : `boxes` is not a list of .x0, y0, x1, y1., in pixels
+{"boxes": [[1, 2, 1e400, 4]]} -> : `boxes` is not
+{"boxes": [[1, 2, NaN, 4]]} -> : `boxes` is not
+{"boxes": [[1, 2, 3, HUGE]]} -> : `boxes` is not
+{"boxes": [[9, 2, 3, 4]]} -> : `boxes` is not
+{"problem": "\ud83d"} -> has half a character""".splitlines())
 def test_bad_rows(line, tmp_path):
     """What is wrong is one line that names file and row."""
-    change, message = line.split(" -> ")
+    change, message = line.replace("HUGE", "1" + "0" * 400).split(" -> ")
     with pytest.raises(env.UserError, match="x.json: row 0 ?" + message):
         load(tmp_path, json.dumps({**ROW, **json.loads(change)}))
+
+
+def test_rows_are_checked_before_hours_are_spent(tmp_path, policy):
+    """An image that is cut short, and a question that is too long, whose tokens are those of the episode."""
+    picture(0, (90, 70)).save(tmp_path / "a.png")
+    cfg = env.EpisodeConfig(max_pixels=64 * 64)
+    rows = [{"images": [str(tmp_path / "a.png")], "problem": "Which box? " * i, "doc_id": i} for i in range(3)]
+    most = len(env.reset(policy.proc, rows[2], cfg).ids) + 2
+    data.check_rows(rows, 0, 1, policy.proc, replace(cfg, max_tokens=most))
+    data.check_rows(rows, 1, 2, policy.proc, replace(cfg, max_tokens=1))         # the image is the other rank's
+    assert "row 2: its prompt" in refusal(data.check_rows, rows, 0, 1, policy.proc, replace(cfg, max_tokens=most - 1))
+    (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:-30])
+    assert "a.png: not a readable image" in refusal(data.check_rows, rows, 0, 1, policy.proc, cfg)
 
 
 @pytest.mark.parametrize("key", [*ROW, "choices", "boxes", "turns", "doc_id"])
