@@ -27,7 +27,7 @@ import string
 import threading
 import time
 import urllib.request
-from collections import Counter, defaultdict
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from email.utils import mktime_tz, parsedate_tz
