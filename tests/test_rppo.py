@@ -5,7 +5,12 @@ sequences one by one.
 """
 import copy
 import math
+import re
+import sys
+import textwrap
+import types
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +19,7 @@ import torch
 
 import env
 import rppo
+import sft
 from rppo import group_advantages, policy_loss
 
 close = torch.testing.assert_close
@@ -123,6 +129,23 @@ def tokens(samples):
     return sum(sum(s.traj.mask) for s in samples)
 
 
+def whole(tensor):
+    """A copy of a tensor, gathered if it is sharded. All ranks must reach this."""
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
+
+
+def forked(term):
+    """rppo.py as a fork has it: a term, in a line or three, at the mark for one, and no sample left out."""
+    code = Path(rppo.__file__).read_text()
+    mark = re.search(r"\n( *)# FORK: add another term", code)
+    code = code[:mark.start()] + "\n" + textwrap.indent(term, mark[1]) + code[mark.start():]
+    code = code.replace("return sample.advantage != 0 and counts", "return counts")
+    fork = types.ModuleType("fork")
+    sys.modules["fork"] = fork                   # dataclasses look there
+    exec(compile(code, "fork", "exec"), vars(fork))
+    return fork
+
+
 def test_update_against_plain_autograd(learner, samples):
     """-sum advantage * logp / n over every sampled token, one whole sequence after the other through the
     stock model. Those of advantage 0 count in n, but do not run through our model."""
@@ -211,6 +234,49 @@ def test_log_ratio_is_small(learner, rows):
     assert found[1]["grad_norm"] == pytest.approx(found[0]["grad_norm"], rel=1e-4)
     wrong = replace(cfg, temperature=1.0)
     assert rppo.update(learner, [optimizer], samples, wrong)["log_ratio"] > 0.05
+
+
+KL = """
+with torch.no_grad():
+    known, _ = reference(batch, cfg.temperature)
+loss = loss + 0.3 * ((known - logp).exp() - (known - logp) - 1).sum() / n_tokens
+"""
+
+
+def test_a_kl_term_on_two_sharded_ranks(learner, policy, samples, tmp_path):
+    """Three lines at the mark give one rank and two the same gradient, though one has nothing to do in most passes."""
+    def work(rank, shares):
+        kept = []
+        mine = [samples[i] for i in shares[rank]]
+        if len(shares) > 1:
+            sft.dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=rank, world_size=2)
+            sft.shard(learner, torch.device("cpu"))
+        optimizer = torch.optim.SGD(learner.parameters(), lr=0.0)
+        optimizer.register_step_pre_hook(lambda *_: kept.append([whole(p.grad) for p in learner.parameters()]))
+        fork.update(learner, [optimizer], mine, replace(CFG, micro_batch=2), policy)
+        torch.save(kept[0], f"{tmp_path}/{len(shares)}-{rank}")
+
+    fork = forked(KL)
+    shares = [range(1), range(1, 6)]
+    torch.multiprocessing.start_processes(work, (shares,), nprocs=2, start_method="fork")
+    work(0, [range(6)])
+    one, two, same = [torch.load(f"{tmp_path}/{name}") for name in ("1-0", "2-0", "2-1")]
+    flat = torch.nn.utils.parameters_to_vector
+    assert torch.equal(flat(two), flat(same))
+    assert (flat(two) - flat(one)).norm() < 1e-5 * flat(one).norm()
+    plain = torch.optim.SGD(learner.parameters(), lr=0.0)
+    stats = rppo.update(learner, [plain], samples[:6], CFG)
+    assert abs(flat(one).norm() / stats["grad_norm"] - 1) > 0.01         # the term is there
+
+
+def test_an_entropy_bonus_has_a_gradient(learner, samples):
+    """At the mark: a step along it alone raises the entropy, by the first order's amount."""
+    fork = forked("loss = 0.0 * loss - entropy.sum() / n_tokens")
+    optimizer = torch.optim.SGD(learner.parameters(), lr=1e-4)
+    before = fork.update(learner, [optimizer], samples, CFG)
+    after = fork.update(learner, [optimizer], samples, CFG)
+    gain = after["entropy"] - before["entropy"]
+    assert gain == pytest.approx(1e-4 * before["grad_norm"] ** 2, rel=0.05)
 
 
 def test_an_added_reward_part(samples):
