@@ -825,7 +825,7 @@ def lock(folder):
     locks[path] = file
 
 
-def same_settings(folder, cfg):
+def same_settings(folder, cfg, cure="give another folder"):
     """UserError if a folder has other settings. A key that config.json lacks is at its default."""
     old = {**asdict(type(cfg)()), **read_json(f"{folder}/config.json", asdict(cfg))}
     changes = []
@@ -834,7 +834,7 @@ def same_settings(folder, cfg):
         if old[f.name] != value and not f.metadata.get("free"):
             changes.append(f"{f.name}: {old[f.name]} -> {value}")
     if changes:
-        raise UserError(f"{folder} was made with other settings ({'; '.join(changes)}); give another folder")
+        raise UserError(f"{folder} was made with other settings ({'; '.join(changes)}); {cure}")
 
 
 # --- The command line: argparse over the dataclasses ----------------------------------------------------

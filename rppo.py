@@ -39,9 +39,9 @@ class Config(sft.TrainConfig, evaluation.RolloutConfig, env.RewardConfig):
     """RPPO."""
     out: str = env.setting("runs/rppo", free=True)
     task: str = "tiny"               # the built-in task (data.py) of the main job; large is for real models
-    steps: int = 40
+    steps: int = env.setting(40, free=True)  # more of them prolong a run
     prompts: int = 16                # P per step, over all ranks
-    samples: int = 8                 # G per prompt
+    samples: int = env.setting(8, least=2)  # G per prompt; one alone has nothing to be compared with
     updates: int = 1                 # passes over each rollout; above 1 the ratio leaves 1 and clipping acts
     micro_batch: int = env.setting(32, free=True)  # trajectories of mean length a pass; fewer if long
     lr: float = 5e-4
@@ -136,11 +136,13 @@ def collect(policy, rows, streams, step, cfg):
         parts += env.rewards(trajs[i:i + G], cfg)
     rewards = torch.tensor([p["total"] for p in parts], dtype=torch.float64).view(-1, G)      # (P, G)
 
-    # Where the judge failed the reward is unknown: the mean of the others changes none of their advantages.
+    # What the judge failed to judge has no reward. At the mean of its group it changes no advantage.
     failed = torch.tensor([traj.verdict == "failed" for traj in trajs]).view(-1, G)
-    known = rewards.masked_fill(failed, torch.nan).nanmean(1, keepdim=True).nan_to_num()      # (P, 1)
-    advantages = group_advantages(rewards.where(~failed, known), cfg.norm_std)                # (P, G)
-    return list(map(Sample, trajs, parts, advantages.flatten().tolist()))
+    known = rewards.masked_fill(failed, torch.nan).nanmean(1, keepdim=True)                   # (P, 1)
+    rewards = torch.where(failed, known, rewards)
+
+    advantages = group_advantages(rewards, cfg.norm_std).flatten().tolist()                   # P * G
+    return list(map(Sample, trajs, parts, advantages))
 
 
 def length(sample):
@@ -153,11 +155,11 @@ def micro_batches(samples, size):
     None has more tokens, padding included, than the larger of its share and the longest trajectory.
     Neighbours in length stand together, so that little is padding.
     """
+    samples = sorted(samples, key=length, reverse=True)
+    tokens = sum(map(length, samples))
     out = []
-    for sample in sorted(samples, key=length, reverse=True):
-        if not out:
-            share = size * sum(map(length, samples)) / len(samples)
-            room = max(share, length(sample))
+    for sample in samples:
+        room = max(size * tokens / len(samples), length(samples[0]))
         if not out or (len(out[-1]) + 1) * length(out[-1][0]) > room:
             out.append([])
         out[-1].append(sample)
@@ -170,12 +172,18 @@ def idle(samples):
     return replace(shortest, traj=replace(shortest.traj, mask=[0] * length(shortest)))
 
 
+def token_advantages(chosen, trained):
+    """FORK: credit. The advantages (n,) of a micro-batch's trained tokens; trained (b, T-1) says which."""
+    advantages = torch.tensor([s.advantage for s in chosen])                  # (b,)
+    return advantages[:, None].expand(trained.shape)[trained]
+
+
 def update(policy, optimizers, samples, cfg, reference=None):
     """`updates` passes over one rollout. Returns what the log says of it. All ranks must reach this.
 
     `reference` is for a fork with a KL term: a Policy that stays as it is.
     """
-    # 1. The micro-batches of this rank, and the divisor: the tokens of all trajectories of all ranks
+    # 1. This rank's micro-batches, and the divisor: the tokens of all trajectories of all ranks
     micro = micro_batches([s for s in samples if has_gradient(s, cfg)], cfg.micro_batch)
     tokens = sum(sum(s.traj.mask) for s in samples if counts(s, cfg))
     n_tokens, n_micro = sft.all_sum(tokens, len(micro))
@@ -184,28 +192,35 @@ def update(policy, optimizers, samples, cfg, reference=None):
         micro += [[idle(samples)]] * (most - len(micro))
 
     old = [None] * len(micro)            # (n,) log-probabilities before the first optimizer step
-    sums = torch.zeros(4, dtype=torch.float64, device=policy.device)
+    sums = np.zeros(4)                   # over tokens: 1, entropy, |old - sampled|, clipped
     skipped = 0
     policy.train()
     for k in range(cfg.updates):
         loss_sum = 0.0
         for j, chosen in enumerate(micro):
-            # 2. Forward: log-probability and entropy (n,) of the trained tokens, trajectory by trajectory
+            # 2. Forward: log-probability and entropy (n,) of the trained tokens, row by row
             batch = sft.collate([s.traj for s in chosen], policy.proc)
             with policy.autocast():
                 logp, entropy = policy(batch, cfg.temperature)
             if k == 0:
                 old[j] = logp.detach()
 
-            # 3. The loss
-            advantages, sampled = per_token(chosen, batch, policy.device)
+            # 3. Loss
+            trained = batch["mask"][:, 1:] > 0                                # (b, T-1), on the CPU
+            advantages = token_advantages(chosen, trained).to(policy.device)
             loss = policy_loss(logp, old[j], advantages, cfg.clip_low, cfg.clip_high, n_tokens)
             # FORK: add another term here: a sum over the same tokens, divided by n_tokens
             loss.backward()
             loss_sum += loss.item()
-            sums += token_sums(logp.detach(), old[j], sampled, entropy.detach(), cfg)
 
-        # 4. Step. After flat groups alone, the optimizers' momentum would still move the weights.
+            # 4. For the log
+            sampled = batch["logp"][:, 1:][trained].to(policy.device)
+            ratio = (logp.detach() - old[j]).exp()
+            clipped = (ratio < 1 - cfg.clip_low) | (ratio > 1 + cfg.clip_high)
+            gap = (old[j] - sampled).abs()
+            sums += [len(logp), entropy.sum().item(), gap.sum().item(), clipped.sum().item()]
+
+        # 5. Step. After flat groups alone, the optimizers' momentum would still move the weights.
         _, norm, skip = sft.optimizer_step(policy, optimizers, loss_sum, cfg, rest=n_micro == 0)
         skipped += skip
 
@@ -220,37 +235,61 @@ def update(policy, optimizers, samples, cfg, reference=None):
         skipped=skipped)
 
 
-def per_token(chosen, batch, device):
-    """Of each trained token of a micro-batch: its advantage, its log-probability while sampling; both (n,)."""
-    trained = batch["mask"][:, 1:] > 0                                        # (b, T-1), on the CPU
-    advantages = torch.tensor([s.advantage for s in chosen])[:, None]         # (b, 1)
-    advantages = advantages.expand(trained.shape)[trained]                    # (n,)
-    sampled = batch["logp"][:, 1:][trained]                                   # (n,)
-    return advantages.to(device), sampled.to(device)
-
-
-def token_sums(logp, old_logp, sampled, entropy, cfg):
-    """Over n tokens, all arguments (n,): n, entropy, |log-probability - that while sampling|, clipped ones."""
-    ratio = (logp - old_logp).exp()
-    clipped = (ratio < 1 - cfg.clip_low) | (ratio > 1 + cfg.clip_high)
-    gap = (old_logp - sampled).abs()
-    return torch.stack([torch.ones_like(ratio).sum(), entropy.sum(), gap.sum(), clipped.sum()]).double()
-
-
 # --- The log --------------------------------------------------------------------------------------------
 def summarise(samples, cfg):
     """What a step's log entry says of all ranks' trajectories. All ranks must reach this."""
-    mine = []
-    for sample in samples:
-        mine.append((evaluation.measure(sample.traj, cfg.eps), sample.parts))
+    mine = [(evaluation.measure(s.traj, cfg.eps), s.parts) for s in samples]
     everyone = sum(sft.gather_objects(mine), [])
     measures, parts = zip(*everyone)
-    means = {name: float(np.mean([p[name] for p in parts])) for name in parts[0]}
+    means = {}
+    for name in sorted(set().union(*parts)):                                  # 0 where a branch sets no part
+        means[name] = float(np.mean([p.get(name, 0.0) for p in parts]))
     totals = np.array([p["total"] for p in parts]).reshape(-1, cfg.samples)   # (P, G)
-    flat = (totals.max(1) == totals.min(1)).mean()
-    return dict(reward=means["total"], **evaluation.metrics(measures), parts=means, flat_groups=float(flat))
+    flat = totals.max(1) == totals.min(1)                                     # (P,)
+    [failed] = sft.all_sum(sum(s.traj.verdict == "failed" for s in samples))
+    return dict(
+        reward=means["total"],
+        **evaluation.metrics(measures),
+        parts=means,
+        flat_groups=float(flat.mean()),
+        judge_failed=failed)
 
 
+def mark_best(out):
+    """Write best.json: of the checkpoints that are there, the first with the highest held-out accuracy in the
+    log. Returns its step, None without one."""
+    best = dict(step=None, accuracy=-1.0)
+    for entry in sft.read_log(out):
+        step = entry["step"] + 1
+        accuracy = entry.get("held_out", best)["accuracy"]
+        if accuracy > best["accuracy"] and os.path.exists(f"{out}/checkpoints/{step}"):
+            best = dict(step=step, accuracy=accuracy)
+    env.write_text(f"{out}/best.json", json.dumps(best))
+    return best["step"]
+
+
+def print_step(entry, samples, proc, first, cfg):
+    """Print a step, and every show_every steps the longest trajectory of rank 0."""
+    step = entry["step"]
+    if (step - first) % 20 == 0:
+        print(f"{'':10} reward{evaluation.HEADER} entrp  norm   sec")
+    text = f"step {step:5d} {entry['reward']:6.3f}{evaluation.line(entry)}"
+    text += f" {entry['entropy']:5.2f} {entry['grad_norm']:5.2f} {entry['rollout_s'] + entry['update_s']:5.1f} "
+    if entry["judge_failed"]:
+        text += f"failed {entry['judge_failed']}"        # answers without a verdict: they have no gradient
+    else:
+        text += sft.eta(entry, first, cfg)
+    print(text, flush=True)
+
+    for name in ("cold_start", "held_out"):
+        if name in entry:
+            print(f"{name:17}{evaluation.line(entry[name])}", flush=True)
+    if (step + 1) % cfg.show_every == 0:
+        longest = max(samples, key=length)
+        print(evaluation.show(longest.traj, proc), flush=True)
+
+
+# --- RPPO: steps, and what is saved ---------------------------------------------------------------------
 def prompts_of(step, cfg, n):
     """Row numbers of a step: pieces of a permutation of the n rows that is drawn anew for each pass over
     them."""
@@ -268,141 +307,161 @@ def hold_out(rows, n):
     return [row for row in rows if row["images"][0] not in images], held_out
 
 
-def mark_best(out):
-    """Write best.json: of the checkpoints that are there, the first with the highest held-out accuracy in the
-    log."""
-    best = dict(step=None, accuracy=-1.0)
-    for entry in sft.read_log(out):
-        step = entry["step"] + 1
-        if "held_out" in entry and os.path.exists(f"{out}/checkpoints/{step}"):
-            accuracy = entry["held_out"]["accuracy"]
-            if accuracy > best["accuracy"]:
-                best = dict(step=step, accuracy=accuracy)
-    env.write_text(f"{out}/best.json", json.dumps(best))
-    return best["step"]
+def score_held_out(policy, held_out, cfg, rank, world_size):
+    """Their metrics. All ranks must reach this."""
+    records = evaluation.evaluate(policy, held_out, cfg, rank, world_size)
+    return evaluation.metrics([record["metrics"] for record in records])
 
 
-def print_step(entry, samples, proc, first, cfg):
-    """Print a step, and every show_every steps the longest trajectory of rank 0."""
-    if entry["step"] % 20 == 0:
-        print(f"{'':10} reward {evaluation.HEADER} entrpy   norm roll_s  upd_s")
-    text = f"step {entry['step']:5d} {entry['reward']:6.3f} {evaluation.line(entry)}"
-    for name in ("entropy", "grad_norm", "rollout_s", "update_s"):
-        text += f" {entry[name]:6.2f}"
-    print(text, sft.eta(entry, first, cfg), flush=True)
-    if "held_out" in entry:
-        print(f"{'held-out':17} {evaluation.line(entry['held_out'])}", flush=True)
-    if (entry["step"] + 1) % cfg.show_every == 0:
-        longest = max(samples, key=length)
-        print(evaluation.show(longest.traj, proc), flush=True)
+def train(policy, optimizers, preset, rows, held_out, first, cfg, rank, world_size, reference=None):
+    """The steps from `first` on. A UserError or a signal ends them when what has been learned is saved."""
+    def save(step):
+        sft.save_checkpoint(step, policy, optimizers, cfg, preset)
+        if rank == 0:
+            sft.prune(cfg, step, mark_best(cfg.out))
+            evaluation.refresh_report(parent(cfg))
 
-
-# --- The stage ------------------------------------------------------------------------------------------
-def train(policy, optimizers, rows, held_out, first, preset, cfg, rank, world_size):
-    """The steps from `first` on."""
-    mine = list(range(rank, cfg.prompts, world_size))
+    mine = list(range(rank, cfg.prompts, world_size))      # this rank's prompts of a step
     started = time.time()
     with sft.deferred_signals() as asked:
         for step in range(first, cfg.steps):
-            # 1. collect: this rank's prompts, G samples each, rewarded and compared within their group
-            t = time.time()
+            entry = dict(step=step)
+            error = None
+            if step == 0 and cfg.eval_rows:
+                entry["cold_start"] = score_held_out(policy, held_out, cfg, rank, world_size)
+
+            # 1. Collect: G trajectories of each prompt, rewarded and compared within their group
+            clock = time.time()
             chosen = [rows[i] for i in prompts_of(step, cfg, len(rows))]
-            samples = collect(policy, [chosen[p] for p in mine], mine, step, cfg)
-            rollout_s = time.time() - t
+            try:
+                samples = sft.together(collect, policy, [chosen[p] for p in mine], mine, step, cfg)
+            except env.UserError:        # e.g. an image that cannot be read, a judge that refuses
+                if step > first:
+                    save(step)
+                raise
+            entry["rollout_s"] = time.time() - clock
 
-            # 2. update
-            t = time.time()
-            lr = sft.set_lr(optimizers, step, cfg)
-            stats = update(policy, optimizers, samples, cfg)
-            entry = dict(step=step, **summarise(samples, cfg), **stats)
-            entry.update(lr=lr, rollout_s=rollout_s, update_s=time.time() - t)
-            entry.update(seconds=time.time() - started)
+            # 2. Update
+            clock = time.time()
+            entry["lr"] = sft.set_lr(optimizers, step, cfg)
+            entry.update(update(policy, optimizers, samples, cfg, reference))
+            entry["update_s"] = time.time() - clock
 
-            # 3. evaluate
+            # 3. Evaluate
             done = step + 1 == cfg.steps
             evaluates = cfg.eval_rows and ((step + 1) % cfg.eval_every == 0 or done)
             if evaluates:
-                records = evaluation.evaluate(policy, held_out, cfg, rank, world_size)
-                entry["held_out"] = evaluation.metrics([record["metrics"] for record in records])
+                try:
+                    entry["held_out"] = score_held_out(policy, held_out, cfg, rank, world_size)
+                except env.UserError as e:
+                    error = e
 
-            # 4. log
+            # 4. Log
+            entry.update(summarise(samples, cfg), seconds=time.time() - started)
             [stopped] = sft.all_sum(len(asked))
             if rank == 0:
                 sft.append_log(cfg.out, entry)
                 print_step(entry, samples, policy.proc, first, cfg)
             del samples                  # with their images' features, before the next are sampled
 
-            # 5. save
+            # 5. Save
             if (step + 1) % cfg.save_every == 0 or evaluates or done or stopped:
-                sft.save_checkpoint(step + 1, policy, optimizers, cfg, preset)
-                if rank == 0:
-                    sft.prune(cfg, step + 1, mark_best(cfg.out))
-                    evaluation.refresh_report(parent(cfg))
+                save(step + 1)
+            if error:
+                raise error
             if stopped:
                 sft.stop(step + 1, rank)
 
 
+# --- The main job: scenes, cold start, RPPO, scores -----------------------------------------------------
 def parent(cfg):
     """The folder that holds cfg.out; the main job's other results go there too."""
     return os.path.dirname(cfg.out) or "."
 
 
-def cold_start(cfg, rank):
-    """What the run starts from: the given model, or the tiny cold start, made here with its data if it is
-    missing. A folder of one's own rows brings its own sft.jsonl."""
-    if cfg.model:
-        return cfg.model
-    if rank == 0 and not data.foreign(cfg.data):
+def say(rank, text):
+    if rank == 0:
+        print(f"\n{text}", flush=True)
+
+
+def make_scenes(cfg):
+    """Draw the built-in rows, unless cfg.data has them or is a folder of somebody's own."""
+    if not data.foreign(cfg.data):
+        say(0, f"1 of 4: scenes into {cfg.data}")
         data.main(data.Config(seed=cfg.seed, out=cfg.data, task=cfg.task, max_crops=cfg.max_crops))
-    sft.barrier()
-    out = f"{parent(cfg)}/sft"
-    task = dict(seed=cfg.seed, data=cfg.data, image_root=cfg.image_root, tiny=cfg.tiny, out=out)
-    sft.main(sft.Config(**env.shared(cfg, env.EpisodeConfig), **task))
-    return env.newest(out)
+
+
+def read_rows(cfg):
+    """(rows to train on, held-out rows) of <data>'s train split. Raises UserError."""
+    path = data.split_path(cfg.data, "train")
+    rows, held_out = hold_out(data.load_rows(path, cfg.image_root), cfg.eval_rows)
+    if not rows:
+        raise env.UserError(f"{path}: too few rows for --eval_rows={cfg.eval_rows}; lower it")
+    if cfg.n_score and not os.path.exists(data.split_path(cfg.data, "test")):
+        raise env.UserError(f"{cfg.data} has no test.jsonl to score at the end; add one or give --n_score=0")
+    return rows, held_out
 
 
 def compare(cfg, start, seconds, rank):
     """Score the cold start and the final policy on the test rows; print the table and write summary.json."""
     summary = {}
     for name, model in (("sft", start), ("rppo", env.newest(cfg.out))):
-        task = dict(model=model, out=f"{parent(cfg)}/eval/{name}", limit=cfg.n_score)
-        summary[name] = evaluation.main(evaluation.Config(**{**env.shared(cfg, evaluation.Config), **task}))
+        given = env.shared(cfg, evaluation.Config)
+        given.update(model=model, out=f"{parent(cfg)}/eval/{name}", limit=cfg.n_score)
+        summary[name] = evaluation.main(evaluation.Config(**given))
         seconds[f"eval_{name}"] = summary[name]["seconds"]
-    if rank == 0:
-        seconds["total"] = sum(seconds.values())
-        summary["seconds"] = {name: round(value, 1) for name, value in seconds.items()}
-        env.write_text(f"{parent(cfg)}/summary.json", json.dumps(summary, indent=1))
-        print(f"\n{'':10} greedy {evaluation.HEADER}")
-        for name in ("sft", "rppo"):
-            print(f"{name:10} {summary[name]['accuracy_greedy']:6.3f} {evaluation.line(summary[name])}")
-        print("seconds", summary["seconds"], f"-> {parent(cfg)}/summary.json")
-        evaluation.refresh_report(parent(cfg))
+    if rank > 0:
+        return
+
+    seconds["total"] = sum(seconds.values())
+    summary["seconds"] = {name: round(value, 1) for name, value in seconds.items()}
+    env.write_text(f"{parent(cfg)}/summary.json", json.dumps(summary, indent=1))
+    evaluation.refresh_report(parent(cfg))
+    print(f"\n{'':10} greedy {evaluation.HEADER}")
+    for label, name in (("cold start", "sft"), ("RPPO" if cfg.lam else "GRPO", "rppo")):
+        print(f"{label:10} {summary[name]['accuracy_greedy']:6.3f} {evaluation.line(summary[name])}")
+    print(f"{seconds['total']:.0f} s in all. Next: open {parent(cfg)}/report.html", flush=True)
 
 
 def main(cfg):
     rank, world_size, device = sft.setup()
     if cfg.prompts % world_size:
         raise env.UserError(f"--prompts={cfg.prompts} is not a multiple of the {world_size} ranks")
-    t = time.time()
-    start = cold_start(cfg, rank)
-    seconds = dict(start=time.time() - t)
-    path = data.split_path(cfg.data, "train")
-    rows = data.load_rows(path, cfg.image_root)
-    if cfg.n_score and not os.path.exists(data.split_path(cfg.data, "test")):
-        raise env.UserError(f"{cfg.data} has no test.jsonl to score at the end; add one or give --n_score=0")
-    rows, held_out = hold_out(rows, cfg.eval_rows)
-    if not rows:
-        raise env.UserError(f"{path}: too few rows for --eval_rows={cfg.eval_rows}; lower it")
 
-    first = sft.open_run(cfg, rank)         # the step to go on from, or 0
+    # 1. Rows. Folders with other settings are refused before anything is made.
+    clock = time.time()
+    if rank == 0:
+        sft.saved_step(cfg)
+    if not cfg.model:
+        given = env.shared(cfg, env.EpisodeConfig)
+        given.update(seed=cfg.seed, data=cfg.data, image_root=cfg.image_root, out=f"{parent(cfg)}/sft")
+        imitation = sft.Config(**given)
+        if rank == 0:
+            sft.saved_step(imitation, f"the cold start goes beside --out: give --out={cfg.out}/rppo")
+            make_scenes(cfg)
+        sft.barrier()
+    rows, held_out = read_rows(cfg)
+
+    # 2. What it starts from: the given model, or the tiny one after its cold start
+    start = cfg.model
+    if not start:
+        say(rank, f"2 of 4: cold start by imitation, {imitation.steps} steps, into {imitation.out}")
+        sft.main(imitation)
+        start = env.newest(imitation.out)
+    seconds = dict(start=time.time() - clock)
+
+    # 3. RL
+    say(rank, f"3 of 4: RL from {start}, {cfg.prompts} prompts x {cfg.samples} a step, into {cfg.out}")
+    clock = time.time()
+    first = sft.open_run(cfg, rank)      # the step to go on from, or 0
     policy, optimizers, preset = sft.load_trainable(cfg, start, first, device, (0.9, 0.95))
     data.check_rows(rows + held_out, rank, world_size, policy.proc, cfg)
-    if rank == 0:
-        print(f"rppo: {cfg.prompts} prompts x {cfg.samples} samples on {world_size} ranks, from {start}")
-    t = time.time()
-    train(policy, optimizers, rows, held_out, first, preset, cfg, rank, world_size)
-    seconds["rppo"] = time.time() - t
+    train(policy, optimizers, preset, rows, held_out, first, cfg, rank, world_size)
+    seconds["rppo"] = time.time() - clock
+
+    # 4. Scores of both
     if cfg.n_score:
+        say(rank, f"4 of 4: scores on {cfg.n_score} test rows into {parent(cfg)}/eval")
         compare(cfg, start, seconds, rank)
     return policy
 

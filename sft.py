@@ -676,6 +676,20 @@ def gather_objects(obj):
     return objects
 
 
+def together(function, *args):
+    """function(*args). A UserError of one rank is raised on all, or the others would wait for it. All ranks
+    must reach this."""
+    result = error = None
+    try:
+        result = function(*args)
+    except UserError as e:
+        error = e
+    for error in gather_objects(error):
+        if error:
+            raise error
+    return result
+
+
 def barrier():
     """Wait for one another. All ranks must reach this."""
     if dist.is_initialized():
@@ -727,16 +741,29 @@ def append_log(folder, entry):
         f.write(json.dumps(finite) + "\n")
 
 
+def saved_step(cfg, cure="give another --out"):
+    """The step of the newest checkpoint in cfg.out, or 0. UserError if it was made with other settings."""
+    last = env.newest(cfg.out)
+    if last == cfg.out:
+        return 0
+    env.same_settings(cfg.out, cfg, cure)
+    step = int(os.path.basename(last))
+    if step > cfg.steps:
+        raise UserError(f"{cfg.out} has made {step} steps already; raise --steps={cfg.steps}, or {cure}")
+    return step
+
+
 def open_run(cfg, rank):
     """Open cfg.out: returns the step to go on from. UserError if it is in use or has other settings."""
     step = 0
     if rank == 0:
         env.lock(cfg.out)
-        last = env.newest(cfg.out)
-        if last != cfg.out:
-            env.same_settings(cfg.out, cfg)
-            step = int(os.path.basename(last))
+        step = saved_step(cfg)
+        if step:
             print(f"{cfg.out}: going on from step {step} of {cfg.steps}", flush=True)
+            planned = env.read_json(f"{cfg.out}/config.json", {}).get("steps", cfg.steps)
+            if planned != cfg.steps:
+                print(f"{cfg.out}: planned for {planned} steps; the rate is now that of {cfg.steps}", flush=True)
         here = shlex.quote(os.path.dirname(os.path.abspath(__file__)))
         commit = os.popen(f"git -C {here} describe --always --dirty 2>/dev/null").read().strip()
         env.write_text(f"{cfg.out}/config.json", json.dumps({**asdict(cfg), "commit": commit}, indent=1))
