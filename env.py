@@ -628,30 +628,30 @@ def render(proc, row, turns, cfg):
     return traj
 
 
-# --- Is an answer right by the rules? -------------------------------------------------------------------
-NUMBER_WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
-OUTER = " .,;:!?\"'`*()[]"
-PLAIN = str.maketrans("‐‑‒–—−‘’“”", "------''\"\"")
+# --- Is an answer right by the rules? They know a letter, the words, a number; the rest is the judge's ---
 STYLED = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\{([^{}]*)\}")
 BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
-LEAD_IN = re.compile(r"^(?:(?:so|thus|therefore),? )?(?:(?:the )?(?:(?:correct|best|right|final) )?"
-                     r"(?:answer|option|choice)(?: is)?(?:: ?| ))+(?=.)", re.IGNORECASE)
-NUMBER = re.compile(r"([$€£]?) ?([+-]?(?:\d{1,3}(?:,\d{3}){1,4}|\d{1,15})(?:\.\d{1,15})?"
-                    r"(?:e[+-]?\d{1,2})?) ?([$€£%]?)")
-# "2 cats" and "there are two black cats", but not "2 or more" and "2 million".
-COUNT = re.compile(r"(?:there (?:is|are) )?(\S+)(?: (?!(?:or|and|to|plus|point|dozen|hundred|thousand|million"
-                   r"|billion)\b)[^\W\d_]+){0,2}")
-# An option's words in a sentence. Not after "not", not a part of a number, not as in "a red car".
-MENTION = (r"(?<![\w-])(?<!\d[.,:])(?<!not )(?<!n't )"
-           r"(?:an? %s(?! (?!is\b|are\b|was\b|in\b|on\b|at\b|of\b|there\b)\w)|(?<!\ba )(?<!\ban )%s)"
-           r"(?![\w-]|[.,:]\d)")
-# A capital letter that stands alone. Not after "not", not the article "A", not a part of "A.M." or "C++".
-LETTER = re.compile(r"(?<![\w.°-])(?<!not )(?!A (?!is\b|or\b|and\b|because\b|[A-Z]\b)\w)[A-Z]"
-                    r"(?!'?\w|[+#-]|\.\w)")
+LEAD_IN = re.compile(
+    r"^(?:(?:so|thus|therefore),? )?"
+    r"(?:(?:(?:it is|it's|(?:the )?(?:correct |best |right |final )?(?:answer|option|choice)(?: is)?)\b"
+    r"|故?选[择项]?|(?:正确)?答案[是为]?):? ?)+(?=.)", re.IGNORECASE)
+OUTER = " .,;:!?\"'`*()[]。"
+# Full-width letters, digits and signs are the ASCII ones, at a fixed distance.
+PLAIN = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
+PLAIN.update(str.maketrans("‐‑‒–—−‘’“”", "------''\"\""))
+# No leading zero or exponent: those are codes. At most 15 digits: a float would round more.
+NUMBER = re.compile(r"([+-]?(?:0|[1-9][0-9]{0,2}(?:,[0-9]{3}){1,4}|[1-9][0-9]{0,14})(?:\.[0-9]{1,15})?)"
+                    r"(?:/([1-9][0-9]{0,14}))?")
+NUMBER_WORDS = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
+                "fifteen sixteen seventeen eighteen nineteen").split()       # a word's place is its value
+for tens in "twenty thirty forty fifty sixty seventy eighty ninety".split():
+    NUMBER_WORDS += [tens] + [f"{tens} {ones}" for ones in NUMBER_WORDS[1:10]]
+LETTERED = re.compile(r"\(?([A-Za-z])(?![\w/'])[ .):,(-]*(.+)")              # B. dark green
+OPTION_LINE = re.compile(r"^ *\(?([A-Z])[.):] *(\S.*)$", re.MULTILINE)       # such a line of a question
 
 
 def unwrap(text):
-    """The answer in a text: its last LaTeX box, without a lead-in, with plain spaces, quotes and hyphens."""
+    """The answer in a text: its last LaTeX box, without a lead-in, with plain letters, spaces and quotes."""
     text = STYLED.sub(r"\1", str(text))
     boxed = BOXED.findall(text)
     if boxed:
@@ -661,87 +661,89 @@ def unwrap(text):
 
 
 def normalise(text):
-    """Lower case, no outer punctuation or article, 0.5 for .5, 3-5 for 3 - 5. Punctuation alone stays."""
+    """The words of an answer: lower case, no outer punctuation or article, 0.5 for .5, 3-5 for 3 - 5, upper
+    left for upper-left. Punctuation alone stays."""
     words = unwrap(text).lower()
-    words = re.sub(r"(?<![\w.])\.(?=\d)", "0.", words)
-    words = re.sub(r"(?<=\d) ?- ?(?=\d)", "-", words)
+    words = re.sub(r"(?<![\w.])\.(?=[0-9])", "0.", words)
+    words = re.sub(r"(?<=[0-9]) ?([/-]) ?(?=[0-9])", r"\1", words)
+    words = re.sub(r"(?<=[^\W\d])-(?=[^\W\d])", " ", words)
     words = words.strip(OUTER)
     return re.sub(r"^(the|a|an) ", "", words) or str(text).strip()
 
 
 def number(text):
-    """(value, unit) of a number as people write it, or None; unit is a currency sign, "%" or "". Above 15
-    digits it is None: a float would round them, text is exact."""
+    """(value, unit) of a number as people write it, or None; unit is a currency sign, "%" or ""."""
     words = normalise(text).replace(" percent", "%")
+    before, words, after = re.fullmatch(r"(?s)([$€£]?) ?(.*?) ?([$€£%]?)", words).groups()
+    unit = before or after
     if words in NUMBER_WORDS:
-        return float(NUMBER_WORDS.index(words)), ""
+        return NUMBER_WORDS.index(words), unit
     found = NUMBER.fullmatch(words)
     if not found:
         return None
-    return float(found[2].replace(",", "")), found[1] or found[3]
-
-
-def choice(text, choices):
-    """Index of the one option that a text names, or None. A letter alone is the letter, even if it is also
-    the text of another option. Then comes an option's whole text, then the only letter or the only option's
-    words in a sentence. A letter and words that contradict each other name nothing."""
-    letters = string.ascii_uppercase[:len(choices)]
-    alone = unwrap(text).strip(OUTER).upper()
-    if len(alone) == 1 and alone in letters:
-        return letters.index(alone)
-    words = normalise(text)
-    options = [normalise(option) for option in choices]
-    if options.count(words) == 1:
-        return options.index(words)
-    rest = unwrap(str(text).replace("\n", " | "))  # a letter on a line of its own is not the article "A"
-    named = set()
-    for option in sorted(options, key=len, reverse=True):  # "dark green" before "green"
-        escaped = re.escape(option)
-        before = rest
-        rest = re.sub(MENTION % (escaped, escaped), "|", rest, flags=re.IGNORECASE)
-        if option and rest != before:
-            named.add(options.index(option))
-    lettered = set()
-    for found in LETTER.finditer(rest):
-        if found[0] not in letters:
-            continue
-        index = letters.index(found[0])
-        following = rest[found.end():found.end() + 100]
-        shared = set(options[index].split()) & set(re.findall(r"\w+", following.lower()))
-        # "E. coli" is no letter; "B. green" for the option "dark green" is one.
-        if shared or not re.match(r"\. [a-z]", following):
-            lettered.add(index)
-    if len(lettered) > 1:
-        return None
-    if lettered:
-        named = lettered & named if named else lettered
-    return named.pop() if len(named) == 1 else None
+    return float(found[1].replace(",", "")) / int(found[2] or 1), unit
 
 
 def same_answer(answer, solution):
-    """Whole numbers match exactly, others to 1e-4 of their size. A number may come with what it counts."""
+    """The same words, or the same number; one of the two may lack the unit. A number that is given twice,
+    "3 (three)", has to be right twice."""
+    if normalise(answer) == normalise(solution):
+        return True
     right = number(solution)
-    said = number(answer)
-    if right and not said and not right[1]:
-        counted = COUNT.fullmatch(normalise(answer))
-        said = counted and number(counted[1])
-    if not right or not said:
-        return normalise(answer) == normalise(solution)
-    if right[1] and said[1] and right[1] != said[1]:
-        return False
-    tolerance = 0 if right[0].is_integer() else 1e-4
-    return math.isclose(said[0], right[0], rel_tol=tolerance)
+    first, given_twice, second = unwrap(answer).rstrip(" .)").partition(" (")
+    for part in (first, second) if given_twice else (answer,):
+        said = number(part)
+        if not right or not said or said[0] != right[0]:
+            return False
+        if said[1] and right[1] and said[1] != right[1]:
+            return False
+    return True
+
+
+def worded(text, options):
+    """Index of the one option whose words, or whose number, a text is, or None."""
+    words = normalise(text)
+    found = [i for i, option in enumerate(options) if normalise(option) == words]
+    found = found or [i for i, option in enumerate(options) if same_answer(text, option)]
+    return found[0] if len(found) == 1 else None
+
+
+def choice(text, options):
+    """Index of the option that an answer names, or None: by its letter, by its words, or by both if they
+    agree. A letter alone is the letter, even if it is also the text of another option."""
+    letters = string.ascii_uppercase[:len(options)]
+    text = unwrap(text)
+    alone = text.strip(OUTER).upper()
+    if len(alone) == 1 and alone in letters:
+        return letters.index(alone)
+
+    index = worded(text, options)
+    lettered = LETTERED.fullmatch(text)
+    if index is None and lettered:
+        index = worded(lettered[2], options)
+        if index is not None and index != letters.find(lettered[1].upper()):
+            return None
+    return index
+
+
+def options_of(row):
+    """The options of a row: its `choices`, or the lines "A. red", "(B) blue" of its question, or none."""
+    lines = OPTION_LINE.findall(row.get("problem", ""))
+    letters = "".join(letter for letter, option in lines)
+    if row.get("choices") or len(lines) < 2 or not string.ascii_uppercase.startswith(letters):
+        return row.get("choices") or []
+    return [option for letter, option in lines]
 
 
 def match(answer, row):
     """Is the answer right by the rules? Options by letter or words, numbers by value, anything else as
     normalised text. A solution that is a list accepts each of its entries."""
     solutions = row["solution"] if isinstance(row["solution"], list) else [row["solution"]]
-    choices = row.get("choices")
-    if not choices:
-        return any(same_answer(answer, solution) for solution in solutions)
-    named = choice(answer, choices)
-    return named is not None and named in [choice(solution, choices) for solution in solutions]
+    options = options_of(row)
+    named = choice(answer, options)
+    if named is not None and named in [choice(solution, options) for solution in solutions]:
+        return True
+    return not row.get("choices") and any(same_answer(answer, solution) for solution in solutions)
 
 
 def is_right(traj):
