@@ -740,10 +740,10 @@ def match(answer, row):
     normalised text. A solution that is a list accepts each of its entries."""
     solutions = row["solution"] if isinstance(row["solution"], list) else [row["solution"]]
     options = options_of(row)
-    named = choice(answer, options)
-    if named is not None and named in [choice(solution, options) for solution in solutions]:
-        return True
-    return not row.get("choices") and any(same_answer(answer, solution) for solution in solutions)
+    keys = {choice(solution, options) for solution in solutions} - {None}
+    if keys or row.get("choices"):
+        return choice(answer, options) in keys
+    return any(same_answer(answer, solution) for solution in solutions)
 
 
 def is_right(traj):

@@ -7,92 +7,119 @@ import pytest
 from env import choice, match
 
 # Answers between bars, under the letter that they name.
-OPTIONS = ["red", "dark green", "blue", "A.M.", "a big car"]
+OPTIONS = ["red", "dark green", "blue", "A.M.", "a big car", "12%"]
 ANSWERS = {
-    "A": "A | The answer is A | A is correct | A red | A. red | A: red | The color is red. | Answer: red"
-         " | It's red | The car is red in the picture | A\n\nThe crop shows it",
+    "A": "A | a | The answer is A | A red | A. red | A: red | (A) red | It's red | It is red. | Answer: red"
+         " | the red | So, the best answer is: A | 答案是A | 答案：（Ａ） | 正确答案为A。 | 选A | 故选 Ａ． | Ａ．red",
     "B": "B | b | (B) | (B). | B. | **B** | `B` | 'B' | B: | B. dark green | (B) dark green | B) dark green"
-         " | B: dark green | B.dark green | b) dark green | B. green | B. Because I saw it"
-         " | B, dark green | B dark green | dark green | Dark Green. | dark\n green | the dark green | \"dark green\""
-         " | The answer is B | the answer is b | Answer: (B). | Answer:B | **Answer:** B"
-         " | So, the best answer is: B | Option B is correct | Option “B” | \\boxed{B}"
-         " | The answer is $\\boxed{\\text{B}}$. | \\boxed{A} or \\boxed{B} | I choose B."
-         " | the answer is dark green | It is dark green, not red | B. Dark green, not red",
-    "D": "A.M. | It was 5 A.M.",
-    "E": "a big car | A big car | big car | A big car is there | I see a big car there",
+         " | B: dark green | B.dark green | b) dark green | B, dark green | B dark green | B - dark green"
+         " | B (dark green) | B\nDark green | dark green | Dark Green. | dark\n green | dark-green | the dark green"
+         " | \"dark green\" | The answer is B | the answer is b | Answer: (B). | Answer:B | **Answer:** B"
+         " | Option B | Option “B” | Answer: option B: dark green | The answer is dark green | \\boxed{B}"
+         " | The answer is $\\boxed{\\text{B}}$. | \\boxed{A} or \\boxed{B}",
+    "D": "A.M. | a.m. | D. A.M.",
+    "E": "a big car | A big car | big car | E. a big car",
+    "F": "F | 12 percent | twelve percent | 12 | F. 12 % | F: twelve percent",
+    # Others, several, or none; a letter and words that contradict each other.
     None: "A red car | A red car is there | A truck is on the left | A Nissan | A) or B) | A. B. C. D."
-          " | A.B.C.D. | B or C | B/C | A\nB | A B | ABCD | red or blue | \\boxed{A or B} | B. red"
-          " | B is right, A is not | green | answer | F |  | ... | The answer is not B | not red"
-          " | It isn't red | reddish | infra-red | vitamin B-12 | I cannot say | E. coli bacteria",
+          " | A.B.C.D. | B or C | B/C | A\nB | A B | ABCD | red or blue | \\boxed{A or B} | B. red | A. dark green | red (B)"
+          " | B is right, A is not | green | answer | G |  | ... | The answer is not B | not red | reddish"
+          " | infra-red | It isn't B | B is wrong | The answer is not (B) | Not B | It isn't red | vitamin B-12 | I cannot say"
+          " | E. coli bacteria | Answers: A | Optional | 不选A | 12% or 13% | $12",
 }
 
 
 @pytest.mark.parametrize("named", ANSWERS)
 def test_choice(named):
-    """Letters and words of options, alone or in a sentence. What names none or several is no answer."""
+    """Options by letter or words; what names none or several is no answer. A key is a letter, words or both,
+    and the options stand in the row or, a line each, in its question."""
+    lines = [f"{letter}. {option}" for letter, option in zip("ABCDEF", OPTIONS)]
+    bracketed = [f" ({letter}) {option}" for letter, option in zip("ABCDEF", OPTIONS)]
     for answer in ANSWERS[named].split(" | "):
-        for i, letter in enumerate("ABCDE"):
+        for letter, option, line in zip("ABCDEF", OPTIONS, lines):
             right = letter == named
-            assert match(answer, {"solution": letter, "choices": OPTIONS}) is right, answer
-            assert match(answer, {"solution": OPTIONS[i], "choices": OPTIONS}) is right, answer
+            for key in (letter, option, line):
+                assert match(answer, {"solution": key, "choices": OPTIONS}) is right, answer
+            for asked in (lines, bracketed):
+                problem = "\n".join(["Gate (A) is open. Which?", *asked, "Answer with the letter."])
+                for key in (letter, line):
+                    assert match(answer, {"solution": key, "problem": problem}) is right, answer
 
 
-@pytest.mark.parametrize("options, answer, named", [
-    ("B | A | C", "A", 0),  # the letter, not the text
-    ("green | dark green", "It is dark green", 1),
+@pytest.mark.parametrize("options, answer, index", [
+    ("B | A | C", "A", 0),                       # the letter, not the text
+    ("green | dark green", "dark green", 1),
     ("green | dark green", "green, or dark green", None),
-    ("5 | 3.5", "It says 3.5", 1),
-    ("not visible | on the left", "The dog is not visible", 0),
+    ("5 | 3.5 | 2", "B. 3.50", 1),
+    ("5 | 3.5 | 2", "two", 2),
+    ("5 | 3.5 | 2", "C. two", 2),
+    ("5 | 3.5 | 2", "B. two", None),
+    ("5 | 5% | 05", "5", 0),                     # its own words before another's number
+    ("upper left | upper right", "upper-left", 0),
+    ("a | b | c | d | e | f | g | h | i | j | k", "K", 10),
+    ("a | b | c | d | e | f | g | h | i | j | k", "L", None),
+    ("x | X | x.", "x", None),
 ])
-def test_options(options, answer, named):
-    assert choice(answer, options.split(" | ")) == named
+def test_options(options, answer, index):
+    assert choice(answer, options.split(" | ")) == index
 
 
 @pytest.mark.parametrize("solution, accepted, refused", [
-    ("red", 'red |  The RED.  | "red" | **red** | Answer: red | \\boxed{\\text{red}} | The answer is red.',
-     "reddish |  | not red"),
-    ("Apple\n  pie", "an apple pie | The apple pie", "pie | theapple pie"),
+    ("red", 'red |  The RED.  | "red" | **red** | Answer: red | \\boxed{\\text{red}} | The answer is red. | ｒｅｄ',
+     "reddish |  | not red | It isn't red | red (B) | A. red"),
+    ("Apple\n  pie", "an apple pie | The apple pie | apple-pie", "pie | theapple pie"),
     (["crimson", "red"], "red | crimson", "blue"),
     ("*", "*", "? | ** |  | ( | ..."),
-    ("3", "3 | 3.0 | 3. | three | Three. | \\boxed{3} | The answer is 3 | It is $\\boxed{3}$. | 3 dots",
-     "-3 | 4 | four | nan | 3.00001 | 3-5 | 3–5 | 3 or 4 | \\boxed{4} | \\boxed{\\frac{3}{4}} | 3 or more"),
-    ("2", "2 cats | two black cats | There are 2 cats.", "3 cats | 2 million | 2 cats and a dog | 1e999"),
-    ("3-5", "3–5 | 3 – 5 | 3−5", "3 | 5 | -2"),
-    ("12%", "12 % | 12 percent | 12", "$12 | 12 dollars"),
-    ("3000.5", "3,000.5 | $3,000.50", "300,0.5 | 3000"),
-    ("3.1416", "3.14159", "3.15"),
+    ("A", "A | (A) | a. | The answer is A", "A. red | B | not A"),        # the question shows no options
+    ("J. Smith", "j. smith", "J | Smith"),
+    ("3", "3 | 3.0 | 3. | three | Three. | \\boxed{3} | The answer is 3 | It is $\\boxed{3}$. | 3 (three)"
+          " | three (3) | ３ | +3 | 6/2 | (3) | 答案是3",
+     "-3 | 4 | four | nan | 3.00001 | 3-5 | 3–5 | 3 or 4 | \\boxed{4} | \\boxed{\\frac{3}{4}} | 3 or more | 3 (four)"
+     " | 2 (three) | 3² | 3/4 | 1/3 | 03 | 3e0 | ٣ | third | 3 million | three thirds"),
+    ("2", "two", "two thirds | 2 million | 2 cats and a dog | 1e999 | 2½ | 02"),
+    ("0.5", "1/2 | .5 | 0.50 | 5/10 | 1 / 2", "2 | 1/02 | 05 | 0,5 | 1/0 | 5 | 0.54"),
+    ("3-5", "3–5 | 3 – 5 | 3−5", "3 | 5 | -2 | 3/5"),
+    ("0071", "0071", "71 | 071"),
+    ("3E4", "3E4 | 3e4", "30000 | 30,000 | 3"),
+    ("71", "71 | seventy-one | Seventy one", "0071 | seventy | 7.1e1"),
+    ("12%", "12 % | 12 percent | twelve percent | １２％ | 12", "$12 | 12 dollars | 0.12 | about 12%"),
+    ("3000.5", "3,000.5 | $3,000.50", "300,0.5 | 3000 | 3000.6 | 3000.49"),
     ("-3", "−3", "3"),
-    ("$5", "5", "5% | 5 %"),
+    ("$5", "5 | $ 5 | 5$", "5% | 5 %"),
     ("1e998", "1e998", "1e999"),
+    ("99", "ninety-nine", "nine | 9 9 | ninety nine nine"),
     ("9" * 15, "9" * 15, "9" * 14 + "8"),
 ])
 def test_open_answers(solution, accepted, refused):
-    """Numbers by value, a count with its noun, the rest as normalised text, lists by any entry."""
+    """Numbers by value, unless they look like codes; the rest as normalised text, lists by any entry."""
     for answer in accepted.split(" | "):
         assert match(answer, {"solution": solution}), answer
     for answer in refused.split(" | "):
         assert not match(answer, {"solution": solution}), answer
 
 
-PIECES = list("ABEabe019 .,;:!?()[]{}$%€*'\"\\|^+-−–\n\0²٣İ\ud800🙂")
-PIECES += "\\boxed{ | \\text{ | The answer is  |  not  | a  | 1e | red | ,000 | A. a  | A) ".split(" | ")
+PIECES = list("ABEabe019 .,;:!?()[]{}$%€*'\"\\|^+-−–/\n\0²٣İ１Ａ选\ud800🙂")
+PIECES += "\\boxed{ | \\text{ | The answer is  |  not  | a  | 1e | red | ,000".split(" | ")
+PIECES += ["A. a ", "A)", "(A", "option "]
 
 
 def test_hostile_texts():
-    """50,000 texts: none raises an exception, as answer, option or solution."""
+    """2,000 texts: none raises an exception, as answer, option, question or solution."""
     draw = random.Random(0)
-    for _ in range(50_000):
+    for _ in range(2000):
         text = "".join(draw.choices(PIECES, k=draw.randrange(1, 14)))
         match(text, {"solution": "B", "choices": OPTIONS})
         match("B", {"solution": text, "choices": [text, "red"]})
-        assert match(text, {"solution": text})
+        assert match(text, {"solution": text, "problem": "\n".join(draw.choices(PIECES, k=9))})
 
 
 def test_linear_time():
-    """A text of 100,000 characters takes a fraction of a second."""
-    start = time.time()
-    for piece in PIECES[-10:] + list(" .1A(*-"):
+    """A text of 100,000 characters takes well under a second, however it is made up."""
+    slowest = 0
+    for piece in PIECES[-12:] + [" ", ".", "1", "*", "-", "A\n", "1,", "it is "]:
         text = (piece * 100_000)[:100_000] + "!"
-        match(text, {"solution": "B", "choices": OPTIONS})
-        match(text, {"solution": "3"})
-    assert time.time() - start < 60
+        start = time.process_time()
+        match(text, {"solution": "B", "choices": ["red", "3"], "problem": text})
+        match(text, {"solution": "3", "problem": text})
+        slowest = max(slowest, time.process_time() - start)
+    assert slowest < 5                           # on a busy machine; what is not linear takes minutes
