@@ -60,6 +60,9 @@ class PhotosConfig:
     annotator_name: str = ""         # the model's name there
     policy: str = ""                 # the model that is to learn, likewise (vLLM serves our checkpoints)
     policy_name: str = ""
+    annotator_factor: int = 32       # pixels a side of an image token: Qwen2.5-VL 28, Qwen3-VL and Qwen3.5 32
+    policy_factor: int = 32
+    max_tokens: int = 2048           # of a reply, thoughts included; one that is cut is not used
     max_pixels: int = 2_000_000      # of the shrunken image
     per_image: int = 2               # proposals per photograph
     evidence_share: float = 0.01     # largest share of the photograph that the evidence may cover
@@ -459,7 +462,8 @@ def turn_of(message):
     for call in message.get("tool_calls") or []:
         name, arguments = call["function"]["name"], call["function"]["arguments"]
         pieces.append(f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>')
-    return "\n".join(filter(None, pieces))
+    text = "\n".join(filter(None, pieces))
+    return text.encode(errors="replace").decode()            # no half surrogate pair
 
 
 def chat(url, name, messages, temperature=0.0, max_tokens=2048):
@@ -536,11 +540,10 @@ BLIND = "The picture is withheld. Give the answer that seems most likely from th
 MIN_ZOOMS, MAX_ZOOMS = 2, 4          # of a proposal
 FINER = 1.5                          # how much finer each zoom must be (ratio of lengths)
 MAX_REDUNDANCY = 0.1                 # of a cold-start trajectory (env.redundancy)
-FACTOR = 32                          # sides of an endpoint's images are multiples of it, as Qwen3-VL wants
 
 
 class Job:
-    """What all photographs share: settings, and all conversations so far."""
+    """What all photographs share: settings, and the answers so far, which stay as they were paid for."""
 
     def __init__(self, cfg):
         self.cfg = cfg
@@ -555,58 +558,63 @@ class Job:
                 self.answers.setdefault(*json.loads(line))
             except ValueError:               # empty, or the half line that a killed run leaves
                 pass
-        if self.answers:                     # so the settings are right, and what is refused is one request
+        if self.answers:                     # the settings are right: what is refused now is one request
             answering.update({(cfg.annotator, cfg.annotator_name), (cfg.policy, cfg.policy_name)})
 
 
 def image_url(image):
-    """An RGB image as a data URL (JPEG of quality 95)."""
+    """An RGB image as a data URL: a JPEG that keeps small coloured things (no subsampling of colours)."""
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=95)
+    image.save(buffer, "JPEG", quality=95, subsampling=0)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def part(seen):
-    """A part of a chat message: a text or an image (env.Shown)."""
-    if isinstance(seen, str):
-        return {"type": "text", "text": seen}
-    return {"type": "image_url", "image_url": {"url": image_url(seen.resized(FACTOR))}}
-
-
-def messages_of(traj, episode):
+def messages_of(traj, episode, factor):
     """A conversation so far as an endpoint reads it: it is shown what the tokens of env.step show."""
+    def part(seen):
+        if isinstance(seen, str):
+            return {"type": "text", "text": seen}
+        return {"type": "image_url", "image_url": {"url": image_url(seen.resized(factor))}}
+
     system = env.SYSTEM if episode.max_crops else env.SYSTEM_NO_TOOL
     question = [part(traj.shown[0]), part(traj.row["problem"])]
     messages = [dict(role="system", content=system), dict(role="user", content=question)]
     for turn in traj.turns:
         seen = turn.shown or env.ERRORS[turn.error]
         response = [part(env.RESPONSE_BEFORE), part(seen), part(env.RESPONSE_AFTER)]
-        messages += [dict(role="assistant", content=turn.text), dict(role="user", content=response)]
+        messages.append(dict(role="assistant", content=turn.text))
+        messages.append(dict(role="user", content=response))
     return messages
 
 
+def next_turn(job, who, episode, traj, sample):
+    """The assistant's next turn (text) in the conversation number `sample` of its kind, recorded or asked for."""
+    cfg, row = job.cfg, traj.row
+    address, name, factor = [getattr(cfg, who + field) for field in ("", "_name", "_factor")]
+    # What decides the answer, and no more: a new setting must not make those that were paid for worthless.
+    request = [row["doc_id"], row["images"][0].size, row["problem"], name, factor, cfg.seed, env.SYSTEM,
+               episode.max_crops, episode.max_pixels, sample, len(traj.turns)]
+    key = hashlib.sha256(json.dumps(request).encode()).hexdigest()
+    if key not in job.answers:
+        if job.stopped:
+            raise NoReply("stopped")
+        messages = messages_of(traj, episode, factor)
+        text = chat(address, name, messages, temperature=1.0, max_tokens=cfg.max_tokens)
+        with job.lock:                       # newline first: the line before may be cut
+            job.log.write("\n" + json.dumps([key, text]))
+            job.answers.setdefault(key, text)              # a copy of the photograph may have been faster
+    return job.answers[key]
+
+
 def converse(job, row, who, episode, k):
-    """k conversations of the "annotator" or the "policy" about a row, recorded or new: env.Trajectory without
-    tokens. Raises NoReply, also when the job has stopped."""
-    address, name = getattr(job.cfg, who), getattr(job.cfg, who + "_name")
+    """k conversations of the "annotator" or the "policy" about a row: env.Trajectory without tokens. Raises
+    NoReply, also when the job has stopped."""
     start = env.start_episode(row, episode)
-    # What decides the answers, and no more: a new setting must not make those that were paid for worthless.
-    request = [row["doc_id"], row["images"][0].size, row["problem"], name, job.cfg.seed, env.SYSTEM,
-               episode.max_crops, episode.max_pixels]
     trajs = []
-    for i in range(k):
+    for sample in range(k):
         traj = start.fork()
         while traj.status == "open":
-            key = hashlib.sha256(json.dumps([*request, i, len(traj.turns)]).encode()).hexdigest()
-            if job.stopped:
-                raise NoReply("stopped")
-            if key not in job.answers:
-                text = chat(address, name, messages_of(traj, episode), temperature=1.0)
-                text = text.strip().encode(errors="replace").decode()      # no half surrogate pair
-                with job.lock:               # newline first: the line before may be cut
-                    job.log.write("\n" + json.dumps([key, text]))
-                    job.answers.setdefault(key, text)      # a copy of the photograph may have been faster
-            env.step(traj, job.answers[key], episode)
+            env.step(traj, next_turn(job, who, episode, traj, sample), episode)
         trajs.append(traj)
     return trajs
 
@@ -621,6 +629,7 @@ def open_photo(job, row):
     except UserError as e:
         tqdm.write(f"left out: {e}")
         return "unreadable"
+
     digest = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
     row.update(images=[image], doc_id=f"{digest}-{row['doc_id']}")
 
@@ -634,6 +643,7 @@ def propose(job, row):
         return "no question"
     if len(traj.crops) < MIN_ZOOMS:
         return "too few zooms"
+
     outer = traj.shown[0].box
     limit = job.cfg.evidence_share * env.area(outer)
     for box in traj.crops:
@@ -642,7 +652,7 @@ def propose(job, row):
         outer = box
     if env.area(outer) > limit:
         return "the last view is too large"
-    row.update(problem=traj.answer, boxes=[outer], chain=traj.crops)      # `read_question` finds the question in it
+    row.update(problem=traj.answer, boxes=[outer], chain=traj.crops)   # `read_question` finds the question in it
 
 
 def read_question(job, row):
@@ -653,6 +663,7 @@ def read_question(job, row):
         problem, answer = made["question"].strip(), str(made["answer"]).strip()
     except Exception:                        # a model can write anything
         return "malformed"
+
     printable = (problem + answer).isprintable()
     if not printable or not 0 < len(answer) <= 60 or not 0 < len(problem) <= 400:
         return "empty, too long or unprintable"
@@ -663,14 +674,18 @@ def verify(job, row):
     """4. Hard and true: hardly ever answered from text or shrunken image, nearly always from the evidence."""
     cfg = job.cfg
     [image] = row["images"]
-    for seen, hint, least, most, reason in (
-            (Image.new("RGB", (64, 64), "grey"), BLIND, 0, cfg.blind, "given away by its text"),
-            (image, "", 0, cfg.blind, "answered without zooming"),
-            (image.crop(row["boxes"][0]), "", cfg.agree, cfg.votes, "answer not confirmed")):
+
+    def n_right(seen, hint=""):
         asked = {**row, "images": [seen], "problem": hint + row["problem"]}
         trajs = converse(job, asked, "annotator", replace(job.episode, max_crops=0), cfg.votes)
-        if not least <= sum(map(env.is_right, trajs)) <= most:
-            return reason
+        return sum(map(env.is_right, trajs))
+
+    if n_right(Image.new("RGB", (64, 64), "grey"), BLIND) > cfg.blind:
+        return "given away by its text"
+    if n_right(image) > cfg.blind:
+        return "answered without zooming"
+    if n_right(image.crop(row["boxes"][0])) < cfg.agree:
+        return "answer not confirmed"
 
 
 def grade(job, row):
@@ -690,14 +705,17 @@ def grade(job, row):
 def demonstrate(job, row):
     """6. Cold-start trajectories of the annotator (lists of texts): of the faultless ones first those that
     recovered (looked where nothing of the evidence is, and then where it is). There may be none."""
-    found = []
+    recovered, others = [], []
     for traj in converse(job, row, "annotator", job.episode, job.cfg.attempts):
         refused = any(turn.error for turn in traj.turns)
         repeats = env.redundancy(traj.crops, env.RewardConfig.eps) > MAX_REDUNDANCY
-        if not refused and not repeats and env.is_right(traj) and env.covers(traj):
-            overlaps = [env.intersection(box, row["boxes"][0]) for box in traj.crops]
-            found.insert(len(found) if min(overlaps) else 0, [turn.text for turn in traj.turns])
-    row["turns"] = found[:job.cfg.per_question]
+        if refused or repeats or not env.is_right(traj) or not env.covers(traj):
+            continue
+
+        overlaps = [env.intersection(box, row["boxes"][0]) for box in traj.crops]
+        kind = others if min(overlaps) else recovered
+        kind.append([turn.text for turn in traj.turns])
+    row["turns"] = (recovered + others)[:job.cfg.per_question]
 
 
 STEPS = (open_photo, propose, read_question, verify, grade, demonstrate)
@@ -714,22 +732,42 @@ def build(job, path, n):
             reason = "no usable reply"
         if reason:
             return f"{step.__name__}: {reason}", "train", []
+
     # 7. The photograph decides where a question goes, so that copies are on one side and a new photograph
     # moves no other; without a trajectory it cannot be sft.
     place = int(row["doc_id"][:8], 16) / 2 ** 32 - job.cfg.share_test
     row["images"] = [os.path.relpath(path, job.cfg.out)]
     found = row.pop("turns")
-    if found and 0 <= place < job.cfg.share_sft:
+    if place < 0:
+        return "kept", "test", [row]
+    if place < job.cfg.share_sft and found:
         return "kept", "sft", [{**row, "turns": turns} for turns in found]
-    return "kept", "test" if place < 0 else "train", [row]
+    return "kept", "train", [row]
+
+
+def find_photos(folder):
+    """The paths of the photographs under a folder, and of the other files how many of which kind there are."""
+    formats = Image.registered_extensions()
+    paths, others = [], Counter()
+    for path in sorted(Path(folder).rglob("*")):
+        suffix = path.suffix.lower()
+        if os.fsencode(path).decode(errors="replace") != str(path):
+            others["name that is not UTF-8"] += 1
+        elif formats.get(suffix) in env.IMAGE_FORMATS:
+            paths.append(path)
+        elif not path.is_dir():
+            others[suffix or "without a suffix"] += 1
+    return paths, others
 
 
 def construct(cfg):
     """Rows and cold-start trajectories from the photographs of cfg.images."""
-    found = Path(cfg.images).rglob("*")
-    paths = sorted(path for path in found if path.suffix.lower() in Image.registered_extensions())
+    paths, others = find_photos(cfg.images)
+    if others:
+        print(f"{cfg.images}: left out by their names: {dict(others)}; read are {', '.join(env.IMAGE_FORMATS)}")
     if not paths:
         raise UserError(f"--images={cfg.images}: no images there; give a folder of photographs")
+
     proposals = list(product(paths, range(cfg.per_image)))
     job = Job(cfg)
     fates, sides = Counter(), {"sft": [], "train": [], "test": []}
@@ -741,11 +779,13 @@ def construct(cfg):
                 sides[side] += rows
         finally:                             # after an error those under way stop before their next request
             job.stopped = True
+
     for side, rows in sides.items():
         write_rows(cfg.out, side, rows)
-    env.write_text(f"{cfg.out}/data_card.json", json.dumps({"proposals": fates}, indent=1))
-    print(f"{cfg.out}: {fates['kept']} questions of {len(proposals)} proposals; see data_card.json, and the page that "
-          f"`python eval.py --report={cfg.out}` writes")
+    card = {"proposals": fates, "files left out": others}
+    env.write_text(f"{cfg.out}/data_card.json", json.dumps(card, indent=1))
+    print(f"{cfg.out}: {fates['kept']} questions of {len(proposals)} proposals; see data_card.json, and the page "
+          f"that `python eval.py --report={cfg.out}` writes")
 
 
 # --- Published benchmarks ----------------------------------------------------------------------------------
