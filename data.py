@@ -1,4 +1,7 @@
-"""data.py, file 2 of 5 (after env.py): how rows of questions are made and read.
+"""data.py, file 2 of 5 (after env.py): rows, the questions that all stages learn from and are tested on.
+
+It reads them, and makes them, when it is run, in one of two ways: built-in scenes are drawn, with demonstrations
+by a program, and need no model; questions about photographs are asked by a strong model and kept if they are hard.
 
     python data.py                              # built-in scenes: data/scenes-0/{sft,train,test}.jsonl
     python data.py --task=large --n_train=2000 --out=data/large    # true scale: 4096 pixels, two zooms
@@ -12,8 +15,8 @@ texts; what it saw is replayed through the tool). Image paths are relative to th
     {"images": ["test/0.png"], "doc_id": "test-0-0", "problem": "...", "solution": "green",
      "data_source": "tiny", "boxes": [[116, 84, 140, 108]], "difficulty": 3}
 
-Writes <out>/{sft,train,test}.jsonl, config.json; of scenes images and the random model tiny/; of photographs
-answers.jsonl (the same command goes on, and pays for nothing twice), data_card.json (fates), report.html.
+Writes <out>/{sft,train,test}.jsonl and config.json; of scenes the images; of photographs answers.jsonl (the same
+command goes on, and pays for nothing twice) and data_card.json (what became of all proposals and files).
 """
 import ast
 import base64
@@ -221,15 +224,18 @@ GRID = 4
 # Every channel is 12 more than a multiple of 24: what a dot adds, the pixels around it give back unrounded.
 COLOURS = {"red": (204, 36, 36), "green": (36, 180, 60), "blue": (36, 84, 204),
            "yellow": (204, 204, 36), "purple": (156, 36, 204), "cyan": (36, 204, 204)}
-BLACK, GREY = 36, 156
+BLACK = 36
+GREY = 156
 CODES = ["".join(letters) for letters in product("ACEFHKLMNPRTUVWXY3479", repeat=3)]
 # What is asked for -> the question, what the look-alikes bear, the possible answers.
 KINDS = {
     "colour": ("One {} box bears coloured dots, the others black. Which colour?", "black", list(COLOURS)),
-    "shape": ("One {} box bears a dotted sign, the others a dash. Which?", "dash", ("cross", "plus", "ring")),
-    "count": ("One {} box bears several dotted bars, the others one. How many?", "1", list("2345")),
+    "shape": ("One {} box bears a dotted sign, the others a dash. Which?", "dash", ["cross", "plus", "ring"]),
+    "count": ("One {} box bears several dotted bars, the others one. How many?", "1", ["2", "3", "4", "5"]),
     "text": ("One {} box bears a dotted code, the others a dash. What is the code?", "dash", CODES)}
-SIGNS = dict(zip("cross plus ring dash 1 2 3 4 5".split(), "X + O - I II III IIII IIIII".split()))
+# How a mark is printed, unless it is a colour or a code.
+SIGNS = {"cross": "X", "plus": "+", "ring": "O", "dash": "-",
+         "1": "I", "2": "II", "3": "III", "4": "IIII", "5": "IIIII"}
 N_BOXES = (3, 4, 5, 6), (2, 3)       # boxes of a scene's two colours; only a cold start asks about the second
 NOISE = np.array([-12, -4, 4, 12], np.int16)
 # The flaws of the cold start, for RL to mend.
@@ -253,9 +259,10 @@ class Task:
 # second difference in both directions; shrinking by about 3 leaves next to nothing of it, even at edges.
 SQUARE = np.pad(np.ones((2, 2)) * 4 / 3, 1) - 1 / 3
 POINT = np.outer((-0.5, 1, -0.5), (-0.5, 1, -0.5))
-# FORK: the built-in tasks. Another one is a line here and, with a new kind of question, one in KINDS.
-TASKS = {"tiny": Task(192, 6, SQUARE, 24, False, ("colour",)),
-         "large": Task(4096, 3, POINT, 192, True, ("shape", "count", "text"))}
+# FORK: the built-in tasks. Another one is an entry here and, with a new kind of question, one in KINDS.
+TASKS = {
+    "tiny": Task(size=192, blotch=6, dot=SQUARE, tile=24, label=False, kinds=("colour",)),
+    "large": Task(size=4096, blotch=3, dot=POINT, tile=192, label=True, kinds=("shape", "count", "text"))}
 
 
 def corner_of(cell, side):
@@ -270,13 +277,18 @@ def cell_name(cell):
 
 def halftone(kind, value, base, task):
     """A mark in dots: int16 (tile, tile, 3 or 1), to be added to a square of colour `base`. It has mean 0."""
+    # 1. Where there are dots: everywhere, or in the form of a text.
     n = task.tile // len(task.dot)
     mark = Image.new("1", (n, n), kind == "colour")
     if kind != "colour":
+        text = SIGNS.get(value, value)
         font = ImageFont.load_default(n // 3)
-        ImageDraw.Draw(mark).text((n // 2, n // 2), SIGNS.get(value, value), 1, font, "mm")
+        ImageDraw.Draw(mark).text((n // 2, n // 2), text, fill=1, font=font, anchor="mm")
+
+    # 2. What each pixel of a dot gets of the ink.
     ink = np.subtract(COLOURS.get(value, BLACK), base)
-    return np.rint(np.kron(mark, task.dot)[..., None] * ink).astype(np.int16)
+    shares = np.kron(mark, task.dot)[..., None]
+    return np.rint(shares * ink).astype(np.int16)
 
 
 def square(pixels, corner, side):
@@ -287,16 +299,20 @@ def square(pixels, corner, side):
 
 def draw_box(rng, pixels, cell, colour, kind, value, task):
     """Draw a box of a colour, with its mark, anywhere in a cell. Returns the box (pixels) of the mark."""
+    # 1. The coloured box, of middle brightness: no dot is clipped.
     width = task.size // GRID
     side = width * 3 // 4
     corner = corner_of(cell, width) + rng.integers(0, width - side + 1, 2)
-    base = np.array(COLOURS[colour]) // 32 * 24 + 36     # of middle brightness: nothing is clipped
+    base = np.array(COLOURS[colour]) // 32 * 24 + 36
     square(pixels, corner, side)[:] = base
+
+    # 2. The mark anywhere in it, its dots in line with the scene.
     corner += rng.integers(len(task.dot), side - task.tile + 1, 2)
-    corner -= corner % len(task.dot)                     # the dots are in line with the scene
+    corner -= corner % len(task.dot)
     tile = square(pixels, corner, task.tile)
     if task.label:
-        tile[:] = base = GREY
+        base = GREY
+        tile[:] = GREY
     tile += halftone(kind, value, base, task)
     return np.append(corner, corner + task.tile).tolist()
 
@@ -308,36 +324,45 @@ def make_scene(rng, task):
     pixels = np.full((task.size, task.size, 3), GREY, np.int16)
     colours = rng.permutation(list(COLOURS)).tolist()
     free = rng.permutation(GRID * GRID).tolist()
-    questions, scene = [], {}
+    questions = []
+    scene = {}
     for colour, numbers in zip(colours, N_BOXES):
+        # 1. What is asked about this colour.
         kind = rng.choice(task.kinds)
         problem, plain, answers = KINDS[kind]
         answers = [answer for answer in answers if answer != colour]
+
+        # 2. Its boxes: all bear the plain mark, but one the answer.
         n = rng.choice(numbers)
         marks = dict.fromkeys(sorted(free[:n]), plain)
         free = free[n:]
         target = rng.choice(list(marks))
         answer = marks[target] = str(rng.choice(answers))
-        scene.update(dict.fromkeys(marks, colour))
+
+        # 3. Draw them.
         tiles = {}
         for cell, mark in marks.items():
+            scene[cell] = colour
             tiles[cell] = draw_box(rng, pixels, cell, colour, kind, mark, task)
         questions.append(dict(problem=problem.format(colour), answer=answer, answers=answers, scene=scene,
                               marks=marks, tiles=tiles, evidence=tiles[target]))
+
+    # 4. Noise over all.
     n = task.size // task.blotch + 1
-    noise = rng.choice(NOISE, (n, n, 3)).repeat(task.blotch, 0).repeat(task.blotch, 1)
+    noise = rng.choice(NOISE, (n, n, 3)).repeat(task.blotch, axis=0).repeat(task.blotch, axis=1)
     pixels += noise[:task.size, :task.size]
     return Image.fromarray(pixels.astype(np.uint8)), questions
 
 
 def crop_call(box):
-    """The text of a call that looks at a box of the original."""
+    """The text of a call that looks at a box of the original, an array in 0..1000."""
     return env.call_text({"bbox_2d": box.astype(int).tolist(), "img_idx": 0})
 
 
 def listing(question):
     """All boxes of a scene, those of the asked colour numbered: A1 red 1 B1 green D2 red 2"""
-    words, marks = [], list(question["marks"])
+    words = []
+    marks = list(question["marks"])
     for cell, colour in sorted(question["scene"].items()):
         words += [cell_name(cell), colour]
         if cell in marks:
@@ -349,18 +374,26 @@ def oracle(question, rng, task, max_crops):
     """The assistant's turns: list the boxes, look at those of the asked colour in turn from any one on, read,
     answer; with the flaws above. A thought states what can be seen by then, and needs a short look back."""
     marks, answer = question["marks"], question["answer"]
-    boxes = np.roll(list(enumerate(marks, 1)), rng.integers(len(marks)), 0).tolist()     # [number, cell]
-    thought, verb = f"Boxes {listing(question)}.", "Look"
+    boxes = list(enumerate(marks, 1))                    # (number, cell)
+    first = rng.integers(len(boxes))
+    boxes = boxes[-first:] + boxes[:-first]
+    beyond = answer not in [marks[cell] for _, cell in boxes[:MOST_BOXES]]
+    thought = f"Boxes {listing(question)}."
+    verb = "Look"
     turns, at = [], 0
     while len(turns) < max_crops:
+        # 1. Look at the cell of a box; again: a fifth of its width nearer to the middle of the image.
         number, cell = boxes[at]
         name = f"{number} {cell_name(cell)}"
-        corner = corner_of(cell, 1000 // GRID)
-        if verb == "Again":                  # a fifth of its width nearer to the middle of the image
+        side = 1000 // GRID
+        corner = corner_of(cell, side)
+        if verb == "Again":
             axis = rng.integers(2)
-            corner[axis] += 200 // GRID if corner[axis] < 500 else -200 // GRID
-        call = crop_call(np.append(corner, corner + 1000 // GRID))
+            corner[axis] += side // 5 if corner[axis] < 500 else -side // 5
+        call = crop_call(np.append(corner, corner + side))
         turns.append(f"<think>{thought} {verb} {name}.</think>\n{call}")
+
+        # 2. Look closer at its label, unless no crop is left.
         seen = marks[cell]
         if task.label and len(turns) == max_crops:
             seen = "too small"
@@ -369,17 +402,21 @@ def oracle(question, rng, task, max_crops):
             label = np.add(question["tiles"][cell], [-margin, -margin, margin, margin])
             call = crop_call((label * 1000 / task.size).clip(0, 1000))
             turns.append(f"<think>{name} bears a label. Look closer.</think>\n{call}")
+
+        # 3. Read the mark. The search ends with the answer; else look again, go on, or give up.
         thought = f"{name} {seen}."
         if seen == answer:
-            return turns + [f"<think>{thought}</think>\n<answer>{answer}</answer>"]
-        verb = "Again" if rng.random() < AGAIN else "Look"
-        if verb == "Look":
-            at += 1
-            beyond = answer not in [marks[cell] for _, cell in boxes[:MOST_BOXES]]
-            if at == MOST_BOXES - 1 and beyond or rng.random() < GIVE_UP:
-                break
+            return [*turns, f"<think>{thought}</think>\n<answer>{answer}</answer>"]
+        if rng.random() < AGAIN:
+            verb = "Again"
+            continue
+        verb = "Look"
+        at += 1
+        if at == MOST_BOXES - 1 and beyond or rng.random() < GIVE_UP:
+            break
+
     guess = rng.choice(question["answers"])
-    return turns + [f"<think>{thought} Guess.</think>\n<answer>{guess}</answer>"]
+    return [*turns, f"<think>{thought} Guess.</think>\n<answer>{guess}</answer>"]
 
 
 def write_rows(out, split, rows):
@@ -391,21 +428,25 @@ def write_scenes(cfg):
     task = TASKS[cfg.task]
     for number, split in enumerate(("test", "train", "sft")):
         os.makedirs(f"{cfg.out}/{split}", exist_ok=True)
+        seed = 0 if split == "test" else cfg.seed        # what is tested on never changes
         rows = []
         for i in tqdm(range(getattr(cfg, "n_" + split)), desc=f"{cfg.task}/{split}", disable=None):
-            rng = np.random.default_rng([cfg.seed * (split != "test"), number, i])   # test never changes
+            rng = np.random.default_rng([seed, number, i])
             image, questions = make_scene(rng, task)
             path = f"{split}/{i}.png"
             image.save(f"{cfg.out}/{path}", compress_level=1)
+
+            # To learn and to be tested, the first question, which has more look-alikes; to imitate, both.
             for j, q in enumerate(questions):
                 row = {"images": [path], "doc_id": f"{split}-{i}-{j}", "problem": q["problem"],
                        "solution": q["answer"], "data_source": cfg.task, "boxes": [q["evidence"]],
                        "difficulty": len(q["tiles"])}
                 if split != "sft":
                     rows.append(row)
-                    break                    # the first question has more look-alikes
+                    break
                 for _ in range(cfg.per_question):
                     rows.append({**row, "turns": oracle(q, rng, task, cfg.max_crops)})
+
         if split == "sft":
             np.random.default_rng(cfg.seed).shuffle(rows)
         write_rows(cfg.out, split, rows)
@@ -417,14 +458,19 @@ MOST_BYTES = 2 ** 24                 # of a reply
 PATIENCE = 600                       # seconds that one request waits, in all, because it is told to
 answering = set()                    # (url, name) of the models that have given a usable reply
 thinking = set()                     # (url, name) of those that want max_completion_tokens
-# No handler raises for a status, and none follows a redirect: the key would go along, to any host.
-opener = urllib.request.OpenerDirector()
-for handler in (urllib.request.ProxyHandler, urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
-    opener.add_handler(handler())
 
 
 class NoReply(UserError):
     """One request got no usable reply from a model that answers others."""
+
+
+class AsItIs(urllib.request.HTTPErrorProcessor):
+    """Hands over a reply of any status. So no redirect is followed: the key would go along, to any host."""
+
+    def http_response(self, request, response):
+        return response
+
+    https_response = http_response
 
 
 def post(url, body):
@@ -434,11 +480,11 @@ def post(url, body):
     request = urllib.request.Request(url, json.dumps(body).encode(), headers)
     deadline = time.monotonic() + TIMEOUT
     content = b""
-    with opener.open(request, timeout=TIMEOUT) as reply:
+    with urllib.request.build_opener(AsItIs).open(request, timeout=TIMEOUT) as reply:
         for piece in iter(reply.read1, b""):         # what is there, be it one byte
             content += piece
             if len(content) > MOST_BYTES or time.monotonic() > deadline:
-                raise TimeoutError(f"the reply does not end ({len(content)} bytes)")
+                raise TimeoutError("the reply does not end")
         return reply.status, reply.headers, content.decode(errors="replace")
 
 
