@@ -1,7 +1,9 @@
-"""data.py, file 2 of 5 (after env.py): rows, the questions that all stages learn from and are tested on.
+"""data.py, file 2 of 5 (after env.py): rows of questions, to learn from and to be tested on.
 
-It reads them, and makes them, when it is run, in one of two ways: built-in scenes are drawn, with demonstrations
-by a program, and need no model; questions about photographs are asked by a strong model and kept if they are hard.
+Stage 1 of DRIM is the construction of data: hard questions with a short, verifiable answer, about details of
+high-resolution images. Run, this file makes them in one of two ways: it draws scenes and writes demonstrations
+without any model, or a strong model asks about photographs, and what is hard for the policy is kept. Imported,
+it reads rows and published benchmarks, and talks to models over HTTP.
 
     python data.py                              # built-in scenes: data/scenes-0/{sft,train,test}.jsonl
     python data.py --task=large --n_train=2000 --out=data/large    # true scale: 4096 pixels, two zooms
@@ -15,8 +17,8 @@ texts; what it saw is replayed through the tool). Image paths are relative to th
     {"images": ["test/0.png"], "doc_id": "test-0-0", "problem": "...", "solution": "green",
      "data_source": "tiny", "boxes": [[116, 84, 140, 108]], "difficulty": 3}
 
-Writes <out>/{sft,train,test}.jsonl and config.json; of scenes the images; of photographs answers.jsonl (the same
-command goes on, and pays for nothing twice) and data_card.json (what became of all proposals and files).
+Writes <out>/{sft,train,test}.jsonl and config.json; of scenes the images; of photographs answers.jsonl (the
+same command goes on, and pays for nothing twice) and data_card.json (what became of proposals and files).
 """
 import ast
 import base64
@@ -513,9 +515,9 @@ def turn_of(message):
 
 
 def chat(url, name, messages, temperature=0.0, max_tokens=2048):
-    """The reply (text) of a model behind an OpenAI-compatible endpoint; url ends before /chat/completions. The
-    key, if one is needed, is OPENAI_API_KEY. What may pass (429, 5xx, a timeout, a reply that is no JSON) is
-    tried seven times within a minute, and again after each wait that Retry-After asks for.
+    """The reply (text) of a model behind an OpenAI-compatible endpoint; url ends before /chat/completions.
+    The key, if one is needed, is OPENAI_API_KEY. What may pass (429, 5xx, a timeout, a reply that is no JSON)
+    is tried seven times within a minute, and again after each wait that Retry-After asks for.
 
     UserError for what would meet every request: 401, 403, 404, and any failure before the model has given its
     first usable reply. After that NoReply for one that was refused, failed, is empty or cut at max_tokens.
@@ -634,7 +636,7 @@ def messages_of(traj, episode, factor):
 
 
 def next_turn(job, who, episode, traj, sample):
-    """The assistant's next turn (text) in the conversation number `sample` of its kind, recorded or asked for."""
+    """The assistant's next turn (text) in a conversation, the `sample`-th of its kind: recorded or asked for."""
     cfg, row = job.cfg, traj.row
     address, name, factor = [getattr(cfg, who + field) for field in ("", "_name", "_factor")]
     # What decides the answer, and no more: a new setting must not make those that were paid for worthless.
@@ -698,7 +700,7 @@ def propose(job, row):
         outer = box
     if env.area(outer) > limit:
         return "the last view is too large"
-    row.update(problem=traj.answer, boxes=[outer], chain=traj.crops)   # `read_question` finds the question in it
+    row.update(problem=traj.answer, boxes=[outer], chain=traj.crops)     # the question is in the answer
 
 
 def read_question(job, row):
@@ -792,7 +794,7 @@ def build(job, path, n):
 
 
 def find_photos(folder):
-    """The paths of the photographs under a folder, and of the other files how many of which kind there are."""
+    """The paths of the photographs under a folder, and of the other files the number of each kind."""
     formats = Image.registered_extensions()
     paths, others = [], Counter()
     for path in sorted(Path(folder).rglob("*")):
@@ -810,7 +812,7 @@ def construct(cfg):
     """Rows and cold-start trajectories from the photographs of cfg.images."""
     paths, others = find_photos(cfg.images)
     if others:
-        print(f"{cfg.images}: left out by their names: {dict(others)}; read are {', '.join(env.IMAGE_FORMATS)}")
+        print(f"{cfg.images}: files left out: {dict(others)}; read are {', '.join(env.IMAGE_FORMATS)}")
     if not paths:
         raise UserError(f"--images={cfg.images}: no images there; give a folder of photographs")
 
@@ -830,8 +832,8 @@ def construct(cfg):
         write_rows(cfg.out, side, rows)
     card = {"proposals": fates, "files left out": others}
     env.write_text(f"{cfg.out}/data_card.json", json.dumps(card, indent=1))
-    print(f"{cfg.out}: {fates['kept']} questions of {len(proposals)} proposals; see data_card.json, and the page "
-          f"that `python eval.py --report={cfg.out}` writes")
+    print(f"{cfg.out}: {fates['kept']} questions of {len(proposals)} proposals; see data_card.json, and the "
+          f"page that `python eval.py --report={cfg.out}` writes")
 
 
 # --- Published benchmarks ----------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ import json
 import os
 import sys
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pytest
 import torch
@@ -92,27 +92,23 @@ def amplify(vlm, factor=8.0):
 
 @contextmanager
 def serving(script):
-    """Yields the address of an endpoint that says script(body): a text, "cut", a choice (dict), an HTTP status or
-    (status, headers, pieces of text)."""
+    """Yields the address of an endpoint that says script(body): a text, a choice (dict), an HTTP status, or status,
+    headers and pieces of text."""
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_POST(self):
             reply = script(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            status, headers, pieces = reply if isinstance(reply, tuple) else (200, {}, [])
-            if isinstance(reply, int):
-                status = reply
-            elif not pieces:
-                choice = reply if isinstance(reply, dict) else {"message": {"role": "assistant", "content": reply}}
-                text = json.dumps({"choices": [choice]})
-                pieces = [text[:20 if reply == "cut" else None]]
+            if isinstance(reply, str):
+                reply = {"message": {"role": "assistant", "content": reply}}
+            if isinstance(reply, dict):
+                reply = 200, {}, [json.dumps({"choices": [reply]})]
+            status, headers, pieces = (reply, {}, "") if isinstance(reply, int) else reply
             self.send_response(status)
-            for name, value in headers.items():
-                self.send_header(name, value)
+            for header in headers.items():
+                self.send_header(*header)
             self.end_headers()
-            try:
+            with suppress(OSError):           # when nobody listens any more
                 for piece in pieces:
                     self.wfile.write(piece.encode())
-            except OSError:                   # nobody listens any more
-                pass
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()

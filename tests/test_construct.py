@@ -3,14 +3,16 @@ started again, and on images and answers that are no good."""
 import base64
 import io
 import json
+import os
 import re
-import threading
 import time
 from collections import Counter
 from dataclasses import replace
 from email.utils import formatdate
 from pathlib import Path
+from threading import Event
 
+import numpy as np
 import pytest
 from conftest import serving
 from PIL import Image
@@ -29,6 +31,11 @@ ZOOMS = [zoom([400, 400, 800, 800], 0), zoom([250, 250, 750, 750], 1), zoom([300
 FINDS = [zoom([400, 400, 800, 800], 0), zoom([350, 350, 650, 650], 1)]    # the evidence, by another way
 RECOVERS = [zoom([0, 0, 300, 300], 0), zoom([500, 500, 700, 700], 0)]     # after a look elsewhere
 BAD = "<tool_call>zoom!</tool_call>"
+MOVED = {"Location": "http://127.0.0.1:9/v1"}
+CALL = {"function": {"name": "image_zoom_in_tool", "arguments": '{"bbox_2d": [1, 2, 3, 4], "img_idx": 0}'}}
+WORDS = [{"type": "text", "text": "<answer>red"}, {"type": "text", "text": "</answer>"}]
+CUT = 200, {}, ['{"choices": [{"mess']
+OTHER_NAME = 400, {}, ["Unsupported parameter: 'max_tokens' is not supported. Use 'max_completion_tokens' instead."]
 # What becomes of the photographs 0 to 13: all but the first three are dropped.
 FATES = ["kept", "kept", "kept", "propose: too few zooms", "read_question: malformed",
          "verify: given away by its text", "verify: answered without zooming", "verify: answer not confirmed",
@@ -60,7 +67,9 @@ class Script:
         system, user, *rest = body["messages"]
         image, text = user["content"][0]["image_url"]["url"], user["content"][1]["text"]
         image = Image.open(io.BytesIO(base64.b64decode(image.partition("base64,")[2])))
-        assert image.width * image.height <= 100_000
+        factor = 28 if body["model"] == "policy" else 32
+        assert image.width * image.height <= 100_000 and body["max_tokens"] == 99
+        assert image.width % factor == image.height % factor == 0
         turns = [message["content"] for message in rest[::2]]
         for turn, observation in zip(turns, rest[1::2]):
             error = env.ERRORS["malformed"] if BAD in turn else None
@@ -83,7 +92,7 @@ class Script:
             return self.broken[stage]
         if self.faults and not self.seen["fault", key]:
             self.seen["fault", key] = 1
-            return (429, 500, "cut")[len(key[1]) % 3]
+            return (429, 500, CUT)[len(key[1]) % 3]
         nth = int(turns[0].split("try ")[1][0]) if turns else self.seen[key]
         self.seen[key] += 1
         calls = CALLS.get((stage, i)) or CALLS.get(stage, [[]] * 3)
@@ -97,26 +106,15 @@ class Script:
         return f"<think>try {nth}</think>\n<answer>{answer}</answer>"
 
 
-MOVED = {"Location": "http://127.0.0.1:9/v1"}
-CALL = {"function": {"name": "image_zoom_in_tool", "arguments": '{"bbox_2d": [1, 2, 3, 4], "img_idx": 0}'}}
-WORDS = [{"type": "text", "text": "<answer>red"}, {"type": "text", "text": "</answer>"}]
-OTHER_NAME = 400, {}, ["Unsupported parameter: 'max_tokens' is not supported. Use 'max_completion_tokens' instead."]
-
-
-def slowly():
-    for _ in range(9):
-        threading.Event().wait(0.02)          # time.sleep is not its own in these tests
-        yield " "
-
-
 @pytest.fixture
 def talk(monkeypatch):
     """talk(*replies): a question to an endpoint that has answered before, or not, and now says these replies:
     the text or the error, the requests, the waits."""
+    monkeypatch.setattr(data, "MOST_BYTES", 1000)
+    monkeypatch.setattr(data, "TIMEOUT", 0.1)
+
     def ask(*replies, answered=True):
         bodies, waits, replies = [], [], iter(replies)
-        monkeypatch.setattr(data, "MOST_BYTES", 1000)
-        monkeypatch.setattr(data, "TIMEOUT", 0.1)
         monkeypatch.setattr(data.time, "sleep", waits.append)
         with serving(lambda body: bodies.append(body) or next(replies)) as url:
             data.answering.update([(url, "m")] if answered else [])
@@ -145,9 +143,9 @@ def test_a_reply_becomes_a_turn(talk, message, text):
     ([413], True, data.NoReply, "413"), ([(422, {}, ["\x1b[31mlong"])], True, data.NoReply, r"\\x1b\[31mlong"),
     ([{"message": {"content": ""}}], True, data.NoReply, "empty"),
     ([{"message": {"content": "I am"}, "finish_reason": "length"}], True, data.NoReply, "cut at 9 tokens"),
-    ([500] * 7, False, env.UserError, "500"), (["cut"] * 7, True, data.NoReply, "JSON"),
+    ([500] * 7, False, env.UserError, "500"), ([CUT] * 7, True, data.NoReply, "JSON"),
     ([(200, {}, ["x" * 2000])] * 7, True, data.NoReply, "does not end"),
-    ([(200, {}, slowly()) for _ in range(7)], True, data.NoReply, "does not end"),
+    ([(200, {}, (Event().wait(0.02) or " " for _ in range(9))) for _ in range(7)], True, data.NoReply, "not end"),
     ([(302, MOVED, [""])], True, data.NoReply, "302")])
 def test_no_usable_reply(talk, replies, answered, error, words):
     """What would meet every request ends the job, what met one drops its sample. The key follows no redirect, and
@@ -180,13 +178,15 @@ def done(tmp_path_factory):
         image = Image.new("RGB", (1000, 500), (12 * i, 120, 90))
         image.paste((250, 250, 250), EVIDENCE)
         image.save(base / ("all/few" if i < 2 else "all") / f"{i}.png", compress_level=1)
-    (base / "all/few/text.jpg").write_text("no image")
+    for name in ("text.jpg", "photo.heic"):
+        (base / "all/few" / name).write_text("no image")
     script = Script()
     with serving(script) as address, pytest.MonkeyPatch.context() as patch:
         patch.setattr(data.time, "sleep", lambda seconds: None)
         cfg = data.Config(images=f"{base}/all", annotator=address, annotator_name="teacher", policy=address,
                           policy_name="policy", out=f"{base}/out", per_image=1, votes=3, agree=2, samples=2,
-                          attempts=3, parallel=4, max_pixels=100_000, share_sft=1.0, share_test=0.0)
+                          attempts=3, parallel=4, max_pixels=100_000, share_sft=1.0, share_test=0.0,
+                          policy_factor=28, max_tokens=99)
         data.main(cfg)
         script.faults = False
         yield script, cfg
@@ -196,7 +196,8 @@ def test_fates_and_rows(done, policy):
     """Every photograph goes as far as the script lets it, and the card says why. Every cold-start row replays
     to a right answer, without an error, to the evidence; one that recovered comes first."""
     _, cfg = done
-    assert json.loads(files(cfg)["data_card.json"])["proposals"] == Counter(FATES + ["open_photo: unreadable"])
+    assert json.loads(files(cfg)["data_card.json"]) == {
+        "proposals": Counter(FATES + ["open_photo: unreadable"]), "files left out": {".heic": 1}}
     rows = data.load_rows(f"{cfg.out}/sft.jsonl")
     for row in rows:
         traj = env.render(policy.proc, row, row["turns"], env.EpisodeConfig(max_tokens=4096))
@@ -209,12 +210,30 @@ def test_fates_and_rows(done, policy):
         assert row["boxes"] == [list(EVIDENCE)] == row["chain"][-1:] and len(row["chain"]) == 3
 
 
+def test_files_left_out(monkeypatch):
+    """What is no image by its name, or has a name that cannot be written down, is counted by kind."""
+    names = [Path("A.JPG"), Path("b.heic"), Path("c.pdf"), Path("d"), Path(os.fsdecode(b"\xff.png"))]
+    monkeypatch.setattr(data.Path, "rglob", lambda *_: names)
+    others = {".heic": 1, ".pdf": 1, "without a suffix": 1, "name that is not UTF-8": 1}
+    assert data.find_photos("photos") == (names[:1], others)
+
+
+def test_images_keep_their_colours():
+    """Purple dots on red are purple in what endpoints and the page are given."""
+    pixels = np.full((64, 64, 3), (204, 36, 36), np.uint8)
+    for x, y in np.ndindex(2, 2):
+        pixels[y::8, x::8] = (156, 36, 204)
+    sent = base64.b64decode(data.image_url(Image.fromarray(pixels)).partition("base64,")[2])
+    assert np.abs(np.array(Image.open(io.BytesIO(sent))) - pixels.astype(int)).max() < 16     # else 72
+
+
 def test_again(done, capsys):
     """A second run asks nothing and leaves every byte as it was; other bounds and shares ask nothing."""
     script, cfg = done
     before, asked = files(cfg), script.seen.total()
     data.main(cfg)
-    assert "text.jpg" in str(capsys.readouterr()) and files(cfg) == before and len(before) == 4
+    said = str(capsys.readouterr())
+    assert "text.jpg" in said and ".heic" in said and files(cfg) == before and len(before) == 4
     data.main(replace(cfg, max_rate=0.25))
     assert '"grade: solved too often": 5' in files(cfg)["data_card.json"]
     data.main(replace(cfg, share_test=1.0))
