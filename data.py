@@ -92,19 +92,20 @@ class Config(ScenesConfig, PhotosConfig):
 
 # --- Rows -----------------------------------------------------------------------------------------------
 def split_path(folder, split):
-    """The file of a folder's sft, train or test rows: <split>.jsonl or, in its place, <split>.json: DRIM's own
-    train.json is read under its own name."""
+    """The file of a folder's sft, train or test rows: <split>.jsonl or, in its place, <split>.json (DRIM's
+    own train.json is read under its own name)."""
     path = f"{folder}/{split}.jsonl"
-    if not os.path.exists(path) and os.path.exists(f"{folder}/{split}.json"):
-        return f"{folder}/{split}.json"
+    published = f"{folder}/{split}.json"
+    if os.path.exists(published) and not os.path.exists(path):
+        return published
     return path
 
 
 def read_lines(path):
     """The objects of a JSON list or of a JSON Lines file. Raises UserError.
 
-    Parquet is turned into such a file once, with pandas; of its columns those that are needed (of ZoomBench image,
-    query, response, question_type, bbox):
+    Parquet is turned into such a file once, with pandas, and of its columns those that are needed (of
+    ZoomBench image, query, response, question_type, bbox):
 
         import os, pandas
         table = pandas.read_parquet("rows.parquet", columns=["image", "problem", "solution"])
@@ -114,12 +115,14 @@ def read_lines(path):
         table["images"] = [[f"images/{i}"] for i in range(len(table))]
         table.to_json("rows.jsonl", orient="records", lines=True)
 
-    Where `image` is text (HR-Bench), one line is enough: `pandas.read_parquet(FILE).to_csv("rows.tsv", sep="\\t")`.
+    Where `image` is text (HR-Bench) one line is enough: `pandas.read_parquet(FILE).to_csv("rows.tsv",
+    sep="\t")`.
     """
     try:
         raw = Path(path).read_bytes()
         if raw.startswith(b"PAR1"):
-            raise UserError(f"{path} is Parquet: turn it into JSON Lines with pandas (see README, Parquet)")
+            raise UserError(f"{path} is Parquet: make JSON Lines of it with pandas (README, Parquet)")
+
         text = raw.decode("utf-8-sig")
         if text.lstrip().startswith("["):
             return json.loads(text)
@@ -131,8 +134,8 @@ def read_lines(path):
 
 
 def find_image(root, path, where, confined):
-    """The absolute path of an image. Raises UserError if there is none or, confined, if its path leads out of root.
-    Links count as what they are in, not where they lead: the Hugging Face hub's cache is made of them."""
+    """The absolute path of an image. UserError if there is none or, confined, if the path leads out of root.
+    Links may lead anywhere: the cache of the Hugging Face hub is made of them."""
     root = os.path.abspath(root)
     full = os.path.normpath(os.path.join(root, path))
     if confined and os.path.commonpath([root, full]) != root:
@@ -142,16 +145,22 @@ def find_image(root, path, where, confined):
     return full
 
 
+def is_text(value):
+    return isinstance(value, str)
+
+
 def is_evidence(box):
-    """Is a value [x0, y0, x1, y1] in pixels? NaN compares false."""
-    return env.is_box(box) and max(map(abs, box)) <= 1e6 and box[0] < box[2] and box[1] < box[3]
+    """Is a value [x0, y0, x1, y1] in pixels? (What is compared with NaN is false.)"""
+    if not env.is_box(box) or max(map(abs, box)) > 1e6:
+        return False
+    return box[0] < box[2] and box[1] < box[3]
 
 
-# What a row may have: a list of values that are right.
+# The lists that a row may have -> what each of their values has to be.
 OPTIONAL = {
-    "choices": (lambda value: isinstance(value, (str, int, float)), "texts"),
-    "turns": (lambda value: isinstance(value, str), "texts"),
-    "boxes": (is_evidence, "[x0, y0, x1, y1], in pixels of the image")}
+    "choices": (lambda option: not isinstance(option, (list, dict)), "texts"),
+    "turns": (is_text, "texts"),
+    "boxes": (is_evidence, "[x0, y0, x1, y1] in pixels")}
 
 
 def check_row(row, where):
@@ -167,7 +176,10 @@ def check_row(row, where):
         if not isinstance(values, list) or not all(map(is_right, values)):
             raise UserError(f"{where}: `{key}` is not a list of {what}")
 
-    solution = row["solution"][0] if isinstance(row["solution"], list) else row["solution"]
+    # Options have to hold the solution, and half a surrogate pair cannot be written or tokenized.
+    solution = row["solution"]
+    if isinstance(solution, list):
+        solution = solution[0]
     if row.get("choices") and not env.match(solution, row):
         raise UserError(f"{where}: its solution {solution!r} is none of its choices {row['choices']}")
     try:
@@ -177,7 +189,7 @@ def check_row(row, where):
 
 
 def ready(row, where, root, confined):
-    """A row with its image found and its question as text, once it is checked. Raises UserError."""
+    """A checked row with the absolute path of its image, and with a name. Raises UserError."""
     check_row(row, where)
     image = find_image(root, str(row["images"][0]), where, confined)
     problem = str(row["problem"]).replace("<image>", "").strip()     # the image always comes first
@@ -188,9 +200,9 @@ def load_rows(path, image_root=""):
     """FORK: the data set. The rows of a file, with absolute image paths, relative to image_root or to the
     file. UserError names file and row if a field is missing, or if an image does not exist or lies outside
     image_root."""
+    root = image_root or os.path.dirname(path)
     rows = []
     for i, row in enumerate(read_lines(path)):
-        root = image_root or os.path.dirname(path)
         rows.append(ready(row, f"{path}: row {i}", root, confined=bool(image_root)))
     if not rows:
         raise UserError(f"{path}: no rows")
@@ -198,23 +210,29 @@ def load_rows(path, image_root=""):
 
 
 def check_rows(rows, rank, world_size, proc, cfg):
-    """Before hours are spent: decode every image (one that is cut short shows only then) and count the tokens of
-    every prompt, shared out over the ranks. proc: the policy's Processor; cfg: EpisodeConfig. UserError names the
-    image or row that cannot be used."""
+    """Before hours are spent: decode every image (one that is cut short shows only then) and count the
+    tokens of every prompt, shared out over the ranks. UserError names the image or the row that cannot be
+    used.
+
+    proc: the policy's Processor; cfg: its EpisodeConfig.
+    """
     paths = sorted({row["images"][0] for row in rows})[rank::world_size]
 
     def measure(path):
-        """Size in tokens of what the policy sees."""
-        width, height = env.start_episode({"images": [path]}, cfg).shown[0].size(proc.factor)
+        """The tokens of an image, as the policy sees it."""
+        shown = env.start_episode({"images": [path]}, cfg).shown[0]
+        width, height = shown.size(proc.factor)
         return width * height // proc.factor ** 2
 
     with ThreadPoolExecutor(8) as pool:
-        sizes = tqdm(pool.map(measure, paths), "images", len(paths), disable=rank > 0 or None, leave=False)
-        n_image = dict(zip(paths, sizes))
+        bar = tqdm(pool.map(measure, paths), "images", len(paths), disable=rank > 0 or None, leave=False)
+        n_image = dict(zip(paths, bar))
+
     for row in rows:
-        n = n_image.get(row["images"][0])
-        if n is not None:
-            env.check_prompt(len(env.prompt(proc, row, cfg)) - 1 + n, row, cfg)
+        path = row["images"][0]
+        if path in n_image:
+            n = len(env.prompt(proc, row, cfg)) - 1 + n_image[path]
+            env.check_prompt(n, row, cfg)
 
 
 # --- The built-in scenes: coloured boxes on a 4 x 4 grid, whose evidence can be seen in crops alone --------
@@ -860,29 +878,40 @@ def values(cell):
 
 
 def split_options(text):
-    """(question, options) of a text that ends in a line for each option: "(A) red", "(B) blue" (or "A. red", "A: red").
-    Nothing is guessed: without such lines from A on, or with others among them, it has no options."""
+    """(question, options) of a text that ends in lines "(A) red", "(B) blue" (or "A. red", "A: red").
+    Nothing is guessed: without such lines from A on, or with others among or after them, there are no
+    options."""
     text = text.partition("\nAnswer with the option")[0].rstrip()
     question, *parts = re.split(r"\n *[(（]?([A-Z])[)）.:：] *", text)
-    letters, options = "".join(parts[::2]), parts[1::2]
-    if len(letters) < 2 or not LETTERS.startswith(letters) or "\n" in "".join(options):
+    letters = "".join(parts[::2])
+    options = parts[1::2]
+    if len(letters) < 2 or not LETTERS.startswith(letters) or "" in options or "\n" in "".join(options):
         return text, []
     return question, options
 
 
-def read_options(item, question):
-    """(question, options) of a line: its columns A to Z, its list of lettered options, or its question's own."""
-    options = [item.get(letter) or "" for letter in LETTERS]
-    while options and not options[-1]:
-        options.pop()
+def read_options(item, question, where):
+    """(question, options) of a line: its columns A to Z, its list of lettered options, or its question's
+    lines. Letters keep their place: UserError where an option is empty, as pandas writes "None" and "N/A"."""
+    lines = [""]
+    for letter in LETTERS:
+        if item.get(letter):
+            lines.append(f"({letter}) {item[letter]}".replace("\n", " "))
+    if lines == [""]:
+        lines += values(item.get("multi-choice options"))
+    if lines == [""]:
+        return split_options(question)
+
+    options = split_options("\n".join(lines))[1]
     if not options:
-        lines = ["", *values(item.get("multi-choice options"))]
-        options = split_options("\n".join(lines))[1]
-    return (question, options) if options else split_options(question)
+        raise UserError(f"{where}: its options are not A, B and so on, each with a text, but {lines[1:]}")
+    return question, options
 
 
 def bench_row(item, where):
-    """The row of a line of a benchmark, {column: cell}; its images are as they stand there. Raises UserError."""
+    """The row of a line of a benchmark, {column: cell}; its images are as they stand there. Raises
+    UserError."""
+    # 1. Its columns under our names.
     row = {}
     for key, columns in COLUMNS.items():
         cells = [item[column] for column in columns if item.get(column) not in (None, "")]
@@ -895,21 +924,18 @@ def bench_row(item, where):
     if part and part != row["category"]:
         row["category"] += "/" + part.lower()
 
-    # Letters keep their place: an option is empty where pandas read "None" or "N/A".
-    problem, options = read_options(item, row["problem"])
-    if not options and row["solution"] in LETTERS and ("A" in item or "multi-choice options" in item):
-        options = [""]
-    if "" in options:
-        raise UserError(f"{where}: option {LETTERS[options.index('')]} is empty or cannot be read; write its text")
-
-    # The wording that all benchmarks get.
+    # 2. The wording that all benchmarks get.
+    problem, row["choices"] = read_options(item, row["problem"], where)
     if item.get("hint"):
         problem = f"Hint: {item['hint']}\n{problem}"
-    for letter, option in zip(LETTERS, options):
+    for letter, option in zip(LETTERS, row["choices"]):
         problem += f"\n{letter}. {option}"
-    if options:
+    if row["choices"]:
         problem += "\nAnswer with the letter of the right option."
-    return {**row, "problem": problem, "choices": options}
+    elif "A" in item and row["solution"] in LETTERS:
+        raise UserError(f"{where}: its options are empty")
+    row["problem"] = problem
+    return row
 
 
 def unpack(text, folder):
@@ -932,19 +958,21 @@ def read_tsv(path):
     csv.field_size_limit(2 ** 31 - 1)
     items, files = [], {}
     with open(path, newline="", encoding="utf-8-sig") as f:
-        for item in tqdm(csv.DictReader(f, delimiter="\t"), desc=path, disable=None):
+        for i, item in enumerate(tqdm(csv.DictReader(f, delimiter="\t"), desc=path, disable=None)):
             image = item.get("image") or ""
             if len(image) > 64 and not image.startswith("["):
-                item["image"] = files[item.get("index")] = unpack(image, path + ".images")
+                image = item["image"] = unpack(image, path + ".images")
+                files[item.get("index", i)] = image
             items.append(item)
-    for item in items:
+
+    for item in items:                       # the line that has the image may come later
         item["image"] = files.get(item.get("image"), item.get("image"))
     return items
 
 
 def read_vstar(folder):
-    """The lines of V*Bench, 191 questions, as its published folder: test_questions.jsonl has question and options
-    in one text; X.json beside X.jpg has the evidence boxes as [x, y, w, h]."""
+    """The lines of V*Bench, 191 questions, as its published folder: test_questions.jsonl has question and
+    options in one text; X.json beside X.jpg has the evidence boxes as [x, y, w, h]."""
     items = []
     for item in read_lines(f"{folder}/test_questions.jsonl"):
         if item["category"] not in ("direct_attributes", "relative_position"):
@@ -958,17 +986,20 @@ def read_vstar(folder):
 
 
 def read_bench(path, root):
-    """(rows, a line about each row left out) of a TSV, a file of our rows, V*Bench's folder, or any other JSON that
-    has the columns above. Left out is what cannot be asked: no image, several images, an empty option."""
+    """(rows, a line about each row left out) of a TSV, a file of our rows, V*Bench's folder, or any other
+    JSON that has the columns above. Left out is what cannot be asked: no image, several images, an empty
+    option."""
     beside = os.path.dirname(path)
     if os.path.isdir(path):
-        items, beside = read_vstar(path), path
+        items = read_vstar(path)
+        beside = path
     elif path.endswith(".tsv"):
         items = read_tsv(path)
     else:
         items = read_lines(path)
         if "problem" in items[0]:
             return load_rows(path, root), []
+
     rows, left_out = [], []
     for i, item in enumerate(items):
         where = f"{path}: row {i}"
@@ -981,30 +1012,33 @@ def read_bench(path, root):
 
 
 def read_benches(spec, image_root, limit):
-    """FORK: the benchmarks of spec, "NAME:PATH,NAME:PATH": {name: rows}, and {name: a line about each row left out}.
+    """FORK: the benchmarks of spec, "NAME:PATH,NAME:PATH": {name: rows}, {name: a line about each row left
+    out}.
 
-    A path is what `read_bench` takes, or the folder of VisualProbe, whose levels each get their own name, or of one
-    level. Of each there are at most `limit` rows (0: all). UserError for a path that does not exist, another layout,
-    and where no row remains.
+    A path is what `read_bench` takes, or the folder of VisualProbe, whose levels each get their own name,
+    or of one level. Of each there are at most `limit` rows (0: all). UserError for a path that does not
+    exist, another layout, and where no row remains.
     """
+    # 1. Which files, and where their images are.
     entries = []
     for entry in spec.split(","):
         name, _, path = entry.partition(":")
         if not re.fullmatch(r"[\w.-]+", name) or not os.path.exists(path):
             raise UserError(f"--bench: {entry!r} is not NAME:PATH, a word and a file or folder that exists")
         levels = sorted(Path(os.path.abspath(path)).rglob("val.json"))
-        for level in levels:                 # of VisualProbe; images are named from the folder of the levels
+        for level in levels:                 # of VisualProbe, relative to the folder of its levels
             entries.append((level.parent.name.lower(), str(level), str(level.parent.parent)))
         if not levels:
             entries.append((name, path, image_root))
 
+    # 2. Their rows.
     benches, left_out = {}, {}
     for name, path, root in entries:
         if name in benches:
             raise UserError(f"--bench: {name} is given twice")
         try:
             rows, left_out[name] = read_bench(path, root)
-        except (Exception, UserError) as e:      # whatever a damaged file makes a parser raise
+        except (Exception, UserError) as e:  # whatever a damaged file makes a parser raise
             raise UserError(f"{path}: damaged or not as {name} is published ({type(e).__name__}: {e})")
         if not rows:
             raise UserError(f"{path}: no questions that can be asked; {left_out[name][:1]}")

@@ -19,7 +19,7 @@ import env  # noqa: E402
 
 ASSISTANT = ("gpt", "assistant", "function_call", "tool_call")
 # A line of a prompt that says that boxes are relative: "0 to 1000", "[0, 1000]", "0-999".
-RELATIVE = re.compile(r"^.*(box|coordinate).*\b0\W{1,4}(and |to )?(1,?000|999)\b", re.MULTILINE | re.IGNORECASE)
+RELATIVE = re.compile(r"(?im)^.*(box|coordinate).*(\b0( to | and | ?[-–~] ?|\.+|…)(1000|999)\b|\[0, ?(1000|999)\])")
 ACTIONS = re.compile(r"<(tool_call|grounding|answer)>(.*?)</\1>|\\boxed\{(.*)\}", re.DOTALL)
 INSTRUCTIONS = re.compile(r"\s*(Think first, call|Think in the mind first|Guidelines:).*", re.DOTALL)
 DEEPEYES_PIXELS = 16384 * 28 ** 2   # its model saw larger images at this size, its tool cut them as they were
@@ -45,8 +45,8 @@ def text_of(content, images):
 
 
 def messages_of(row):
-    """A conversation as [(is the assistant's, text)], neighbours of one side joined, its images as given, and what
-    describes its tools. Calls stand in <tool_call> tags, whichever form they had."""
+    """A conversation as [(is the assistant's, text)], neighbours of one side joined, its images as given,
+    and what describes its tools. Calls stand in <tool_call> tags, whichever form they had."""
     images = row.get("images") or row.get("image") or []
     images = list(images) if isinstance(images, list) else [images]
     sides, tools = [], f"{row.get('system')}\n{row.get('tools')}\n"
@@ -72,8 +72,9 @@ def messages_of(row):
 
 
 def box_of(call, size, prompts):
-    """img_idx and bbox_2d of our call for a foreign one. Only tools are read whose box is defined by the call, the
-    scale that the prompts name, and the size of the original, (w, h) in pixels. prompts show Chain-of-Focus too."""
+    """img_idx and bbox_2d of our call for a foreign one. Only tools are read whose box is defined by the
+    call, the scale that the prompts name, and the size of the original, (w, h) in pixels. prompts show
+    Chain-of-Focus too."""
     arguments = call.get("arguments", call)     # Mini-o3's calls are the arguments alone
     if isinstance(arguments, str):
         arguments = json.loads(arguments)

@@ -70,7 +70,7 @@ def test_the_scale_of_the_prompt(tmp_path, where):
     if where == "messages":
         row["messages"].insert(0, {"role": "system", "content": text})
     elif where == "question":
-        row["messages"][0]["content"] += "\nIt costs 0 to 1000 dollars."
+        row["messages"][0]["content"] += "\nIs it from 0 to 1000 dollars?\nSee the box [10, 0, 1000, 300]."
     else:
         row[where] = text
     converted_row, = converted(tmp_path, [row])

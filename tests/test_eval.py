@@ -1,5 +1,6 @@
 """Evaluating (eval.py): metrics, results files that the same command continues, judge."""
 import json
+import re
 
 import numpy as np
 import pytest
@@ -114,6 +115,15 @@ def test_rows(folder, asked, capsys):
     assert max(map(len, printed.splitlines()[:-1])) <= 110 and "runs/report.html" in printed
     assert (folder / "runs/report.html").exists()
     assert json.loads((folder / "runs/eval/eval.json").read_text())["accuracy"] == result["accuracy"]
+
+
+def test_what_a_benchmark_leaves_out(folder, asked, capsys):
+    """A question whose image is missing is named and counted, here and in the results; the others are scored."""
+    item = {"question": "q", "answer": "red", "image": "a.png"}
+    (folder / "x.json").write_text(json.dumps([item, {**item, "image": "b.png"}, item]))
+    result = run(folder, bench=f"x:{folder}/x.json")
+    assert result["x"]["n"] == 2 and result["x"]["left_out"] == 1
+    assert re.search("x: 1 questions are left out.*row 1: no image .*b.png", capsys.readouterr().out)
 
 
 def test_the_same_command_continues(folder, asked):

@@ -56,8 +56,8 @@ def test_unreadable_images(tmp_path):
 
 
 def test_image_root(tmp_path):
-    """With a root a path cannot lead out of it: not by .., not absolutely, not into a like name. A link counts as what
-    it is in: the files of the Hugging Face hub's cache are links to ../../blobs."""
+    """With a root a path cannot lead out of it: not by .., not absolutely, not into a like name. A link
+    counts as what it is in: the files of the Hugging Face hub's cache are links to ../../blobs."""
     root = tmp_path / "root"
     for folder in (root, tmp_path / "root2", tmp_path / "blobs"):
         folder.mkdir()
@@ -111,7 +111,7 @@ def test_parquet_recipe(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     picture().save("a.png")
     cell = {"bytes": Path("a.png").read_bytes(), "path": None}
-    table = pandas.DataFrame({"image": [cell], "problem": ["Which?"], "solution": ["red"], "crop_image": [cell]})
+    table = pandas.DataFrame({"image": [cell], "problem": ["Which?"], "solution": ["red"], "crop": [cell]})
     table.to_parquet("rows.parquet")
     recipe = data.read_lines.__doc__.split("\n\n")[2]
     exec(textwrap.dedent(recipe))
@@ -125,7 +125,7 @@ def test_parquet_recipe(tmp_path, monkeypatch):
 {"choices": ["blue"]} -> : its solution 'red' is none of its choices
 {"choices": "red"} -> : `choices` is not a list of texts
 {"turns": [5]} -> : `turns` is not a list of texts
-{"boxes": [[1, 2, 3]]} -> : `boxes` is not a list of .x0, y0, x1, y1., in pixels
+{"boxes": [[1, 2, 3]]} -> : `boxes` is not a list of .x0, y0, x1, y1. in pixels
 {"boxes": [[1, 2, 1e400, 4]]} -> : `boxes` is not
 {"boxes": [[1, 2, NaN, 4]]} -> : `boxes` is not
 {"boxes": [[1, 2, 3, HUGE]]} -> : `boxes` is not
@@ -142,13 +142,21 @@ def test_rows_are_checked_before_hours_are_spent(tmp_path, policy):
     """An image that is cut short, and a question that is too long, whose tokens are those of the episode."""
     picture(0, (90, 70)).save(tmp_path / "a.png")
     cfg = env.EpisodeConfig(max_pixels=64 * 64)
-    rows = [{"images": [str(tmp_path / "a.png")], "problem": "Which box? " * i, "doc_id": i} for i in range(3)]
-    most = len(env.reset(policy.proc, rows[2], cfg).ids) + 2
-    data.check_rows(rows, 0, 1, policy.proc, replace(cfg, max_tokens=most))
-    data.check_rows(rows, 1, 2, policy.proc, replace(cfg, max_tokens=1))         # the image is the other rank's
-    assert "row 2: its prompt" in refusal(data.check_rows, rows, 0, 1, policy.proc, replace(cfg, max_tokens=most - 1))
+    rows = []
+    for i in range(3):
+        rows.append({"images": [str(tmp_path / "a.png")], "problem": "Which box? " * i, "doc_id": i})
+    n = len(env.reset(policy.proc, rows[2], cfg).ids) + 2
+
+    def check(rank, world_size, **change):
+        data.check_rows(rows, rank, world_size, policy.proc, replace(cfg, **change))
+
+    check(0, 1, max_tokens=n)
+    check(1, 2, max_tokens=1)                    # the image is the other rank's
+    with pytest.raises(env.UserError, match="row 2: its prompt of .*max_tokens"):
+        check(0, 1, max_tokens=n - 1)
     (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:-30])
-    assert "a.png: not a readable image" in refusal(data.check_rows, rows, 0, 1, policy.proc, cfg)
+    with pytest.raises(env.UserError, match="a.png: not a readable image"):
+        check(0, 1)
 
 
 @pytest.mark.parametrize("key", [*ROW, "choices", "boxes", "turns", "doc_id"])
