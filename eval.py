@@ -13,9 +13,10 @@ import os
 import re
 import time
 import zlib
-from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor
+from collections import defaultdict, deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from html import escape
 from itertools import accumulate, groupby
 from pathlib import Path
@@ -57,41 +58,52 @@ class Config(RolloutConfig):
     eps: float = 0.3                 # overlap (IoU) that redundancy_wrong leaves free
 
 
-# --- The rollout: a cache, decoding over it, turns until all trajectories have ended ----------------------
-class Cache:
-    """Keys and values of B ragged conversations: token j of a row lies in slot j of `kv`; the last slot is a
-    bin for padding. `slots` (B, n) says where the next n tokens of each row go; they attend to all slots of
-    their row up to their own. `end` bounds the slots that are read at all."""
+# --- The rollout: a cache of slots, decoding in all of them, and slots that are refilled ------------------
+def head_dim(text):
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
 
-    def __init__(self, policy, batch, capacity):
+
+class Cache:
+    """What the layers remember of the conversations in `slots` slots: token j of a conversation lies in place
+    j of its slot. kv (layers, 2, slots, heads, places + 1, head_dim) has keys and values; the last place is a
+    bin. The next tokens (B, n) belong to `slots` (B,) and go to `places` (B, n); they attend to the places of
+    their slot up to their own, and `end` bounds the places that are read at all.
+
+    Two rules for whatever else a layer remembers: a token that goes into the bin (padding, a slot that waits)
+    leaves no trace, and one that goes into place 0 begins a conversation: what the slot held is forgotten.
+    Slots are copied in `copy` alone."""
+
+    def __init__(self, policy, slots, places):
         text = policy.vlm.config.get_text_config()
-        head_dim = policy.vlm.model.language_model.layers[0].self_attn.head_dim
-        shape = (text.num_hidden_layers, 2, batch, text.num_key_value_heads, capacity + 1, head_dim)
+        shape = (text.num_hidden_layers, 2, slots, text.num_key_value_heads, places + 1, head_dim(text))
         dtype = torch.bfloat16 if policy.device.type == "cuda" else torch.float32
         self.kv = torch.zeros(shape, device=policy.device, dtype=dtype)   # what the mask hides must be finite
-        self.capacity = capacity
-        self.slots = None
+        self.bin = places
         self.end = 0
 
-    def select(self, rows):
-        """Keep only these rows (a list)."""
-        for layer in self.kv:                    # one at a time: the right side is a copy
-            layer[:, :len(rows), :, :self.end] = layer[:, rows, :, :self.end]
-        self.kv = self.kv[:, :, :len(rows)]
+    def expect(self, places, end, slots=None):
+        """The next tokens go to `places` of `slots` (default: of the first B), which are read up to `end`."""
+        self.places, self.end, self.slots = places, end, slots
+
+    def copy(self, source, slots, end):
+        """Copy a slot, its first `end` places, into others (a list)."""
+        self.kv[:, :, slots, :, :end] = self.kv[:, :, source, None, :, :end]
 
     def mask(self):
-        """Boolean (B, 1, n, end): each new token sees its row's slots up to its own."""
-        return (torch.arange(self.end, device=self.slots.device) <= self.slots[..., None])[:, None]
+        """Boolean (B, 1, n, end): each new token sees its slot's places up to its own."""
+        return (torch.arange(self.end, device=self.places.device) <= self.places[..., None])[:, None]
 
     def get_seq_length(self, layer=0):
         return self.end      # transformers asks, and builds nothing on it: positions and mask are given
 
-    def update(self, k, v, layer, *_):
+    def update(self, k, v, layer, *_, **__):
         """Called by transformers: enter k, v (B, heads, n, d); returns all (B, heads, end, d)."""
-        rows = torch.arange(len(k), device=k.device)[:, None]
-        for store, new in zip(self.kv[layer], (k, v)):
-            store[rows, :, self.slots] = new.transpose(1, 2).to(store.dtype)
-        return self.kv[layer, :, :, :, :self.end].unbind()
+        kv = self.kv[layer]
+        slots = torch.arange(len(k), device=k.device) if self.slots is None else self.slots
+        for store, new in zip(kv, (k, v)):
+            store[slots[:, None], :, self.places] = new.transpose(1, 2).to(store.dtype)
+        held = kv[:, :len(k)] if self.slots is None else kv[:, slots]      # a view; a copy
+        return held[..., :self.end, :].unbind()
 
 
 def uniforms(seed, prompt, sample, n):
@@ -107,119 +119,248 @@ def draw(logp, u):
     cdf[:, 1:].add_(cdf[:, :-1, -1].cumsum(1)[..., None])
     target = u[:, None] * cdf[:, -1, -1:] * (1 - 1e-9)
     ids = torch.searchsorted(cdf.flatten(1), target, right=True)[:, 0]
-    return ids.clamp_max(logp.shape[1] - 1)      # of NaN the search goes past the end; `rollout` sees it
+    return ids.clamp_max(logp.shape[1] - 1)      # of NaN the search goes past the end; `act` sees it
 
 
-def prefill(policy, cache, trajs, fed):
-    """Feed trajectory i's tokens from fed[i] on, ragged. Returns the last ones' hidden states (B, width)."""
+def prefill(policy, cache, slots, trajs, fed):
+    """Feed trajectory i's tokens from fed[i] on into slots[i], ragged: one forward pass. Returns the hidden
+    states (B, width) of their last tokens."""
     proc, device = policy.proc, policy.device
-    ids, slots, pos, last, images = [], [], [], [], []
+    ids, places, pos, last, images = [], [], [], [], []
     for traj, start in zip(trajs, fed):
-        end = len(traj.ids)
-        ids.append(torch.tensor(traj.ids[start:]))
-        slots.append(torch.arange(start, end))
+        new = torch.tensor(traj.ids[start:])
+        ids.append(new)
+        places.append(torch.arange(start, len(traj.ids)))
         pos.append(torch.from_numpy(traj.pos[:, start:].T))
-        last.append(end - start - 1)
-        if proc.image in traj.ids[start:]:
-            images.append(traj.shown[-1])
-    ids = pad_sequence(ids, True, proc.end).to(device)            # (B, n)
-    pos = pad_sequence(pos, True).permute(2, 0, 1).to(device)     # (3, B, n)
-    cache.slots = pad_sequence(slots, True, cache.capacity).to(device)    # padding goes into the bin
-    cache.end = max(len(traj.ids) for traj in trajs)
+        last.append(len(new) - 1)
+
+        # A run of image tokens is an image; these were shown last.
+        runs = int((new == proc.image).int().diff().eq(1).sum())
+        images += traj.shown[len(traj.shown) - runs:]
+
+    ids = pad_sequence(ids, batch_first=True, padding_value=proc.end).to(device)            # (B, n)
+    pos = pad_sequence(pos, batch_first=True).permute(2, 0, 1).to(device)                   # (3, B, n)
+    places = pad_sequence(places, batch_first=True, padding_value=cache.bin).to(device)
+    cache.expect(places, max(len(traj.ids) for traj in trajs), torch.tensor(slots, device=device))
     images, feature = sft.pack(images, proc)
     h = policy.hidden(ids, pos, policy.see(images), feature.to(device), cache.mask(), cache)
     return h[torch.arange(len(h)), last]
 
 
 EVALUATION = 2 ** 31   # in the place of a step, in the random streams
-STRIDE = {"cuda": 128, "cpu": 16}    # tokens for which attention reads the same slots, and one graph serves
+STEPS = {"cuda": 8, "cpu": 4}        # decoding steps after which ended turns are acted on
+STRIDE = {"cuda": 128, "cpu": 16}    # a step reads the cache up to a multiple of so many places,
+WIDTH = {"cuda": 32, "cpu": 8}       # and of so many slots
+PREFILL = 2 ** 14                    # slots x places of a prefill, at most
+THREADS = 4                          # that open images and run tools
 
 
-def capture(f, device):
-    """f, which works in place, as a CUDA graph: capturing computes nothing. On the CPU f itself."""
-    if device.type == "cpu":
-        return f
+def capture(f, pool):
+    """f, which works in place, as a CUDA graph: capturing computes nothing."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):      # NCCL's own thread may go on
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):    # NCCL's thread may go on
         f()
-    return graph.replay
+    return graph
 
 
-class Decoder:
-    """One turn of B conversations, token by token, from the hidden states (B, width) of their last tokens,
-    with uniform numbers u (B, turn_tokens). All that changes lies in tensors that are written in place, so
-    that on CUDA `advance` is replayed as a captured graph. The device is waited for only by a capture, every
-    128th token, and by the test for the end, every 8th."""
-
-    def __init__(self, policy, cache, hidden, trajs, u, cfg, greedy):
-        device = policy.device
-        B, n = u.shape
-        self.policy, self.cache, self.u, self.cfg, self.greedy = policy, cache, u, cfg, greedy
-        # Slot and M-RoPE position of the turn's first token.
-        self.start = torch.tensor([len(traj.ids) for traj in trajs], device=device)
-        self.budget = (cfg.max_tokens - 1 - self.start).clamp_max(n)
-        self.pos = torch.tensor([traj.pos[0, -1] + 1 for traj in trajs], device=device)
-        self.ends = torch.tensor(sorted(policy.proc.ends), device=device)
-        self.hidden = hidden.clone()
-        self.token = torch.zeros_like(self.start)
-        self.done = self.start < 0                                # none yet
-        self.step = torch.zeros_like(self.start[:1])
-        self.tokens = torch.full((B, n), -1, device=device)       # -1: not sampled
-        self.logps = torch.zeros(B, n, device=device)
-        cache.slots = self.start[:, None].clone()
-
-    def choose(self):
-        """Sample the token number `step` of each row from its hidden state."""
-        logp = self.policy.logits(self.hidden, self.cfg.temperature).log_softmax(-1)      # (B, V)
-        u = self.u.index_select(1, self.step)[:, 0]
-        token = logp.argmax(-1) if self.greedy else draw(logp, u)
-        self.token.copy_(token)
-        self.tokens.index_copy_(1, self.step, token.masked_fill(self.done, -1)[:, None])
-        self.logps.index_copy_(1, self.step, logp.gather(1, token[:, None]))
-        self.done.logical_or_(torch.isin(token, self.ends) | (self.step + 1 >= self.budget))
-
-    def advance(self):
-        """Feed the tokens that were chosen and choose the next. A row that is done writes into the bin."""
-        slot = (self.start + self.step).masked_fill(self.done, self.cache.capacity)
-        self.cache.slots.copy_(slot[:, None])
-        pos = (self.pos + self.step)[:, None].expand(3, -1, 1)
-        h = self.policy.hidden(self.token[:, None], pos, None, None, self.cache.mask(), self.cache)
-        self.hidden.copy_(h[:, 0])
-        self.step.add_(1)
-        self.choose()
-
-    def run(self):
-        """Returns per row the sampled ids and their log-probabilities. A row stops at an end id or at its
-        budget; its last token is not fed here: the next prefill does that."""
-        cache, device = self.cache, self.policy.device
-        stride = STRIDE[device.type]
-        self.choose()
-        for n in range(self.cfg.turn_tokens - 1):                 # n is what `step` is on the device
-            if (device.type == "cpu" or n % 8 == 7) and self.done.all():
-                break
-            if n % stride == 0:          # read the cache up to where the next `stride` tokens will end
-                cache.end = min((-(-cache.end // stride) + 1) * stride, cache.capacity)
-                self.advance()
-                advance = None
-            else:
-                advance = advance or capture(self.advance, device)
-                advance()
-        turns = []
-        for ids, logp in zip(self.tokens.cpu(), self.logps.cpu()):
-            sampled = ids >= 0
-            turns.append((ids[sampled].tolist(), logp[sampled].tolist()))
-        return turns
+@dataclass
+class Seat:
+    """A sample, waiting for a slot or in one."""
+    prompt: Future                   # of env.reset; the samples of a group share it
+    stream: tuple                    # seed and step, prompt, sample: what names its random numbers
+    traj: env.Trajectory | None = None
+    fed: int = 0                     # its tokens that are in the cache
 
 
-def fitting(policy, cfg):
-    """in_flight, but on CUDA at most as many trajectories as 80 % of the free memory can cache."""
+class Engine:
+    """Samples trajectories in the slots of one cache. The life of a slot:
+    1. refill: the next sample that waits takes it;
+    2. prefill: tokens that are given, a prompt or an observation, are fed in one pass;
+    3. decode: a token a step, until the turn ends; then the slot idles, its tokens go into bins;
+    4. act: every few steps all turns that have ended are acted on; an open trajectory goes on with 2;
+    5. leave: an ended one makes room. The last slot moves into the gap: those in use are the first.
+
+    What a step changes lies in tensors that are written in place, so that CUDA replays it as a graph."""
+
+    def __init__(self, policy, cfg, slots, greedy):
+        self.policy, self.cfg, self.greedy = policy, cfg, greedy
+        self.kind = policy.device.type
+        self.slots = slots
+        self.live = []                           # the Sample of each slot in use
+        self.cache = Cache(policy, slots, cfg.max_tokens)
+        self.ends = torch.tensor(sorted(policy.proc.ends), device=policy.device)
+        self.graphs = {}                         # (slots, places) that a step reads -> CUDAGraph
+        self.pool = None                         # their memory
+
+        # Of each slot: first place of the turn, tokens that it has and may have, M-RoPE position less place,
+        # and if it idles; the last token's hidden state; uniform numbers, ids and log-probabilities of the
+        # turn, with a bin at the end.
+        numbers = torch.ones(slots, 5, dtype=torch.long, device=policy.device)
+        hidden = torch.zeros(slots, policy.vlm.lm_head.in_features, device=policy.device)
+        turn = torch.zeros(slots, cfg.turn_tokens + 1, device=policy.device)
+        self.state = numbers, hidden, turn.double(), turn.long(), turn
+
+    def run(self, waiting):
+        """Sample the trajectories of these seats (a list)."""
+        waiting = deque(waiting)
+        with ThreadPoolExecutor(THREADS) as pool:
+            while waiting or self.live:
+                while waiting and len(self.live) < self.slots:
+                    seat = waiting.popleft()
+                    seat.traj = seat.prompt.result().fork()
+                    self.live.append(seat)
+                self.prefill()
+                self.decode()
+                self.act(pool)
+
+    def copy(self, source, slots):
+        """Copy a slot into others."""
+        self.cache.copy(source, slots, self.cache.end)
+        for tensor in self.state:
+            tensor[slots] = tensor[source].clone()
+
+    def prefill(self):
+        """Feed what was given, and begin turns."""
+        # Of samples that enter together with the same prompt, the first one is fed and copied to the others.
+        groups = defaultdict(list)
+        for slot, seat in enumerate(self.live):
+            if seat.fed < len(seat.traj.ids):
+                groups[slot if seat.fed else seat.prompt].append(slot)
+
+        def length(slots):
+            return len(self.live[slots[0]].traj.ids)
+        chunks = []
+        for slots in sorted(groups.values(), key=length, reverse=True):
+            if not chunks or (len(chunks[-1]) + 1) * length(chunks[-1][0]) > PREFILL:
+                chunks.append([])
+            chunks[-1].append(slots)
+
+        for chunk in chunks:
+            firsts = [slots[0] for slots in chunk]
+            seats = [self.live[slot] for slot in firsts]
+            trajs = [seat.traj for seat in seats]
+            hidden = prefill(self.policy, self.cache, firsts, trajs, [seat.fed for seat in seats])
+            self.state[1][firsts] = hidden.float()
+            for first, *others in chunk:
+                if others:
+                    self.copy(first, others)
+                for slot in (first, *others):
+                    self.begin(slot)
+
+    def begin(self, slot):
+        """A turn begins."""
+        numbers, _, u, *_ = self.state
+        seat = self.live[slot]
+        start = seat.fed = len(seat.traj.ids)
+        n = self.cfg.turn_tokens
+        budget = min(n, self.cfg.max_tokens - 1 - start)
+        shift = int(seat.traj.pos[0, -1]) + 1 - start
+        numbers[slot] = torch.tensor([start, 0, budget, shift, 0])
+        u[slot, :n] = uniforms(*seat.stream, (len(seat.traj.turns) + 1) * n)[-n:]
+
+    def step(self, n, end):
+        """Each of the first n slots samples a token and is fed it; places are read up to `end`."""
+        numbers, hidden, u, tokens, logps = [tensor[:n] for tensor in self.state]
+        start, used, budget, shift, idle = numbers.unbind(1)
+        at = torch.where(idle > 0, self.cfg.turn_tokens, used)[:, None]       # or into the bin
+        logp = self.policy.logits(hidden, self.cfg.temperature).log_softmax(-1)          # (n, V)
+        token = logp.argmax(-1) if self.greedy else draw(logp, u.gather(1, at)[:, 0])
+        tokens.scatter_(1, at, token[:, None])
+        logps.scatter_(1, at, logp.gather(1, token[:, None]))
+
+        place = start + used
+        pos = (place + shift)[:, None].expand(3, -1, 1)
+        self.cache.expect(torch.where(idle > 0, self.cache.bin, place)[:, None], end)
+        h = self.policy.hidden(token[:, None], pos, None, None, self.cache.mask(), self.cache)
+        hidden.copy_(h[:, 0])
+        used.add_(1 - idle)
+        idle.logical_or_(torch.isin(token, self.ends) | (used >= budget))
+
+    def decode(self):
+        """A few steps: the first of their kind as they are, the others as a graph."""
+        steps, stride, width = STEPS[self.kind], STRIDE[self.kind], WIDTH[self.kind]
+        live = len(self.live)
+        longest = int(self.state[0][:live, :2].sum(1).max())
+        n = min(-(-live // width) * width, self.slots)
+        end = min(-(-(longest + steps) // stride) * stride, self.cache.bin)
+        for _ in range(steps):
+            if (n, end) in self.graphs:
+                self.graphs[n, end].replay()
+                continue
+            self.step(n, end)
+            if self.kind == "cuda":
+                graph = capture(partial(self.step, n, end), self.pool)
+                self.graphs[n, end] = graph
+                self.pool = graph.pool()
+
+    def act(self, pool):
+        """Act on the turns that have ended."""
+        numbers, _, _, tokens, logps = self.state
+        ended = numbers[:len(self.live), 4].nonzero()[:, 0].tolist()
+        jobs = []
+        for slot in ended:
+            n = int(numbers[slot, 1])
+            turn = tokens[slot, :n].tolist(), logps[slot, :n].tolist()
+            jobs.append(pool.submit(self.end_turn, self.live[slot], *turn))
+        for job in jobs:
+            job.result()
+
+        for slot in reversed(ended):
+            if self.live[slot].traj.status != "open":
+                last = self.live.pop()
+                if slot < len(self.live):
+                    self.copy(len(self.live), [slot])
+                    self.live[slot] = last
+                numbers[len(self.live), 4] = 1
+
+    def end_turn(self, seat, ids, logp):
+        """Append what was sampled, run the tool, enter the observation."""
+        traj = seat.traj
+        if not all(map(math.isfinite, logp)):
+            *_, step = seat.stream[0]
+            where = "evaluation" if step == EVALUATION else f"rollout of step {step}"
+            raise env.UserError(f"{where}: logits are not finite; lower --lr or take an older checkpoint")
+        seat.fed += len(ids)
+        env.step(traj, env.respond(traj, self.policy.proc, ids, logp), self.cfg, self.policy.proc)
+
+
+def row_bytes(config, cfg):
+    """What a trajectory of max_tokens takes in the cache, on CUDA: keys and values in bf16."""
+    text = config.get_text_config()
+    return 4 * text.num_hidden_layers * text.num_key_value_heads * head_dim(text) * (cfg.max_tokens + 1)
+
+
+def prefill_bytes(config, cfg):
+    """What a prefill needs beside the cache, at most: activations in fp32, of the text model or of the tower
+    (4 patches a token)."""
+    text, vision = config.get_text_config(), config.vision_config
+    token = 8 * text.hidden_size + 3 * text.intermediate_size
+    patch = 6 * vision.hidden_size + 2 * vision.intermediate_size
+    return 4 * max(PREFILL, cfg.max_tokens) * max(token, 4 * patch)
+
+
+def slots_in(free, config, cfg):
+    """How many slots fit into `free` bytes. Beside the cache a slot needs its logits in several copies; a
+    twentieth is for what the allocator cannot use. The update has all of it: the cache is freed before."""
+    slot = row_bytes(config, cfg) + 64 * config.get_text_config().vocab_size
+    return max(0, int((0.95 * free - prefill_bytes(config, cfg)) // slot))
+
+
+def fitting(policy, cfg, wanted):
+    """The slots of a rollout: as many as wanted, but on CUDA no more than fit. UserError if none does."""
     if policy.device.type == "cpu":
-        return cfg.in_flight
-    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    most = int(0.8 * free / Cache(policy, 1, cfg.max_tokens).kv.nbytes)
-    if most < cfg.in_flight:
-        print(f"in_flight: {most} of {cfg.in_flight} trajectories fit into {free / 2 ** 30:.1f} GiB")
-    return min(most, cfg.in_flight)
+        return wanted
+    torch.cuda.empty_cache()                     # the cache is one piece, which a freed rest may not hold
+    free = torch.cuda.mem_get_info()[0]
+    for p in policy.parameters():
+        free -= 2 * p.numel() * (p.dtype == torch.float32)        # autocast keeps copies in bf16
+    config = policy.vlm.config
+    most = slots_in(free, config, cfg)
+    if wanted and not most:
+        raise env.UserError(f"{free / 2 ** 30:.1f} GiB are free, which is too little for one trajectory of --max_tokens={cfg.max_tokens}; lower it, or shard")
+    if most < wanted and int(os.environ.get("RANK", 0)) == 0:
+        print(f"in_flight: {most} of {wanted} trajectories fit into {free / 2 ** 30:.1f} GiB")
+    return min(most, wanted)
 
 
 @torch.no_grad()
@@ -228,53 +369,20 @@ def rollout(policy, rows, cfg, samples=1, seed=(0, 0), streams=None, greedy=Fals
     streams (default 0, 1, ...) name the rows in the random streams, seed = (seed, step). UserError for
     logits that are NaN. All ranks must reach this if the policy is sharded."""
     policy.eval()        # in train mode, activation checkpointing (if enabled) drops the cache
-    streams = streams or range(len(rows))
-    trajs = []
-    with policy.gathered(), policy.autocast():
-        size = max(1, fitting(policy, cfg) // samples)
-        for i in range(0, len(rows), size):
-            part = slice(i, i + size)
-            trajs += rollout_piece(policy, rows[part], cfg, samples, seed, streams[part], greedy)
-    return trajs
-
-
-def rollout_piece(policy, rows, cfg, samples, seed, streams, greedy):
-    """The part of `rollout` that is in the cache at once: at least one group."""
-    proc = policy.proc
-    prompts = [env.reset(proc, row, cfg) for row in rows]
-    prompt_cache = Cache(policy, len(prompts), max(len(prompt.ids) for prompt in prompts))
-    hidden = prefill(policy, prompt_cache, prompts, [0] * len(prompts)).repeat_interleave(samples, 0)
-    cache = Cache(policy, len(hidden), cfg.max_tokens)
-    cache.end = prompt_cache.end
-    groups = cache.kv.unflatten(2, (-1, samples))
-    groups[..., :cache.end, :] = prompt_cache.kv[..., :cache.end, :].unsqueeze(3)
-    trajs, noise = [], []
-    for prompt, name in zip(prompts, streams):
-        for sample in range(samples):
-            trajs.append(prompt.fork())
-            noise.append(uniforms(seed, name, sample, (cfg.max_crops + 1) * cfg.turn_tokens))
-    noise = torch.stack(noise).to(policy.device)
-    live = trajs
-    while live:
-        u = noise[:, :cfg.turn_tokens].contiguous()
-        turns = Decoder(policy, cache, hidden, live, u, cfg, greedy).run()
-        keep, fed = [], []
-        for row, (ids, logp) in enumerate(turns):
-            traj = live[row]
-            start = len(traj.ids)
-            if not all(map(math.isfinite, logp)):
-                where = "evaluation" if seed[1] == EVALUATION else f"rollout of step {seed[1]}"
-                raise env.UserError(f"{where}: logits are not finite; lower --lr or take an older checkpoint")
-            env.step(traj, env.respond(traj, proc, ids, logp), cfg, proc)
-            if traj.status == "open":
-                keep.append(row)
-                fed.append(start + len(ids) - 1)                  # the last sampled token was never fed
-        live = [live[row] for row in keep]
-        noise = noise[keep, cfg.turn_tokens:]
-        if live:
-            cache.select(keep)
-            hidden = prefill(policy, cache, live, fed)
-    return trajs
+    seats = []
+    pool = ThreadPoolExecutor(THREADS)
+    try:
+        for i, row in enumerate(rows):
+            prompt = pool.submit(env.reset, policy.proc, row, cfg)    # opened while others are sampled
+            for sample in range(samples):
+                seats.append(Seat(prompt, (seed, streams[i] if streams else i, sample)))
+        with policy.gathered(), policy.autocast():
+            slots = fitting(policy, cfg, min(cfg.in_flight, len(seats)))
+            Engine(policy, cfg, slots, greedy).run(seats)
+    finally:
+        pool.shutdown(cancel_futures=True)
+    torch.cuda.empty_cache()                     # the cache goes back in one piece, before anything lies in it
+    return [seat.traj for seat in seats]
 
 
 # --- Judge, measures, results. FORK: a metric is an entry of `measure`; one of METRICS makes it a column ---

@@ -7,9 +7,9 @@
 
 Plain rollout: `generate` on the whole dialogues, turn by turn, all of them one left-padded batch with the pixels of all
 images so far, as TRL does it. Plain update: whole dialogues padded, with an attention mask, the logits of every position and
-log_softmax over the vocabulary. Both sides share weights, tool and resized images. A hook on both sides adds so much to the
-logit of the next scripted token that it is certain to be drawn. What was drawn, the images, the logits before the hook and
-the norm of the gradient are asserted to be equal.
+log_softmax over the vocabulary. Both sides share weights, tool and resized images. Of ours the random number of a token is
+its scripted id, of `generate` a hook makes the scripted token certain. What was drawn, how likely it was, the images and the
+norm of the gradient are asserted to be equal.
 
 Prints one table and writes runs/bench.json: rollout_ratio and update_ratio (plain seconds / ours), update_memory_ratio (our
 peak / theirs, above what is held before), and what they are made of.
@@ -122,7 +122,7 @@ class Script:
 
     def __init__(self, policy, task):
         """Makes `turns`, a list (turns) of lists (B) of ids, `table` (turns, turn_tokens, B, 1), padded with the end, and room
-        for what the scripted tokens' logits were, `raw`, alike."""
+        for the scripted tokens' log-probabilities, `logp`, alike."""
         proc, rng, B = policy.proc, np.random.default_rng(task.seed), task.prompts * task.samples
         ids, self.turns = lambda text: proc.encode_data(text, keep=env.TAGS), []
         for k in range(task.max_crops + 1):
@@ -134,26 +134,31 @@ class Script:
             raise env.UserError(f"--turn_tokens={task.turn_tokens} leaves no room for a call; raise it")
         table = [[t + [proc.end] * (task.turn_tokens - len(t)) for t in turn] for turn in self.turns]
         self.table = torch.tensor(table, device=policy.device).transpose(1, 2)[..., None]
-        self.raw, self.at = torch.zeros(self.table.shape, device=policy.device), torch.zeros(1, dtype=torch.long, device=policy.device)
+        self.logp = torch.zeros(self.table.shape, device=policy.device)
 
     def begin(self, turn):
-        self.turn, _ = turn, self.at.zero_()
+        self.turn, self.at = turn, 0
 
     def __call__(self, _, logits):
-        """The hook: logits (B, V), made certain in place. It works on the device alone, for a captured graph replays it."""
-        ids = self.table[self.turn].index_select(0, self.at)[0]
-        self.raw[self.turn].index_copy_(0, self.at, logits.gather(1, ids)[None].float())
-        self.at.add_(1)
+        """The hook in `generate`: logits (B, V), made certain in place."""
+        ids = self.table[self.turn, self.at]
+        self.logp[self.turn, self.at] = logits.float().log_softmax(-1).gather(1, ids)
+        self.at += 1
         return logits.scatter_(1, ids, 1e4)
 
 
 def our_rollout(policy, rows, task, script):
-    class Decoder(evaluation.Decoder):
-        def __init__(self, policy, cache, hidden, trajs, *more):
-            script.begin(len(trajs[0].turns))
-            super().__init__(policy, cache, hidden, trajs, *more)
-    with patch.object(evaluation, "Decoder", Decoder), \
-         patch.object(policy, "logits", lambda h, t: script(None, sft.Policy.logits(policy, h, t))):
+    """The random number of a token is its id. What it is drawn from is computed all the same."""
+    drawn = evaluation.draw
+
+    def uniforms(seed, prompt, sample, n):
+        turns = script.table[:n // task.turn_tokens, :, prompt * task.samples + sample]
+        return turns.flatten().double() / 2 ** 20
+
+    def draw(logp, u):
+        drawn(logp, u)
+        return (u * 2 ** 20).round().long()
+    with patch.object(evaluation, "uniforms", uniforms), patch.object(evaluation, "draw", draw):
         return evaluation.rollout(policy, rows, task, task.samples)
 
 
@@ -264,7 +269,7 @@ def parts_of(rollout, policy):
         return run
     with patch.object(evaluation, "prefill", timed("prefill", evaluation.prefill)), \
          patch.object(policy, "see", timed("vision", policy.see)), \
-         patch.object(evaluation.Decoder, "run", timed("decode", evaluation.Decoder.run)):
+         patch.object(evaluation.Engine, "decode", timed("decode", evaluation.Engine.decode)):
         timed("python", rollout)()
     spent["prefill"] -= spent["vision"]  # each was timed with what it calls
     spent["python"] -= spent["prefill"] + spent["vision"] + spent["decode"]
@@ -306,23 +311,22 @@ def counted(policy, trajs, script, samples):
     return read, work
 
 
-def check_equal(script, ours, plain, our_raw, plain_raw):
-    """Both sides drew the scripted tokens, saw the same images, and computed the same logits (to the compute type)."""
-    for a, b, turns in zip(ours, plain, zip(*script.turns), strict=True):
+def check_equal(script, ours, plain):
+    """Both sides drew the scripted tokens, saw the same images, and found them as likely (to the compute type)."""
+    for i, (a, b, turns) in enumerate(zip(ours, plain, zip(*script.turns), strict=True)):
         assert a.ids == b.ids and a.mask == b.mask and a.status == b.status == "answered"
-        assert [i for i, m in zip(a.ids, a.mask) if m] == sum(turns, [])
+        assert [x for x, m in zip(a.ids, a.mask) if m] == sum(turns, [])
         assert all(torch.equal(x.view, y.view) for x, y in zip(a.shown, b.shown, strict=True))
-    for turns, gap in zip(script.turns, (our_raw - plain_raw).abs()[..., 0]):  # (turn_tokens, B)
-        length = torch.tensor([len(t) for t in turns], device=gap.device)  # what a row computes after its end has no meaning
-        over = torch.arange(len(gap), device=gap.device)[:, None] >= length
-        assert (gap.masked_fill(over, 0).sum(0) / length).max() < (0.1 if gap.is_cuda else 1e-4)
+        logp = torch.cat([script.logp[k, :len(turn), i, 0] for k, turn in enumerate(turns)]).cpu()
+        gap = torch.tensor([p for p, m in zip(a.logp, a.mask) if m]) - logp
+        assert gap.abs().mean() < (0.1 if script.logp.is_cuda else 1e-4)
 
 
 def compare_rollouts(cfg, policy, plain, rows, task, script):
     """Returns (trajectories, results)."""
     ours, theirs = (lambda: our_rollout(policy, rows, task, script)), (lambda: plain_rollout(plain, policy, rows, task, script))
-    trajs, raw = ours(), script.raw.clone()
-    check_equal(script, trajs, theirs(), raw, script.raw)
+    trajs = ours()
+    check_equal(script, trajs, theirs())
     our_s, plain_s = by_turns(cfg.repeats, policy.device, ours, theirs)
     parts = parts_of(ours, policy)
     return trajs, dict(ours_s=our_s, plain_s=plain_s, trajectories_per_s=len(trajs) / our_s, decode_s=parts["decode"],

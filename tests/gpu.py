@@ -18,6 +18,7 @@ import warnings
 from collections import Counter
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -147,7 +148,9 @@ class Checks:
             for _ in range(11 if self.cuda else 2):
                 trajs = self.sample(policy)
                 held.append(torch.cuda.memory_allocated() / 2 ** 20)
-            with patch.object(evaluation, "capture", lambda f, device: f):
+            def uncaptured(f, pool):
+                return SimpleNamespace(replay=f, pool=lambda: None)
+            with patch.object(evaluation, "capture", uncaptured):
                 self.compare("captured and uncaptured", trajs, self.sample(policy), 0)
         self.say("memory growth over ten rollouts, MiB", held[-1] - held[0], -np.inf, 1)
 
@@ -232,29 +235,24 @@ class Checks:
         """A token of B rows: uncaptured, captured, replayed."""
         policy, n = self.true_policy(True)[0].eval(), 4096 if self.large else 128
         weights = sum(p.nbytes for p in policy.vlm.model.language_model.parameters())
-        traj = SimpleNamespace(ids=range(n), pos=np.full((3, 1), n - 1))
         cfg = evaluation.RolloutConfig(max_tokens=n + 256, turn_tokens=200)
         for B in (16, 64):
-            cache = evaluation.Cache(policy, B, cfg.max_tokens)
-            cache.end = n + 128
-            hidden = torch.randn(B, policy.vlm.lm_head.in_features, device=self.device)
-            u = torch.rand(B, cfg.turn_tokens, device=self.device, dtype=torch.float64)
+            engine = evaluation.Engine(policy, cfg, B, False)
+            engine.state[0][:] = torch.tensor([n, 0, 200, -1, 0])          # a turn begins at place n
             with policy.autocast():
-                decoder = evaluation.Decoder(policy, cache, hidden, [traj] * B, u, cfg, False)
-                choosing = self.seconds(decoder.choose, 3)
-                eager = self.seconds(decoder.advance, 5)
+                step = partial(engine.step, B, n + 128)
+                eager = self.seconds(step, 5)
                 capturing = -bench.clock(self.device)
-                graph = evaluation.capture(decoder.advance, self.device)
+                replay = evaluation.capture(step, None).replay if self.cuda else step
                 capturing += bench.clock(self.device)
-                replay = self.seconds(graph, 15)
-            read = (weights + cache.kv[..., :cache.end, :].nbytes) / replay / bench.limits(self.device)[0]
+                replay = self.seconds(replay, 15)
+            read = (weights + engine.cache.kv[..., :n + 128, :].nbytes) / replay / bench.limits(self.device)[0]
             self.say(f"{B} rows: uncaptured, ms", 1e3 * eager)
             self.say(f"{B} rows: capture, ms", 1e3 * capturing, 0, 100, True)
             self.say(f"{B} rows: replay, ms", 1e3 * replay, 0, 1e3 * eager, True)
-            self.say(f"{B} rows: choosing, uncaptured, ms", 1e3 * choosing, 0, 300 * replay, True)
             self.say(f"{B} rows: share of the copy rate", read, 0.5, 1, True)
         with policy.autocast(), torch.profiler.profile() as found:
-            decoder.advance()
+            step()
             bench.clock(self.device)
         kernels = [event for event in found.events() if event.device_type.name == "CUDA"]
         self.say("kernels a step", len(kernels), 1, 1500, True)
