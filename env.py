@@ -879,6 +879,8 @@ def checked(values, cls, where):
 def load_episode(path):
     """Preset ("tiny" or "real") and EpisodeConfig fields of a checkpoint; no address or key is read."""
     where = f"{path}/episode.json"
+    if os.path.isdir(f"{path}/training") and not os.path.exists(where):
+        raise UserError(f"{where} is missing, by which a checkpoint's images and turns are sized; copy it back")
     saved = read_json(where, {})
     return saved.get("preset", "real"), checked(saved, EpisodeConfig, where)
 
