@@ -1075,4 +1075,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    main(env.configure(Config, {}))
+    env.command(main, Config, {})

@@ -15,6 +15,7 @@ x1, y1). The method is DRIM (arXiv 2512.17306), from its description; "our choic
 published.
 """
 import argparse
+import errno
 import fcntl
 import inspect
 import json
@@ -78,7 +79,10 @@ class RewardConfig:
 
 # --- Boxes ----------------------------------------------------------------------------------------------
 def is_box(value):
-    return isinstance(value, list) and len(value) == 4 and all(type(v) in (int, float) for v in value)
+    """Is a value four numbers, none absurd? Also no NaN; Python compares its big integers exactly."""
+    if not isinstance(value, list) or len(value) != 4:
+        return False
+    return all(type(v) in (int, float) and abs(v) <= 1e9 for v in value)
 
 
 def area(box):
@@ -190,9 +194,7 @@ def parse_crop(arguments):
     """The crop that the arguments of a call ask for. Raises ValueError."""
     bbox, index, label = arguments.get("bbox_2d"), arguments.get("img_idx", 0), arguments.get("label")
     if not is_box(bbox):
-        raise ValueError("bbox_2d is not four numbers")
-    if not all(abs(v) <= 1e9 for v in bbox):   # also NaN; Python compares its big integers exactly
-        raise ValueError("bbox_2d is not finite")
+        raise ValueError("bbox_2d is not four finite numbers")
     if type(index) is not int:
         raise ValueError("img_idx is not an integer")
     return Action("crop", tuple(map(float, bbox)), index, label=label if isinstance(label, str) else None)
@@ -392,8 +394,8 @@ IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 def to_rgb(image):
     """Any Pillow image as RGB of 8 bits: upright, what is transparent on white, an animation's first frame.
 
-    More than 8 bits are scaled from the least usual depth that holds the brightest pixel, as files do not say
-    how many of their 16 bits a sensor has; floats of at most 1 from 1. Raises ValueError.
+    More than 8 bits are scaled by as many as the brightest pixel needs, since files do not say how many of
+    their 16 bits a sensor has (often 12); floats of at most 1 by 1. Raises ValueError.
     """
     image = ImageOps.exif_transpose(image)
 
@@ -402,12 +404,8 @@ def to_rgb(image):
         if not np.isfinite(pixels).all() or pixels.min() < 0:
             raise ValueError("it has pixels below 0, or that are not finite")
         brightest = pixels.max()
-        depths = (8, 10, 12, 14, 16, 128)
-        white = next(2.0 ** depth - 1 for depth in depths if brightest < 2.0 ** depth)
-        if image.mode == "F" and brightest <= 1:
-            white = 1.0
+        white = 1 if brightest <= 1 else 2.0 ** max(8, int(brightest).bit_length()) - 1
         image = Image.fromarray((pixels / white * 255).clip(0, 255).astype(np.uint8))
-
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
@@ -453,6 +451,7 @@ class Processor:
         if keep not in self.patterns:
             special = [t for t in self.tokenizer.get_added_vocab() if t.startswith("<") and t not in keep]
             self.patterns[keep] = re.compile("(?<=<)(?=" + "|".join(re.escape(t[1:]) for t in special) + ")")
+        text = text.encode(errors="replace").decode()        # JSON may hold half a surrogate pair
         ids = []
         for piece in self.patterns[keep].split(text):    # cut behind its "<", it is not recognised
             ids += self.tokenizer.encode(piece, add_special_tokens=False)
@@ -526,6 +525,11 @@ class Trajectory:
     def crops(self):
         """Boxes of the executed crops of the original, in order."""
         return [s.box for s in self.shown if s.tool == "crop" and s.frame is self.shown[0].frame]
+
+    def place(self, shown):
+        """An image as a record keeps it: its box, and of which image's pixels; `frame` 0 is the original."""
+        frames = [other.frame is shown.frame for other in self.shown]
+        return {"box": shown.box, "frame": frames.index(True)}
 
     def fork(self):
         """A copy that goes on by itself: one prompt becomes G samples. Images are shared, lists are not."""
@@ -757,7 +761,7 @@ def rewards(group, cfg):
 
     R = R_acc + 1{R_acc = 0 and T > 1} * Gamma,   Gamma = -lam / T^2 * sum_{t<t'} max(0, IoU(b_t, b_t') - eps)
     (DRIM) T counts executed crops; b_t are the boxes as executed, in the frame of the original. The mean
-    of each part is logged.
+    of each part is logged; one that a trajectory does not have counts as 0.
     """
     scored = []
     for traj in group:
@@ -791,14 +795,14 @@ def read_json(path, default):
     if not os.path.exists(path):
         return default
     try:
-        return dict(json.loads(Path(path).read_text()))
+        return dict(json.loads(Path(path).read_text(encoding="utf-8")))
     except (ValueError, TypeError, RecursionError) as e:
         raise UserError(f"{path}: not a JSON object ({e}); mend or remove the file")
 
 
 def write_text(path, text):
     """Replace a file: whatever happens, it holds the old text or the new one."""
-    with open(path + ".tmp", "w") as f:
+    with open(path + ".tmp", "w", encoding="utf-8", errors="replace") as f:    # for halves of surrogate pairs
         f.write(text)
         f.flush()
         os.fsync(f.fileno())
@@ -806,9 +810,28 @@ def write_text(path, text):
 
 
 def newest(folder):
-    """A run folder stands for its newest checkpoint; anything else (a checkpoint, a hub id) for itself."""
+    """A run folder stands for its newest checkpoint; anything else (a checkpoint, a hub id) for itself. Raises
+    UserError if `last` is damaged."""
     last = Path(folder, "last")
-    return f"{folder}/checkpoints/{last.read_text().strip()}" if last.exists() else folder
+    if not last.is_file():
+        return folder
+    step = last.read_text(errors="replace").strip()
+    checkpoint = f"{folder}/checkpoints/{step}"
+    if not step.isdecimal() or not os.path.isdir(checkpoint):
+        there = sorted(path.name for path in Path(folder, "checkpoints").glob("*") if path.name.isdecimal())
+        raise UserError(f"{last} names no checkpoint ({step!r:.40}); write the number of one into it: "
+                        + (", ".join(there) or "there is none; remove the folder"))
+    return checkpoint
+
+
+def find_model(path):
+    """A --model as `newest` gives it. UserError for a folder that is not there: only OWNER/NAME, its first
+    part no folder of ours, can be a model of the hub."""
+    owner, slash, name = path.partition("/")
+    hub = name and "/" not in name and owner not in ("", ".", "..", "~", "runs", "data")
+    if not os.path.exists(path) and (not hub or os.path.isdir(owner)):
+        raise UserError(f"--model={path}: no such folder; give a run, a checkpoint, or OWNER/NAME of the hub")
+    return newest(path)
 
 
 def lock(folder):
@@ -822,6 +845,10 @@ def lock(folder):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f"{folder} is in use by {Path(path).read_text()[:-1]}; end it, or give another --out")
+    except OSError as e:
+        if e.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK):
+            raise
+        print(f"{folder}: its file system knows no locks ({e.strerror}); start no second process there")
     file.truncate(0)
     print(f"process {os.getpid()} on {os.uname().nodename} since {time.ctime()}", file=file, flush=True)
     locks[path] = file
@@ -840,23 +867,34 @@ def same_settings(folder, cfg, cure="give another folder"):
 
 
 # --- The command line: argparse over the dataclasses ----------------------------------------------------
+# A field as it stands in a config class, with its comment.
+FIELD = re.compile(r"^    (\w+): [^#\n]*(?:# *(.*))?$", re.MULTILINE)
+
+
+def true_or_false(text):
+    return json.loads(text.lower())
+
+
 def make_parser(cls, real):
     """A flag for each field. --help has its comment, default and, in brackets, default with a real model."""
-    parser = argparse.ArgumentParser(usage="%(prog)s [--FLAG=VALUE ...]", allow_abbrev=False,
+    parser = argparse.ArgumentParser(usage="%(prog)s [--FLAG=VALUE ...]",
                                      description=inspect.getmodule(cls).__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     argument_default=argparse.SUPPRESS)
+                                     argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    # 1. A field belongs to the class that first has it; its comment is the last one.
     comments, groups = {}, {}
     for base in reversed(cls.__mro__[:-1]):
         group = parser.add_argument_group(inspect.getdoc(base).split("\n")[0])
-        for name, comment in re.findall(r"^    (\w+): [^#\n]*(?:# *(.*))?$", inspect.getsource(base), re.M):
+        for name, comment in FIELD.findall(inspect.getsource(base)):
             groups.setdefault(name, group)
             comments[name] = comment or comments.get(name, "")
+
+    # 2. The flags
     for f in fields(cls):
         text = f"{comments[f.name]} (default: {f.default})"
         if real.get(f.name, f.default) != f.default:
             text += f" [{real[f.name]}]"
-        kind = json.loads if f.type is bool else f.type        # true or false
+        kind = true_or_false if f.type is bool else f.type
         groups[f.name].add_argument(f"--{f.name}", type=kind, help=text.replace("%", "%%"))
     return parser
 
@@ -870,9 +908,9 @@ def checked(values, cls, where):
         value = known[f.name] = values[f.name]
         least = f.metadata.get("least", int(f.type is int))
         if type(value) is not f.type and (type(value), f.type) != (int, float):
-            raise UserError(f"{where}: {f.name} takes a value of type {f.type.__name__}, not {value!r}")
+            raise UserError(f"{where}: {f.name} takes a value of type {f.type.__name__}, not {value!r:.40}")
         if f.type in (int, float) and not least <= value < 2 ** 63:
-            raise UserError(f"{where}: {f.name} is {value}; it has to be finite and at least {least}")
+            raise UserError(f"{where}: {f.name} is {value!r:.40}; it has to be finite and at least {least}")
     return known
 
 
@@ -888,18 +926,37 @@ def load_episode(path):
 def configure(cls, real, argv=None):
     """The config (of class cls) of the flags in argv (default: this process's). With --model the episode's
     defaults are the checkpoint's, others those of `real` unless its preset is tiny. Raises UserError."""
+    # 1. Flags go before what the checkpoint says, and that before the preset.
     values = vars(make_parser(cls, real).parse_args(argv))
     if values.get("model"):
-        values["model"] = newest(values["model"])
+        values["model"] = find_model(values["model"])
         preset, episode = load_episode(values["model"])
         values = {**(real if preset == "real" else {}), **episode, **values}
     cfg = cls(**checked(values, cls, "flags"))
+
+    # 2. {seed} in a name; a/ is a
     for name, value in vars(cfg).items():
         if isinstance(value, str):
             setattr(cfg, name, value.replace("{seed}", str(cfg.seed)).rstrip("/") or value)
+
+    # 3. What could only fail later
     if isinstance(cfg, EpisodeConfig) and cfg.max_crop_pixels < cfg.min_crop_pixels:
         raise UserError(f"--max_crop_pixels={cfg.max_crop_pixels} is below --min_crop_pixels")
+    if "out" in values and (not cfg.out or os.path.isfile(cfg.out)):
+        raise UserError(f"--out={cfg.out}: not a folder; give the name of one")
     return cfg
+
+
+def command(main, cls, real):
+    """Run main(cfg) by this process's flags. A place where nothing can be written is a UserError."""
+    try:
+        main(configure(cls, real))
+    except Exception as e:
+        written = getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES,
+                                                errno.EPERM, errno.ENOTDIR, errno.EEXIST)
+        if not written and "No space left" not in str(e):        # safetensors' errors have no number
+            raise
+        raise UserError(f"cannot write: {e}; make room, or give another --out")
 
 
 def shared(cfg, cls):

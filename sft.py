@@ -911,7 +911,7 @@ def resume(cfg, identity):
 def cli(main, cls, real):
     """The command line of a stage: main(cfg) on every rank."""
     try:
-        main(env.configure(cls, real))
+        env.command(main, cls, real)
     except torch.OutOfMemoryError as e:
         raise UserError(f"out of GPU memory ({str(e).splitlines()[0]}); use more GPUs with "
                         "--shard=true; lower --micro_batch (updates), --in_flight (rollouts), --max_tokens")
