@@ -810,7 +810,7 @@ def write_text(path, text):
 
 
 def newest(folder):
-    """A run folder stands for its newest checkpoint; anything else (a checkpoint, a hub id) for itself. Raises
+    """A run folder stands for its newest checkpoint; anything else (a checkpoint, a hub id) for itself.
     UserError if `last` is damaged."""
     last = Path(folder, "last")
     if not last.is_file():
@@ -948,15 +948,14 @@ def configure(cls, real, argv=None):
 
 
 def command(main, cls, real):
-    """Run main(cfg) by this process's flags. A place where nothing can be written is a UserError."""
+    """Run main(cfg) by this process's flags. A file that cannot be read or written is a UserError."""
     try:
         main(configure(cls, real))
     except Exception as e:
-        written = getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES,
-                                                errno.EPERM, errno.ENOTDIR, errno.EEXIST)
-        if not written and "No space left" not in str(e):        # safetensors' errors have no number
+        named = isinstance(e, OSError) and e.filename
+        if not named and "No space left" not in str(e):      # also an error of safetensors
             raise
-        raise UserError(f"cannot write: {e}; make room, or give another --out")
+        raise UserError(f"cannot read or write ({e}); make room, or give another --out")
 
 
 def shared(cfg, cls):

@@ -2,6 +2,7 @@
 import collections
 import copy
 import doctest
+import errno
 import json
 import random
 import re
@@ -15,6 +16,8 @@ import torch
 from PIL import Image
 
 import env
+import sft
+from conftest import ROOT
 from env import EpisodeConfig, Shown, parse_action
 
 # An original of up to 96 x 96 pixels and crops of up to 64 x 64, as the model sees them.
@@ -435,3 +438,81 @@ def test_views_keep_to_their_budget(factor, cfg):
         for shown in (replace(original, box=zoom.box), zoom):
             size = shown.resized(factor).size
             assert size[0] % factor == size[1] % factor == 0 < size[0] * size[1] <= shown.max_pixels
+
+
+def test_places_of_images(row):
+    """A record says of which image's pixels a box is: after a rotation not the original's."""
+    turned = Shown(row["images"][0].rotate(90, expand=True), (0, 0, 200, 320), 1024, 4096, tool="rotate")
+    traj = env.start_episode(row, ROOMY)
+    traj.shown.append(turned)
+    env.step(traj, crop(0, 0, 500, 500), ROOMY)
+    env.step(traj, crop(0, 0, 500, 500, img_idx=1), ROOMY)
+    assert [traj.place(shown)["frame"] for shown in traj.shown] == [0, 1, 0, 1]
+    assert json.loads(json.dumps(traj.place(traj.shown[3]))) == {"box": [0, 0, 100, 160], "frame": 1}
+
+
+def test_half_a_surrogate_pair(policy, row, tmp_path):
+    """JSON may hold it in a row or a call; it breaks neither tokens nor a file."""
+    traj = env.render(policy.proc, {**row, "problem": "a\ud800b"}, ["<answer>\udfff</answer>"], ROOMY)
+    assert traj.status == "answered" and "a?b" in policy.proc.decode(traj.ids)
+    env.write_text(f"{tmp_path}/page.html", "é\ud800")
+    assert (tmp_path / "page.html").read_text(encoding="utf-8") == "é?"
+
+
+@pytest.mark.parametrize("value", [10 ** 400, -1e10, float("nan"), float("inf"), True, "1", None])
+def test_numbers_of_a_box(value):
+    assert not env.is_box([0, 0, 1, value]) and env.is_box([0, 0, 1, 2.5])
+
+
+def test_newest(tmp_path):
+    """The newest checkpoint of a run; a damaged `last` is named with the steps that are there."""
+    assert env.newest(str(tmp_path)) == str(tmp_path) and env.newest("some/name") == "some/name"
+    for step in ("5", "40", "41.tmp"):
+        (tmp_path / "checkpoints" / step).mkdir(parents=True)
+    last = tmp_path / "last"
+    last.write_text("40\n")
+    assert env.newest(str(tmp_path)) == f"{tmp_path}/checkpoints/40"
+    for text in (b"", b"41", b"41.tmp", b"..", b"\xff\x00"):
+        last.write_bytes(text)
+        with pytest.raises(env.UserError, match=f"^{last} names no checkpoint.*: 40, 5$"):
+            env.newest(str(tmp_path))
+
+
+def test_lock(tmp_path, monkeypatch, capsys):
+    """A folder in use is refused; where the file system knows no locks it is said, and the work goes on."""
+    def flock(file, flags):
+        raise error
+    monkeypatch.setattr(env.fcntl, "flock", flock)
+    for number in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
+        error = OSError(number, "none")
+        env.lock(f"{tmp_path}/{number}")
+        assert "knows no locks" in capsys.readouterr().out
+    for error, raised in ((BlockingIOError(), env.UserError), (OSError(errno.EIO, "broken"), OSError)):
+        with pytest.raises(raised):
+            env.lock(f"{tmp_path}/b")
+
+
+@pytest.mark.parametrize("flags, line", [
+    (["--model=runs/nothing"], "--model=runs/nothing: no such folder"),
+    (["--model=/nothing"], "no such folder"),
+    (["--model=./nothing"], "no such folder"),
+    (["--model=nothing"], "no such folder"),
+    (["--model=tests/nothing"], "no such folder"),
+    (["--out="], "--out=: not a folder"),
+    (["--out=README.md"], "--out=README.md: not a folder"),
+    (["--out=README.md/x"], "cannot read or write .*README.md/x"),
+    (["--out=/proc/x"], "cannot read or write .*/proc/x"),
+    (["--steps=" + "9" * 400], "flags: steps is 9{20,40}; it has to"),
+])
+def test_flags_in_one_line(flags, line, monkeypatch):
+    """What would fail later, or be looked for on the hub, is said at once."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["sft.py", *flags])
+    with pytest.raises(env.UserError, match=f"^.*{line}.*$"):
+        env.command(lambda cfg: env.lock(cfg.out), sft.Config, sft.REAL)
+
+
+def test_flags_as_people_write_them(monkeypatch):
+    for text in ("True", "true", "TRUE"):
+        assert env.configure(sft.Config, sft.REAL, [f"--shard={text}"]).shard is True
+    assert env.configure(sft.Config, sft.REAL, ["--model=some/name"]).model == "some/name"
