@@ -33,11 +33,16 @@ import torch
 from PIL import Image, ImageOps
 
 
+def printable(text):
+    """A text for a terminal: what would steer it is escaped, also half a surrogate pair."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 class UserError(SystemExit):
     """A mistake of the user: one line that names the file, row or flag, and the cure."""
 
-    def __init__(self, message):   # which may quote a row's text: what would steer a terminal is escaped
-        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
+    def __init__(self, message):   # which may quote a row's text
+        super().__init__(printable(message))
 
 
 class ToolError(Exception):
@@ -917,8 +922,6 @@ def checked(values, cls, where):
 def load_episode(path):
     """Preset ("tiny" or "real") and EpisodeConfig fields of a checkpoint; no address or key is read."""
     where = f"{path}/episode.json"
-    if os.path.isdir(f"{path}/training") and not os.path.exists(where):
-        raise UserError(f"{where} is missing, by which a checkpoint's images and turns are sized; copy it back")
     saved = read_json(where, {})
     return saved.get("preset", "real"), checked(saved, EpisodeConfig, where)
 

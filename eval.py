@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import textwrap
 import time
 import zlib
 from collections import defaultdict, deque
@@ -414,9 +415,16 @@ def judge(trajs, cfg):
 
 
 METRICS = {   # metric -> heading, as wide as its column; + over right answers, - over wrong ones
-    "accuracy": "   acc", "crops_right": " crop+", "crops_wrong": " crop-", "redundancy_wrong": " red-",
-    "overlap_wrong": " ovl-", "repeat_rate": "  rep", "invalid_call_rate": "  inv",
-    "unanswered_rate": " unan", "guess_rate": "  gue", "evidence_coverage": "  cov"}
+    "accuracy": "   acc",
+    "crops_right": " crop+",
+    "crops_wrong": " crop-",
+    "redundancy_wrong": " red-",
+    "overlap_wrong": " ovl-",
+    "repeat_rate": "  rep",
+    "invalid_call_rate": "  inv",
+    "unanswered_rate": " unan",
+    "guess_rate": "  gue",
+    "evidence_coverage": "  cov"}
 HEADER = "".join(METRICS.values())
 
 
@@ -430,10 +438,12 @@ def measure(traj, eps):
     answered = traj.status == "answered"
     has_boxes = bool(traj.row.get("boxes"))
     covered = has_boxes and env.covers(traj)
+
     overlaps = []                                # of each crop with the nearest earlier one
     for i, box in enumerate(crops):
         overlaps.append(max([env.iou(box, earlier) for earlier in crops[:i]], default=0))
     invalid = sum(env.calls_tool(turn.text) for turn in traj.turns if turn.error)
+
     return {
         "accuracy": (right, 1),
         "crops_right": (right * len(crops), right),
@@ -449,11 +459,14 @@ def measure(traj, eps):
 
 
 def metrics(measures):
-    """Sums of measures (at least one) over their counts, None where the count is 0; n is their number."""
+    """Sums of measures (at least one) over their counts; n is their number. None where the count is 0, or if
+    some of them, older than the metric, lack it: then it was not measured."""
     means = {"n": len(measures)}
-    for name in measures[0]:
-        total, count = np.sum([m[name] for m in measures], 0, dtype=float).tolist()
-        means[name] = total / count if count else None
+    for name in set().union(*measures):
+        values = [m[name] for m in measures if name in m]
+        total, count = np.sum(values, 0, dtype=float).tolist()
+        known = count and len(values) == len(measures)
+        means[name] = total / count if known else None
     return means
 
 
@@ -462,7 +475,7 @@ def line(means):
     text = ""
     for name, heading in METRICS.items():
         width = len(heading)
-        value = means[name]
+        value = means.get(name)
         text += "-".rjust(width) if value is None else f"{value:{width}.{width - 3}f}"
     return text
 
@@ -478,19 +491,35 @@ def show(traj, proc):
 
 
 def record(index, sample, traj, eps):
-    """An answer as tables, page and a later run read it (JSON): the row's fields and what was made of it."""
+    """An answer as tables, page and a later run read it (JSON): the row's fields and what was made of it. A
+    turn that was shown an image has its box and `frame`: of which image's pixels, 0 is the original."""
+    frames = [id(shown.frame) for shown in traj.shown]
     turns = []
     for turn in traj.turns:
-        box = turn.shown.box if turn.shown and turn.shown.tool == "crop" else None
-        turns.append({"text": turn.text, "error": env.ERRORS.get(turn.error), "box": box})
+        entry = {"text": turn.text, "error": env.ERRORS.get(turn.error), "box": None}
+        if turn.shown:
+            entry["box"] = turn.shown.box
+            entry["frame"] = frames.index(id(turn.shown.frame))
+        turns.append(entry)
     return {**traj.row, "index": index, "sample": sample, "turns": turns, "answer": traj.answer,
             "status": traj.status, "right": env.is_right(traj), "metrics": measure(traj, eps)}
 
 
+def levels(row):
+    """The groups of rows that a row counts in: "a/b" in "a" too. Without a category, by its difficulty."""
+    if row.get("category"):
+        return list(accumulate(str(row["category"]).split("/"), "{}/{}".format))
+    if row.get("difficulty") is None:
+        return []
+    unit = "boxes" if row.get("data_source") in data.TASKS else "crops"
+    return [f"{row['difficulty']} {unit}"]
+
+
 def read_records(path, settings={}):
-    """The records of a results file by (index, sample); none without a file. UserError if it was made with
-    other settings than these; what the file lacks counts as its default, a None in settings as any."""
+    """The records of a results file by (index, sample); none without a file. With settings, UserError if
+    its answers were made with others; one that the file lacks was at its default."""
     records = {}
+    old = vars(Config())
     for text in open(path) if os.path.exists(path) else ():
         try:
             entry = json.loads(text)
@@ -498,60 +527,84 @@ def read_records(path, settings={}):
             continue                             # half a line of a killed run
         if "metrics" in entry:
             records[entry["index"], entry["sample"]] = entry
-            continue
-        old = {**vars(Config()), **entry["settings"]}
-        for name, value in settings.items():
-            if value not in (None, old.get(name)):
-                raise env.UserError(f"{path}: its {name} is {old.get(name)}, not {value}; give another --out")
+        else:
+            old = {**old, **entry["settings"]}
+    for name, value in settings.items():
+        if records and old.get(name) != value:
+            raise env.UserError(f"{path}: answers with {name} {old.get(name)}, not {value}; give another --out")
     return records
 
 
-def evaluate(policy, rows, cfg, rank, world_size, k=1, greedy=False, done={}, results=None):
+def is_done(records, i, k):
+    """Are there all k answers to row i, and none that the judge failed to judge?"""
+    for sample in range(k):
+        entry = records.get((i, sample))
+        if not entry or entry["metrics"]["judge_failed_rate"][0]:
+            return False
+    return True
+
+
+def evaluate(policy, rows, cfg, rank, world_size, k=1, greedy=False, done=None, path=None):
     """Answer rows k times each, shared out over the ranks: their records in order, on all ranks. `done` has
-    those of an earlier run; the file `results` gets the new ones. All ranks must reach this."""
-    records = dict(done)
-    failed = {i for (i, _), old in done.items() if old["metrics"]["judge_failed_rate"][0]}    # asked again
-    missing = [i for i in range(len(rows)) if (i, k - 1) not in done or i in failed]    # a row's last sample
+    those of an earlier run; the file `path` gets the new ones. All ranks must reach this."""
+    records = dict(done or {})
+    missing = [i for i in range(len(rows)) if not is_done(records, i, k)]
     size = max(1, cfg.in_flight // k) * world_size
     for start in tqdm(range(0, len(missing), size), desc="eval", disable=rank > 0 or None, leave=False):
-        chosen = missing[start + rank:start + size:world_size]    # may be empty: ranks go together
+        # 1. This rank's rows; it may have none, but ranks go together.
+        chosen = missing[start + rank:start + size:world_size]
         trajs = rollout(policy, [rows[i] for i in chosen], cfg, k, (cfg.seed, EVALUATION), chosen, greedy)
         judge(trajs, cfg)
-        new = [record(chosen[n // k], n % k, traj, cfg.eps) for n, traj in enumerate(trajs)]
-        new = sum(sft.gather_objects(new), [])
-        records.update({(entry["index"], entry["sample"]): entry for entry in new})
-        if results and rank == 0:
-            with open(results, "a") as f:
+
+        # 2. Everybody's records.
+        mine = [record(chosen[n // k], n % k, traj, cfg.eps) for n, traj in enumerate(trajs)]
+        new = sum(sft.gather_objects(mine), [])
+        for entry in new:
+            records[entry["index"], entry["sample"]] = entry
+        if path and rank == 0:
+            with open(path, "a") as f:           # newline first: a killed run may have left half a line
                 f.writelines("\n" + json.dumps(entry) for entry in new)
     return [records[key] for key in sorted(records)]
+
+
+# Answers do not depend on these, or (with and without the tool) may be compared all the same.
+ELSEWHERE = ("out", "in_flight", "judge_url", "model", "data", "image_root", "bench", "limit", "image",
+             "question", "report", "max_crops")
 
 
 def score(policy, name, rows, cfg, rank, world_size, greedy):
     """Answer rows, greedily or k times each: the metrics of all and of each category. Of a benchmark without
     the tool, if --out has the answers with it, also the shares that the tool repairs and breaks."""
-    k = 1 if greedy else cfg.k
-    # Answers do not depend on these; what the rows are is in their checksum.
-    free = dict.fromkeys(("out", "in_flight", "judge_url", "bench", "data", "image_root", "limit"))
-    checksum = zlib.crc32(json.dumps(rows).encode())
-    settings = {**vars(cfg), **free, "rows": checksum, "model": env.newest(cfg.model)}
+    # 1. What the answers depend on: rows and weights by their content, wherever they lie.
+    common = {key: value for key, value in vars(cfg).items() if key not in ELSEWHERE}
+    common["rows"] = zlib.crc32(json.dumps(rows).encode())
+    common["weights"] = policy.fingerprint
+    common["judged"] = bool(cfg.judge_url)
+    settings = {**common, "max_crops": cfg.max_crops}
+
+    # 2. The answers of an earlier run, of benchmarks; other rows are cheap to answer again.
     with_tool = f"{cfg.out}/results-{name}-tool_on.jsonl"
     path = with_tool if cfg.max_crops else f"{cfg.out}/results-{name}-tool_off.jsonl"
     done, tool = {}, {}
-    if cfg.bench:                                # other rows are cheap to answer again
+    if cfg.bench:
         done = read_records(path, settings)
-        tool = read_records(with_tool, {**settings, "max_crops": None})
+    if cfg.bench and not cfg.max_crops:
+        tool = read_records(with_tool, common)
     if rank == 0 and not done:
         env.write_text(path, json.dumps({"settings": settings}))
-    records = evaluate(policy, rows, cfg, rank, world_size, k, greedy, done, path)
+
+    # 3. All answers, and what they are worth.
+    records = evaluate(policy, rows, cfg, rank, world_size, 1 if greedy else cfg.k, greedy, done, path)
     groups = defaultdict(list)
     for entry in records:
-        category = entry.get("category") or entry.get("difficulty") or ""
-        for level in accumulate(str(category).split("/"), "{}/{}".format):   # "a/b" counts in "a" too
+        for level in levels(entry):
             groups[level].append(entry["metrics"])
     scores = metrics([entry["metrics"] for entry in records])
-    scores["categories"] = {level: metrics(groups[level]) for level in sorted(groups) if level}
-    gains = [tool[key]["right"] - other["right"] for key, other in zip(sorted(tool), records)]
-    if len(gains) == len(records) and not cfg.max_crops:
+    scores["categories"] = {level: metrics(groups[level]) for level in sorted(groups)}
+
+    # 4. What the tool changes.
+    if len(tool) == len(records):
+        gains = [tool[entry["index"], entry["sample"]]["right"] - entry["right"] for entry in records]
         scores["repaired"] = gains.count(1) / len(gains)
         scores["broken"] = gains.count(-1) / len(gains)
     return scores
@@ -566,97 +619,49 @@ def scores_in(name, scores):
             yield from scores_in(f"{name} / {key}", part)
 
 
-# --- The page: one HTML file without scripts or network. All but `write_report` is pure -------------------
+# --- The page: one HTML file without scripts or network. All but the last three functions are pure -------
 STYLE = """
-:root{color-scheme:light dark;--ink:#1d2329;--paper:#fff;--soft:#f3f5f7;--line:#d3d9df;--mute:#56616b;
---good:#13703a;--bad:#b3261e}@media(prefers-color-scheme:dark){:root{--ink:#e4e8ec;--paper:#14171b;
---soft:#1e2328;--line:#3a424b;--mute:#a0abb6;--good:#63d291;--bad:#ff8f85}}*{box-sizing:border-box}body{
-margin:auto;max-width:1240px;padding:8px 14px 60px;font:15px/1.5 system-ui,sans-serif;color:var(--ink);
-background:var(--paper);overflow-wrap:anywhere}h2{margin:2em 0 .4em;border-bottom:1px solid var(--line)}p{
-white-space:pre-line}p:empty,h2:has(+.charts:empty,+.scroll tr:only-child),.scroll:has(tr:only-child){
-display:none}.lead{font-size:1.15em}.right{color:var(--good)}.wrong,.bad{color:var(--bad)}.scroll{
-overflow:auto;max-height:36em}th{position:sticky;top:0;background:var(--paper)}table{border-collapse:collapse;
-font-size:.88em;overflow-wrap:normal}th,td{padding:3px 9px;border-bottom:1px solid var(--line);
-text-align:right;font-variant-numeric:tabular-nums}th:first-child,td:first-child{text-align:left;
-min-width:8em}.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,350px),1fr));
-gap:14px}figure{margin:0}figure,article{background:var(--soft);padding:10px;min-width:0}figcaption{
-font-size:.85em;color:var(--mute)}figcaption span{display:inline-block;margin-right:1em}svg{display:block;
-width:100%;height:auto}figure text{font-size:11px;fill:var(--mute)}.grid{stroke:var(--line)}.curve{fill:none;
-stroke-width:2;stroke-linecap:round;vector-effect:non-scaling-stroke}.raw{stroke-width:1;opacity:.4}.dashed{
-stroke-dasharray:5 5}.dot{stroke-width:9;stroke-linecap:round;vector-effect:non-scaling-stroke;opacity:0}
-.dot:hover{opacity:.8}.pairs{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr));
-gap:14px}.scene text{font-weight:700;paint-order:stroke;stroke:#fff;stroke-width:.25em}rect{fill:none;
-stroke-width:2.5;vector-effect:non-scaling-stroke}.evidence{display:none;stroke:#ff0}section:has(:checked)
-.evidence{display:inline}ol{list-style:none;padding:0;margin:0}li{display:flex;gap:10px;margin:8px 0}li p{
-max-height:14em;overflow-y:auto}img{flex:none;align-self:start;width:100px;max-height:160px;
-object-fit:contain;border:3px solid}
+:root{color-scheme:light dark;--soft:light-dark(#f3f5f7,#23282e)}
+body{max-width:1100px;margin:auto;padding:8px 14px;font:15px/1.5 system-ui,sans-serif;overflow-wrap:anywhere}
+h2{margin:2em 0 .4em;border-bottom:1px solid #8888}
+.right{color:light-dark(#13703a,#63d291)}
+.wrong,.out{color:light-dark(#b3261e,#ff8f85)}
+.scroll{overflow-x:auto}
+table{border-collapse:collapse;overflow-wrap:normal}
+th,td{padding:3px 14px 3px 0;border-bottom:1px solid #8885;text-align:right}
+:is(th,td):first-child{text-align:left}
+.grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,330px),1fr));gap:14px}
+figure,article{margin:0;padding:10px;background:var(--soft);min-width:0;break-inside:avoid}
+figure span{display:inline-block;margin-right:1em}
+svg{display:block;max-width:440px}
+text{font-size:12px;fill:currentColor}
+polyline,rect{fill:none;stroke-width:2.5;stroke-linecap:round;vector-effect:non-scaling-stroke}
+.pairs{grid-template-columns:repeat(auto-fill,minmax(min(100%,400px),1fr))}
+.scene text{font-weight:700;paint-order:stroke;stroke:#fff;stroke-width:.25em}
+ol{padding:0}
+summary{cursor:pointer;font-weight:700;margin:14px 0}
+li{display:flex;gap:10px;margin:8px 0}
+img{flex:none;align-self:start;width:90px;border:3px solid}
+@media print{:root{color-scheme:light}.pairs{grid-template-columns:1fr 1fr}details::details-content{content-visibility:visible;block-size:auto}}
 """
-SWITCH = '<label><input type="checkbox"> show the evidence</label>'
-# Charts: a title, and the one or two logged numbers that it shows, the second one dashed.
-CHARTS = ("Accuracy, held out: held_out_accuracy|Reward: reward|Entropy: entropy|Gradient norm: grad_norm|"
-          "Crops if right, if wrong (dashed): crops_right crops_wrong|Loss of the cold start: loss|"
-          "Wrong and looked again, repeated crops (dashed): overlap_wrong repeat_rate|Learning rate: lr|"
-          "Invalid calls, unanswered (dashed): invalid_call_rate unanswered_rate|"
-          "Guesses, flat groups (dashed): guess_rate flat_groups|"
-          "Log-ratio between sampling and update: log_ratio|"
-          "Seconds of rollout, of update (dashed): rollout_s update_s")
+LEGEND = """Difference: after minus before, in percentage points, with a 95 % interval (normal approximation; each
+question is compared with itself). Evidence seen: a crop held it. Numbered boxes: crops; yellow: evidence."""
+# Charts: a title, and the logged number that it shows.
+CHARTS = [
+    ("Held-out accuracy, from the cold start on", "held_out_accuracy"),
+    ("Reward", "reward"),
+    ("Crops of wrong answers", "crops_wrong"),
+    ("Wrong after a second look at one place", "overlap_wrong"),
+    ("Entropy, in nats a token", "entropy"),
+    ("Imitation: the loss", "loss")]
 PALETTE = ("#2f7ed8", "#e4572e", "#2a9d4a", "#a05bd0", "#c98500", "#0a9a9a", "#c2417c", "#8a6d3b")
-VERDICTS = {True: "right", False: "wrong", None: ""}
-
-
-def line_svg(name, colour, kind, points, low, high):
-    """A series (n, 2), low to high as 0 to 1, in 120 pieces: extremes faint, a running mean strong."""
-    raw = mean = dots = ""
-    smooth = points[0, 1]
-    n = min(len(points), 120)
-    for piece in np.array_split(points, n):
-        for step, value in piece[sorted((piece[:, 1].argmin(), piece[:, 1].argmax()))]:
-            raw += f"{step:.0f},{(value - low) / (high - low):.4f} "
-        smooth += (piece[:, 1].mean() - smooth) * min(1, 20 / n)
-        step, value = piece[-1]
-        end = f"{step:.0f},{(smooth - low) / (high - low):.4f} "
-        mean += end * 2                          # twice, so that a single point is drawn
-        dots += (f'<path class="dot" stroke="{colour}" d="M{end}h0">'
-                 f'<title>{escape(name)}, step {step:.0f}: {value:.4g}</title></path>')
-    return (f'<path class="curve raw" stroke="{colour}" d="M{raw}"/>'
-            f'<path class="curve {kind}" stroke="{colour}" d="M{mean}"/>{dots}')
-
-
-def chart(title, lines):
-    """A chart as SVG, over the range of most values. lines: [(name, colour, kind, points (n, 2))]."""
-    points = np.concatenate([points for *_, points in lines])
-    last = points[:, 0].max()
-    low, high = np.percentile(points[:, 1], (1, 99))
-    high = max(high, low + 0.01 * (abs(low) or 1))
-    axes = inside = legend = ""
-    for y in range(8, 179, 34):
-        axes += (f'<path class="grid" d="M56 {y}H428"/><text x="52" y="{y + 4}" text-anchor="end">'
-                 f'{high + (low - high) * (y - 8) / 170:.3g}</text>')
-    for name, colour, kind, points in lines:
-        inside += line_svg(name, colour, kind, points, low, high)
-        legend += (f'<span><b style="color:{colour}">&#9632;</b> {escape(name)} {kind} '
-                   f'<b>{points[-1, 1]:.4g}</b></span> ')
-    return (f'<figure><b>{title}</b><svg viewBox="0 0 440 204" role="img" aria-label="{title}">{axes}'
-            f'<text x="56" y="197">0</text><text x="428" y="197" text-anchor="end">step {last:.0f}</text>'
-            f'<svg x="56" y="8" width="372" height="170" preserveAspectRatio="none" '
-            f'viewBox="0 -1 {last or 1} 1"><g transform="scale(1 -1)">{inside}</g></svg></svg>'
-            f'<figcaption>{legend}</figcaption></figure>\n')
-
-
-def curves(runs):
-    """The CHARTS that have values, of all runs, {name: entries of its log}, overlaid by colour."""
-    charts = ""
-    for text in CHARTS.split("|"):
-        title, keys = text.split(": ")
-        lines = []
-        for i, (name, log) in enumerate(runs.items()):
-            for key, kind in zip(keys.split(), ("", "dashed")):
-                points = [(e["step"], e[key]) for e in log if np.isfinite(np.float64(e.get(key)))]
-                if points:
-                    lines.append((name, PALETTE[i % 8], kind, np.array(points, float)))
-        if lines:
-            charts += chart(title, lines)
-    return f'<div class="charts">{charts}</div>'
+FACTS = "{date}, {seconds} s, threads: {threads}, commit {commit}: {command}"
+FATES = {                            # right, evidence seen
+    (True, True): "right, evidence seen",
+    (True, False): "right by a guess",
+    (False, False): "wrong without the evidence",
+    (False, True): "wrong though evidence was seen"}
+MARK = '<meta name="generator" content="DRIM">'      # by which a page of ours is known
 
 
 def table(rows):
@@ -666,143 +671,226 @@ def table(rows):
         tag = "td" if text else "th"
         text += "<tr>"
         for cell in row:
-            text += f"<{tag}>{escape(f'{cell:.3g}' if isinstance(cell, float) else str(cell))}</{tag}>"
-    return f'<div class="scroll"><table>{text}</table></div>'
+            text += f"<{tag}>{escape(str(cell))}</{tag}>"
+    return f'<div class="scroll"><table>{text}</table></div>\n'
 
 
-def data_url(image, max_side):
-    """An image as JPEG data of the size shown, at most max_side pixels a side."""
+def chart(title, lines):
+    """A chart as SVG. lines: {name of a run: points (n, 2) of step and value}; long ones are thinned."""
+    points = np.concatenate(list(lines.values()))
+    low, high = points[:, 1].min(), points[:, 1].max()
+    last = points[:, 0].max()
+    curves = legend = ""
+    for (name, points), colour in zip(lines.items(), PALETTE * 9):
+        path = " ".join(f"{x:.0f},{high - y:.5g}" for x, y in points[::len(points) // 200 + 1])
+        curves += f'<polyline stroke="{colour}" points="{path} {path.split()[-1]}"/>'      # one point is a dot
+        legend += f'<span><b style="color:{colour}">&#9632;</b> {escape(name)} <b>{points[-1, 1]:.3g}</b></span>'
+    return (f'<figure><b>{title}</b><svg viewBox="0 0 440 204" role="img" aria-label="{title}">'
+            f'<text y="16">{high:.3g}</text><text y="182">{low:.3g}</text><text x="50" y="198">0</text>'
+            f'<text x="436" y="198" text-anchor="end">step {last:.0f}</text><svg x="50" y="12" width="386" '
+            f'height="170" viewBox="0 0 {last or 1} {high - low or 1:.5g}" preserveAspectRatio="none" '
+            f'overflow="visible">{curves}</svg></svg>{legend}</figure>\n')
+
+
+def curves(logs):
+    """The CHARTS that have values, of all runs, {name: entries of its log}."""
+    charts = ""
+    for title, key in CHARTS:
+        lines = {}
+        for name, log in logs.items():
+            points = [(entry["step"], entry[key]) for entry in log if entry.get(key) is not None]
+            if points:
+                lines[name] = np.array(points, float)
+        if lines:
+            charts += chart(title, lines)
+    return f'<div class="grid">{charts}</div>'
+
+
+def fate(record):
+    """What became of a question; "" if nobody knows."""
+    covered, has_boxes = record["metrics"].get("evidence_coverage", (0, 0))
+    if record["right"] is None:
+        return ""
+    if record["status"] != "answered":
+        return "out of turns or tokens"
+    if not has_boxes:
+        return "right" if record["right"] else "wrong"
+    return FATES[record["right"], bool(covered)]
+
+
+def change_row(name, hits, k):
+    """A row of the table: the share of hits (answers, 2) before and after, and the difference. The k answers to
+    a question are averaged, then each question is compared with itself."""
+    pairs = np.reshape(hits, (-1, k, 2)).mean(1)
+    old, new = pairs.mean(0)
+    error = 1.96 * np.diff(pairs).std() / max(len(pairs) - 1, 1) ** 0.5
+    return [name, len(pairs), f"{old:.1%}", f"{new:.1%}", f"{100 * (new - old):+.1f} \u00b1 {100 * error:.1f}"]
+
+
+def picture(image, side):
+    """An image as data for a page, of at most `side` pixels a side."""
     small = image.copy()
-    small.thumbnail((max_side, max_side))
+    small.thumbnail((side, side))
     return data.image_url(small)
 
 
-def trajectory_html(record, max_side=340):
-    """One answered question: its image of at most max_side pixels, numbered crop boxes, turns, verdict."""
+def frame(box, colour, number, size):
+    """A box on a scene, numbered in letters of `size` pixels."""
+    x0, y0, x1, y1 = box
+    return (f'<rect x="{x0}" y="{y0}" width="{x1 - x0}" height="{y1 - y0}" stroke="{colour}"/><text x="{x0}" '
+            f'y="{y0 + size}" style="font-size:{size}px;fill:{colour}">{number}</text>')
+
+
+def trajectory_html(record, title):
+    """One answered question: its image with numbered crop boxes, turns, outcome."""
     try:
         image = env.open_image(record["images"][0])
     except env.UserError:                        # it has gone, or is on another machine
         image = Image.new("RGB", (64, 64))
-    items = frames = ""
-    crops = []
-    size = max(image.size) / 16
+    size = max(image.size) // 16
+    frames = turns = ""
+    for box in record.get("boxes") or ():
+        frames += frame(box, "#ff0", "", size)
+    number = 0
     for turn in record["turns"]:
-        text, box = turn["text"], turn["box"]
-        note = turn["error"] or ""
         crop = ""
-        if not note:                             # a turn with an error is shown as it was written
-            text = env.thought_of(text)
-        if box:
-            repeats = [i for i, earlier in enumerate(crops, 1) if env.iou(box, earlier) >= 0.7]
-            if repeats:
-                note = f"repeats crop {repeats[0]}"
-            colour = PALETTE[len(crops) % 8]
-            crops.append(box)
-            crop = (f'<img alt="crop {len(crops)}: {box}" style="border-color:{colour}" '
-                    f'src="{data_url(image.crop(box), 140)}">')
-            x0, y0, x1, y1 = box
-            frames += (f'<rect class="crop" x="{x0}" y="{y0}" width="{x1 - x0}" height="{y1 - y0}" '
-                       f'stroke="{colour}"/><text x="{x0 + size * len(repeats):.0f}" y="{y0 + size:.0f}" '
-                       f'dx=".15em" style="fill:{colour};font-size:{size:.0f}px">{len(crops)}</text>')
-        items += f'<li>{crop}<div><p>{escape(text.strip())}</p><p class="bad">{escape(note)}</p></div></li>\n'
-    for x0, y0, x1, y1 in record.get("boxes") or ():
-        frames += f'<rect class="evidence" x="{x0}" y="{y0}" width="{x1 - x0}" height="{y1 - y0}"/>'
-    verdict = VERDICTS[record["right"]]
-    covered, has_boxes = record["metrics"]["evidence_coverage"]
-    missed = "evidence missed" if has_boxes and not covered else ""
-    return (f'<article><p>{escape(record["problem"])}</p><svg class="scene" role="img" aria-label="scene" '
-            f'viewBox="0 0 {image.width} {image.height}" style="max-width:{max_side}px"><image '
-            f'width="{image.width}" height="{image.height}" href="{data_url(image, max_side)}"/>{frames}'
-            f'</svg><ol>{items}</ol><p>Answer: <b>{escape(str(record["answer"]))}</b> '
-            f'({escape(record["status"])}) <b class="{verdict}">{verdict}</b> <b class="bad">{missed}</b></p>'
-            f'<p>Solution: {escape(str(record["solution"]))} '
-            f'<small>{escape(str(record.get("doc_id", "")))}</small></p></article>\n')
+        if turn["box"] and not turn.get("frame"):
+            colour = PALETTE[number % 8]
+            number += 1
+            frames += frame(turn["box"], colour, number, size)
+            crop = f'<img style="border-color:{colour}" src="{picture(image.crop(turn["box"]), 120)}">'
+        turns += (f'<li>{crop}<div>{escape(env.thought_of(turn["text"]))} '
+                  f'<b class="wrong">{escape(turn["error"] or "")}</b></div>')
+    outcome = fate(record)
+    return (f'<article><b>{title}</b> {escape(record["problem"])}<svg class="scene" viewBox="0 0 {image.width} '
+            f'{image.height}"><image width="{image.width}" height="{image.height}" '
+            f'href="{picture(image, 300)}"/>{frames}</svg><ol>{turns}</ol>Answer: '
+            f'{escape(str(record["answer"]))}; solution: {escape(str(record["solution"]))} '
+            f'<b class="{outcome[:5]}">{outcome}</b></article>\n')
 
 
-def comparison(before, after, n):
-    """Of each outcome the n questions with the most turns, side by side if `before` has answers to them."""
-    groups = defaultdict(list)
-    for key, record in after.items():
-        outcome = VERDICTS[record["right"]]
-        if key in before:
-            outcome = f"{VERDICTS[before[key]['right']]} with the cold start, {outcome} now"
-        groups[outcome].append(key)
-    parts = SWITCH
-    for outcome in sorted(groups):
-        keys = sorted(groups[outcome], key=lambda key: -len(after[key]["turns"]))
-        parts += f'<h3>{len(keys)} {outcome}</h3><div class="pairs">'
-        for key in keys[:n]:
-            if key in before:
-                parts += f"<div>Cold start{trajectory_html(before[key])}</div>"
-            parts += f"<div>Now{trajectory_html(after[key])}</div>"
-        parts += "</div>"
-    return parts
+def section(name, before, after, n):
+    """Table and n examples of each kind. before and after: (folder, records); of a run alone they are one."""
+    # 1. What became of the questions that are the same.
+    (old_folder, old), (folder, new) = before, after
+    keys = [key for key in sorted(new) if key in old and old[key]["problem"] == new[key]["problem"]]
+    rights, fates, kinds = defaultdict(list), [], defaultdict(list)
+    if not keys:                                 # nothing to compare
+        return section(name, after, after, n)
+    for key in keys:
+        right = old[key]["right"], new[key]["right"]
+        kinds[right].append(key)
+        fates.append((fate(old[key]), fate(new[key])))
+        rights["Accuracy"].append(right)
+        for level in levels(new[key]):
+            rights[f"Accuracy, {level}"].append(right)
+
+    # 2. The table.
+    k = 1 + max(sample for _, sample in keys)
+    rows = [["", "questions", "before", "after", "difference"]]
+    for level in sorted(rights):
+        rows.append(change_row(level, rights[level], k))
+    for outcome in np.unique(fates):
+        rows.append(change_row(outcome.capitalize(), np.array(fates) == outcome, k))
+    heading = f"{name.replace('-tool_', ', tool ')}: {folder}"
+    if old is new:
+        rows = [row[:3] for row in rows]
+    else:
+        heading += f", before it {old_folder}"
+    html = f"<h2>{escape(heading)}</h2>{table(rows)}"
+
+    # 3. Examples.
+    for kind, right in ("repaired", (False, True)), ("broken", (True, False)), ("wrong", (False, False)):
+        html += f'<details><summary>{len(kinds[right])} {kind}: examples</summary><div class="grid pairs">'
+        for key in kinds[right][:n]:
+            html += trajectory_html(old[key], "Before:") if old is not new else ""
+            html += trajectory_html(new[key], "After:")
+        html += "</div></details>\n"
+    return html
 
 
-def questions_html(folder):
-    """40 questions from photographs, with boxes from coarse to fine, and what became of all proposals."""
-    card = env.read_json(f"{folder}/data_card.json", {})
-    parts = table([["proposals", "n"], *card["proposals"].items()]) + SWITCH + '<div class="pairs">'
-    for row in data.read_lines(f"{folder}/train.jsonl")[:40]:
-        row["images"] = [f"{folder}/{row['images'][0]}"]
-        row["turns"] = [{"text": "", "error": None, "box": box} for box in row["chain"]]
-        row.update(status=f"solve rate {row['solve_rate']}", answer=None, right=None)
-        parts += trajectory_html({**row, "metrics": {"evidence_coverage": (0, 0)}})
-    return parts + "</div>"
+def read_run(folder):
+    """A run folder's facts, entries of its log, and {name: records} of its results."""
+    facts = {**env.read_json(f"{folder}/config.json", {}), **env.read_json(f"{folder}/eval.json", {})}
+    log = sft.read_log(folder)
+    for entry in list(log):
+        facts["seconds"] = round(entry["seconds"])
+        for name, updates in (("cold_start", 0), ("held_out", 1)):
+            if name in entry:
+                log.append(dict(step=entry["step"] + updates, held_out_accuracy=entry[name]["accuracy"]))
+    results = defaultdict(dict)
+    for path in Path(folder).glob("results-*.jsonl"):
+        results[path.stem.removeprefix("results-")] = read_records(path)
+    if os.path.exists(f"{folder}/data_card.json"):         # 40 questions from photographs, from coarse to fine
+        for i, row in enumerate(data.read_lines(f"{folder}/train.jsonl")[:40]):
+            turns = [dict(text="", error=None, box=box) for box in row["chain"]]
+            made = dict(images=[f"{folder}/{row['images'][0]}"], turns=turns, answer=None, right=None, metrics={})
+            results["question"][i] = {**row, **made}
+    return facts, log, results
 
 
 def write_report(folders, out):
-    """Write the page of all runs, results and questions from photographs that lie under folders to the file
-    `out`. Results are compared with those of the same name in the folder sft beside theirs."""
-    configs, logs, records = {}, {}, {}
-    scored = [["", "n", *METRICS.values()]]
-    lead = content = ""
-    for path in sorted(set().union(*[Path(root).rglob("*.json*") for root in folders])):
-        folder = str(path.parent)
-        scores = {}
-        if path.name == "log.jsonl":
-            configs[folder] = config = env.read_json(f"{folder}/config.json", {})
-            logs[folder] = log = sft.read_log(folder)
-            lead += f"{folder}: {len(log)} steps, seed {config.get('seed')}, commit {config.get('commit')}.\n"
-            for entry in log:
-                scores = entry.get("held_out") or scores
-                entry["held_out_accuracy"] = entry.get("held_out", {}).get("accuracy")
-        elif path.name == "eval.json":
-            scores = env.read_json(path, {})
-        elif path.name == "summary.json":
-            before, after = [env.read_json(path, {})[name]["accuracy"] for name in ("sft", "rppo")]
-            lead = f"{folder}: {before:.1%} right after the cold start, {after:.1%} with RL.\n{lead}"
-        elif path.name == "data_card.json":
-            content += f"<section><h2>{escape(folder)}</h2>{questions_html(folder)}</section>"
-        elif path.name.startswith("results-"):
-            records[path] = read_records(path)
-        for label, means in scores_in(str(path), scores):
-            scored.append([label] + [means.get(name) for name in ("n", *METRICS)])
-    for path, after in records.items():
-        before = records.get(path.parent.parent / "sft" / path.name, {})
-        if after and before is not after:
-            content += f"<section><h2>{escape(str(path))}</h2>{comparison(before, after, 3)}</section>"
-    settings = [["", *configs]]
-    for key in sorted(set().union(*configs.values()) - {"out"}):
-        values = [config.get(key) for config in configs.values()]
-        if len(set(map(str, values)) - {"None"}) > 1:
-            settings.append([key, *values])
-    env.write_text(out, f"""<!DOCTYPE html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
-<title>DRIM</title><style>{STYLE}</style><main><h1>DRIM</h1><p class="lead">{escape(lead)}</p>
-<h2>Last evaluation</h2>{table(scored)}<h2>Settings that differ</h2>{table(settings)}
-<h2>Curves</h2>{curves(logs)}{content}</main>
-""")
+    """Write the page of these runs to the file `out`. Answers are compared with those of the first run that
+    has answers under the same name."""
+    # 1. Read the runs. A damaged one is named, the others are shown.
+    logs, found, runs, asked = {}, defaultdict(list), "", ""
+    for folder in dict.fromkeys(folders):
+        try:
+            facts, logs[folder], results = read_run(folder)
+        except (Exception, env.UserError) as e:
+            runs += f"<p>{escape(folder)} is damaged: {escape(f'{e!r:.200}')}</p>"
+            continue
+        if not facts:
+            continue                             # nothing is there, as yet
+        runs += f"<p><b>{escape(folder)}</b> {escape(FACTS.format_map(defaultdict(str, facts)))}</p>\n"
+        for record in results.pop("question", {}).values():
+            asked += trajectory_html(record, "")
+        for name, records in results.items():
+            if records:
+                found[name].append((folder, records))
+
+    # 2. What changed, the sampled answers first.
+    sections = ""
+    for name in sorted(found, reverse=True):
+        for after in found[name][1:] or found[name]:
+            sections += section(name, found[name][0], after, max(1, 4 // len(found[name])))
+
+    html = f"""<!DOCTYPE html>
+<html lang="en"><meta charset="utf-8">{MARK}
+<meta name="viewport" content="width=device-width,initial-scale=1">
+<title>DRIM</title><style>{STYLE}</style><h1>DRIM</h1>{asked}{sections}<p>{LEGEND}</p>
+<h2>Training</h2>{curves(logs)}<h2>Runs</h2>{runs}
+"""
+    env.write_text(out, html.encode(errors="replace").decode())      # half a surrogate pair cannot be written
 
 
-def refresh_report(*folders):
-    """write_report to report.html in the first of the folders. That it fails is never the end of a run."""
-    out = f"{folders[0]}/report.html"
+def refresh_report(parent, *folders):
+    """write_report to report.html in the folder `parent`. That it fails is never the end of a run."""
+    out = f"{parent}/report.html"
     try:
+        if os.path.exists(out) and MARK not in Path(out).read_text(errors="replace"):
+            raise env.UserError("there is another file of that name; move it")
         write_report(folders, out)
         print(f"see {out}")
     except (Exception, env.UserError) as e:
-        print(f"{out} was not written: {e!r}")
+        print(f"{out} was not written: {e!r:.200}")
+
+
+# --- The stage ------------------------------------------------------------------------------------------
+REAL = dict(env.REAL_EPISODE, in_flight=64)
+
+
+def load(model, device="cpu", **flags):
+    """For scripts: the policy of a run folder, a checkpoint or a hub id, and the Config that goes with it: the
+    checkpoint's own episode, then the flags.
+
+        policy, cfg = load("runs/rppo", turn_tokens=64)
+        row = {"images": [image or path], "problem": "What is on the sign?", "solution": ""}
+        [traj] = rollout(policy, [row], cfg, greedy=True)
+    """
+    argv = [f"--{name}={value}" for name, value in flags.items()]
+    cfg = env.configure(Config, REAL, [f"--model={model}", *argv])
+    return sft.load_policy(cfg.model, device), cfg
 
 
 def ask(policy, cfg):
@@ -812,31 +900,70 @@ def ask(policy, cfg):
     print(show(traj, policy.proc))
     answer = {**record(0, 0, traj, cfg.eps), "right": None}
     env.write_text(f"{cfg.out}/results-question.jsonl", json.dumps(answer))
-    refresh_report(cfg.out)
+    refresh_report(cfg.out, cfg.out)
     return answer
+
+
+def report(folders):
+    """--report: write the page of runs into the first folder. The folder of a main job stands for its runs."""
+    runs = []
+    for folder in folders:
+        parts = [f"{folder}/{name}" for name in ("sft", "rppo", "eval/sft", "eval/rppo")]
+        runs += [folder] if os.path.exists(f"{folder}/config.json") else parts
+    if not any(map(os.path.isdir, runs)):
+        raise env.UserError(f"--report: no run in {', '.join(folders)}")
+    refresh_report(folders[0], *runs)
+
+
+def read_tasks(cfg):
+    """What is to be scored, {name: rows}, and of benchmarks the lines that are left out, {name: reasons}."""
+    if cfg.bench:
+        return data.read_benches(cfg.bench, cfg.image_root, cfg.limit)
+    rows = data.load_rows(data.split_path(cfg.data, "test"), cfg.image_root)[:cfg.limit or None]
+    return {"sampled": rows, "greedy": rows}, {}
+
+
+def print_scores(cfg, result):
+    """The table, under what the answers rest on."""
+    episode = env.shared(cfg, env.EpisodeConfig)
+    print(textwrap.fill(" ".join(f"{name}={value}" for name, value in episode.items()), 100))
+    print(f"{'':37}n{HEADER}")
+    for label, means in scores_in(cfg.model, result):
+        print(f"{env.printable(label)[-32:]:32}{means['n']:6}{line(means)}")
+        for name in ("repaired", "broken", "judge_failed_rate", "left_out"):
+            if means.get(name):
+                print(f"    {name} {means[name]:.4g}")
+    print(f"answers: {cfg.out}/results-*.jsonl, numbers: {cfg.out}/eval.json")
 
 
 def main(cfg):
     """Measure a policy as cfg says; all ranks call it. Returns the contents of <out>/eval.json."""
     rank, world_size, device = sft.setup()
     if cfg.report:
-        return refresh_report(*cfg.report.split(",")) if rank == 0 else None
+        return report(cfg.report.split(",")) if rank == 0 else None
+    if not cfg.model:
+        raise env.UserError("no --model: give a run folder (--model=runs/rppo), a checkpoint or a hub id")
+    if bool(cfg.image) != bool(cfg.question):
+        raise env.UserError("--image and --question go together; give both")
+
     policy = sft.load_policy(env.newest(cfg.model), device)
     if rank == 0:
         env.lock(cfg.out)
+        env.write_text(f"{cfg.out}/config.json", json.dumps({**vars(cfg), **sft.provenance()}, indent=1))
     if cfg.image:
         return ask(policy, cfg) if rank == 0 else None
-    if cfg.bench:
-        tasks, left_out = data.read_benches(cfg.bench, cfg.image_root, cfg.limit)
-    else:
-        rows = data.load_rows(data.split_path(cfg.data, "test"), cfg.image_root)[:cfg.limit or None]
-        tasks, left_out = {"sampled": rows, "greedy": rows}, {}
-    for name, lines in left_out.items():
-        if rank == 0 and lines:
-            print(f"{name}: {len(lines)} questions are left out, the first: {lines[0]}")
+
+    tasks, left_out = read_tasks(cfg)
+    if rank == 0:
+        sizes = ", ".join(f"{len(rows)} {name}" for name, rows in tasks.items())
+        print(f"eval: {cfg.model} answers {sizes} on {world_size} ranks; the bar says how long", flush=True)
+        for name, lines in left_out.items():
+            if lines:
+                print(env.printable(f"{name}: {len(lines)} questions are left out, the first: {lines[0]}"))
     data.check_rows(sum(tasks.values(), []), rank, world_size, policy.proc, cfg)
+
     started = time.time()
-    result = {"config": vars(cfg)}
+    result = {"config": vars(cfg), "weights": policy.fingerprint}
     for name, rows in tasks.items():
         greedy = name == "greedy" or name != "sampled" and cfg.k == 1
         result[name] = score(policy, name, rows, cfg, rank, world_size, greedy)
@@ -847,15 +974,10 @@ def main(cfg):
     result["seconds"] = round(time.time() - started, 1)
     if rank == 0:
         env.write_text(f"{cfg.out}/eval.json", json.dumps(result, indent=1))
-        print(f"{cfg if cfg.bench else ''}\n{'':37}n{HEADER}")
-        for label, means in scores_in(cfg.model, result):
-            print(f"{label[-32:]:32}{means['n']:6}{line(means)}")
-            for name in ("repaired", "broken", "judge_failed_rate", "left_out"):
-                if means.get(name):
-                    print(f"    {name} {means[name]:.4g}")
-        refresh_report(os.path.dirname(cfg.out) or cfg.out)
+        print_scores(cfg, result)
+        refresh_report(cfg.out, cfg.out)
     return result
 
 
 if __name__ == "__main__":
-    sft.cli(main, Config, dict(env.REAL_EPISODE, in_flight=64))
+    sft.cli(main, Config, REAL)

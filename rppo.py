@@ -319,10 +319,10 @@ def train(policy, optimizers, preset, rows, held_out, first, cfg, rank, world_si
         sft.save_checkpoint(step, policy, optimizers, cfg, preset)
         if rank == 0:
             sft.prune(cfg, step, mark_best(cfg.out))
-            evaluation.refresh_report(parent(cfg))
+            refresh_report(cfg)
 
     mine = list(range(rank, cfg.prompts, world_size))      # this rank's prompts of a step
-    started = saved = time.time()
+    started = time.time()
     with sft.deferred_signals() as asked:
         for step in range(first, cfg.steps):
             entry = dict(step=step)
@@ -358,16 +358,15 @@ def train(policy, optimizers, preset, rows, held_out, first, cfg, rank, world_si
 
             # 4. Log
             entry.update(summarise(samples, cfg), seconds=time.time() - started)
+            [stopped] = sft.all_sum(len(asked))
             if rank == 0:
                 sft.append_log(cfg.out, entry)
                 print_step(entry, samples, policy.proc, first, cfg)
             del samples                  # with their images' features, before the next are sampled
 
             # 5. Save
-            stopped, is_due = sft.due(step + 1, asked, saved, cfg)
-            if is_due or evaluates:
+            if (step + 1) % cfg.save_every == 0 or evaluates or done or stopped:
                 save(step + 1)
-                saved = time.time()
             if error:
                 raise error
             if stopped:
@@ -378,6 +377,12 @@ def train(policy, optimizers, preset, rows, held_out, first, cfg, rank, world_si
 def parent(cfg):
     """The folder that holds cfg.out; the main job's other results go there too."""
     return os.path.dirname(cfg.out) or "."
+
+
+def refresh_report(cfg):
+    """Write ../report.html: what the cold start and this run have logged and answered."""
+    top = parent(cfg)
+    evaluation.refresh_report(top, f"{top}/sft", cfg.out, f"{top}/eval/sft", f"{top}/eval/rppo")
 
 
 def say(rank, text):
@@ -417,7 +422,7 @@ def compare(cfg, start, seconds, rank):
     seconds["total"] = sum(seconds.values())
     summary["seconds"] = {name: round(value, 1) for name, value in seconds.items()}
     env.write_text(f"{parent(cfg)}/summary.json", json.dumps(summary, indent=1))
-    evaluation.refresh_report(parent(cfg))
+    refresh_report(cfg)
     print(f"\n{'':10} greedy {evaluation.HEADER}")
     for label, name in (("cold start", "sft"), ("RPPO" if cfg.lam else "GRPO", "rppo")):
         print(f"{label:10} {summary[name]['accuracy_greedy']:6.3f} {evaluation.line(summary[name])}")
@@ -454,7 +459,7 @@ def main(cfg):
     # 3. RL
     say(rank, f"3 of 4: RL from {start}, {cfg.prompts} prompts x {cfg.samples} a step, into {cfg.out}")
     clock = time.time()
-    first = sft.open_run(cfg, rank, rows + held_out)      # the step to go on from, or 0
+    first = sft.open_run(cfg, rank)      # the step to go on from, or 0
     policy, optimizers, preset = sft.load_trainable(cfg, start, first, device, (0.9, 0.95))
     data.check_rows(rows + held_out, rank, world_size, policy.proc, cfg)
     train(policy, optimizers, preset, rows, held_out, first, cfg, rank, world_size)

@@ -1,6 +1,7 @@
 """Evaluating (eval.py): metrics, results files that the same command continues, judge."""
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ import sft
 
 CALL = '<tool_call>{"name": "image_zoom_in_tool", "arguments": {"bbox_2d": [%s]}}</tool_call>'
 ROW = """{"images": ["a.png"], "problem": "q%d", "solution": "%s", "doc_id": "t%d", "difficulty": %d,\
- "boxes": [[0, 0, 20, 20]]}"""
+ "boxes": [[0, 0, 20, 20]], "data_source": "tiny"}"""
 
 
 @pytest.fixture
@@ -40,6 +41,7 @@ def asked(monkeypatch):
     monkeypatch.setattr(evaluation, "show", lambda traj, proc: "shown")
     policy = torch.nn.Linear(3, 3)
     policy.proc = None
+    policy.fingerprint = "f00d"
     monkeypatch.setattr(sft, "load_policy", lambda path, device: policy)
     monkeypatch.setattr(data, "check_rows", lambda *_: None)       # there is no processor
     return numbers
@@ -107,13 +109,14 @@ def test_metrics():
 def test_rows(folder, asked, capsys):
     """Sampled and greedy answers of a file of rows, by difficulty."""
     result = run(folder, k=2)
-    assert result["n"] == 20 and result["greedy"]["n"] == 10 and set(result["categories"]) == {"1", "2"}
+    assert result["n"] == 20 and result["greedy"]["n"] == 10 and set(result["categories"]) == {"1 boxes", "2 boxes"}
     records = evaluation.read_records(f"{folder}/runs/eval/results-sampled-tool_on.jsonl")
     assert len(records) == 20 and records[3, 1]["doc_id"] == "t3"
     assert result["accuracy"] == np.mean([entry["right"] for entry in records.values()])
     printed = capsys.readouterr().out
-    assert max(map(len, printed.splitlines()[:-1])) <= 110 and "runs/report.html" in printed
-    assert (folder / "runs/report.html").exists()
+    assert max(map(len, printed.replace(str(folder), "").splitlines())) <= 100 and "see /runs" not in printed
+    assert "answers 10 sampled, 10 greedy" in printed and "max_pixels=1024" in printed      # what answers rest on
+    assert (folder / "runs/eval/report.html").exists()
     assert json.loads((folder / "runs/eval/eval.json").read_text())["accuracy"] == result["accuracy"]
 
 
@@ -127,7 +130,7 @@ def test_what_a_benchmark_leaves_out(folder, asked, capsys):
 
 
 def test_the_same_command_continues(folder, asked):
-    """And refuses other settings; one that an older file lacks counts as its default."""
+    """It refuses other settings or weights, wherever they lie, and measures nothing that older answers lack."""
     first = bench(folder, k=2)
     path = folder / "runs/eval/results-rows-tool_on.jsonl"
     lines = path.read_text().splitlines()
@@ -139,16 +142,49 @@ def test_the_same_command_continues(folder, asked):
     again = bench(folder, k=2)
     assert sum(asked) == 8 and again["rows"] == first["rows"]
     asked.clear()
-    assert bench(folder, k=2, in_flight=1)["rows"] == first["rows"] and not asked
-    for change in (dict(max_tokens=99), dict(limit=3), dict(k=3), dict(seed=1), dict(eps=0.2)):
-        with pytest.raises(env.UserError, match="give another --out"):
+    assert bench(folder, k=2, in_flight=1, model="moved")["rows"] == first["rows"] and not asked
+    path.write_text(path.read_text().replace('"repeat_rate": [0', '"older": [0', 1))
+    again = bench(folder, k=2)["rows"]
+    assert again["repeat_rate"] is again["older"] is None and again["accuracy"] == first["rows"]["accuracy"]
+    for change in (dict(max_tokens=99), dict(limit=3), dict(k=3), dict(seed=1), dict(eps=0.2), dict(judge_url="x")):
+        with pytest.raises(env.UserError, match="results-rows-tool_on.jsonl: .*give another --out"):
             bench(folder, **{"k": 2, **change})
+
+
+@pytest.mark.parametrize("max_crops", [5, 0])
+def test_other_weights_are_refused(folder, asked, max_crops):
+    """Under the same path, and as the pair of answers without the tool."""
+    bench(folder)
+    sft.load_policy("m", "cpu").fingerprint = "beef"
+    with pytest.raises(env.UserError, match="tool_on.jsonl: .*weights f00d, not beef; give another --out"):
+        bench(folder, max_crops=max_crops)
+
+
+@pytest.mark.parametrize("fields, words", [
+    (dict(model=""), "no --model: .*--model=runs/rppo"),
+    (dict(image="a.png"), "--image and --question go together"),
+    (dict(question="what?"), "--image and --question go together")])
+def test_what_is_missing(folder, fields, words):
+    with pytest.raises(env.UserError, match=words):
+        run(folder, **fields)
+
+
+def test_loading_from_a_script(scenes, tmp_path):
+    """A run folder's newest checkpoint, with its own preset and images of any mode."""
+    shutil.copytree(f"{scenes}/tiny", tmp_path / "checkpoints/3")
+    (tmp_path / "last").write_text("3")
+    policy, cfg = evaluation.load(str(tmp_path), turn_tokens=4, max_crops=0)
+    assert (cfg.model, cfg.turn_tokens, cfg.max_pixels) == (f"{tmp_path}/checkpoints/3", 4, 1024)
+    row = {"images": [Image.new("LA", (64, 64))], "problem": "what?", "solution": ""}
+    [traj] = evaluation.rollout(policy, [row], cfg, greedy=True)
+    assert len(traj.turns) == 1 and policy.fingerprint
 
 
 def test_with_and_without_the_tool(folder, capsys):
     on = bench(folder)["rows"]
     off = bench(folder, max_crops=0)["rows"]
-    assert "Config(max_crops=0, max_pixels=1024, " in capsys.readouterr().out          # what answers rest on
+    printed = capsys.readouterr().out
+    assert "max_crops=0 " in printed and "repaired 0." in printed
     assert "repaired" not in on and off["repaired"] > 0
     assert off["repaired"] - off["broken"] == pytest.approx(on["accuracy"] - off["accuracy"])
 

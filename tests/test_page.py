@@ -1,25 +1,29 @@
-"""The page: it shows what the logs and records hold, hostile text stays text, files stay small."""
+"""The page: what RL changed, of the runs that are given; hostile text stays text, files stay small."""
 import json
+import re
 from html.parser import HTMLParser
 
 import pytest
 from PIL import Image
 
+import env
 import eval as evaluation
 
-RECORD = """{"sample": 0, "problem": "Which?", "solution": "red", "answer": "red", "status": "answered",
-"boxes": [[5, 5, 9, 9]], "metrics": {"evidence_coverage": [true, true]}}"""
 ROW = """{"images": ["scene.png"], "doc_id": "photo-0", "problem": "Which?", "solution": "A",
 "boxes": [[9, 9, 20, 20]], "chain": [[0, 0, 90, 90], [9, 9, 20, 20]], "solve_rate": 0.375}"""
 HOSTILE = '</p><script>alert("1")</script><img src=x onerror=alert(1)>&lt;'
 
 
 class Page(HTMLParser):
-    """The elements of a page as (tag, attributes), and its texts."""
+    """The elements of a page as (tag, attributes), its texts, and the rows of its tables."""
     def __init__(self, html):
         super().__init__()
         self.elements, self.texts = [], []
         self.feed(html)
+        self.rows = {}
+        for row in re.findall(r"<tr>(<td>.*?)(?=<tr>|</table>)", html):
+            name, *cells = re.findall(r"<td>(.*?)</td>", row)
+            self.rows.setdefault(name, cells)
 
     def handle_starttag(self, tag, attrs):
         self.elements.append((tag, dict(attrs)))
@@ -27,8 +31,8 @@ class Page(HTMLParser):
     def handle_data(self, data):
         self.texts.append(data.strip())
 
-    def find(self, tag, kind=None):
-        return [a for name, a in self.elements if name == tag and kind in (None, a.get("class"))]
+    def find(self, tag):
+        return [attrs for name, attrs in self.elements if name == tag]
 
 
 @pytest.fixture
@@ -38,78 +42,127 @@ def image(tmp_path):
     return path
 
 
-def record(image, index=0, right=True, boxes=([0, 0, 50, 50],), **fields):
+def record(image, index=0, right=True, boxes=([0, 0, 50, 50],), covered=True, **fields):
     turns = []
     for i, box in enumerate(boxes):
         text = f"<think>look {i}</think>\n<tool_call>{{}}</tool_call>"
-        turns.append({"text": text, "error": None, "tool": "crop", "box": box})
-    turns.append({"text": "<answer>red</answer>", "error": None, "tool": None, "box": None})
-    changed = {"doc_id": f"test-{index}", "images": [str(image)], "turns": turns, "right": right}
-    return {**json.loads(RECORD), **changed, "index": index, **fields}
+        turns.append({"text": text, "error": None, "box": box, "frame": 0})
+    turns.append({"text": "<answer>red</answer>", "error": None, "box": None})
+    entry = dict(index=index, sample=0, problem=f"Which? {index}", solution="red", answer="red", right=right,
+                 doc_id=f"test-{index}", images=[str(image)], status="answered", boxes=[[5, 5, 9, 9]], turns=turns,
+                 metrics={"evidence_coverage": [covered, True]})
+    return {**entry, **fields}
 
 
-def test_curves():
-    """They end at the last value of every run; a long log stays small and keeps its spikes."""
-    rppo = json.loads('[{"step": 0, "reward": 0.5, "grad_norm": null}, {"step": 1, "reward": 0.75}]')
-    grpo = json.loads('[{"step": 0, "reward": 0.25, "held_out_accuracy": 0.625}]')
-    found = Page(evaluation.curves({"rppo": rppo, "grpo": grpo}))
-    assert {"0.75", "0.25", "0.625", "rppo, step 1: 0.75"} <= set(found.texts)
+def keyed(*records):
+    return {(entry["index"], entry["sample"]): entry for entry in records}
+
+
+def write_run(folder, *records, name="sampled-tool_on", log=()):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text('{"command": "rppo.py --lam=0", "commit": "c0ffee", "threads": 3}')
+    (folder / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in log))
+    lines = "".join(json.dumps(entry) + "\n" for entry in records)
+    (folder / f"results-{name}.jsonl").write_text(lines)
+    return str(folder)
+
+
+def test_curves(tmp_path):
+    """They end at the last value of every run; accuracy begins at the cold start's; long logs stay small."""
+    entry = dict(step=0, seconds=1.0, cold_start={"accuracy": 0.5}, held_out={"accuracy": 0.625}, reward=0.25)
+    run = write_run(tmp_path / "a", log=[entry, dict(step=1, seconds=2.4, reward=0.75)])
+    facts, log, _ = evaluation.read_run(run)
+    assert facts["seconds"] == 2
+    found = Page(evaluation.curves({"rppo": log, "grpo": [dict(step=0, reward=0.375)]}))
+    assert {"0.75", "0.375", "0.625", "0.5"} <= set(found.texts) and len(found.find("figure")) == 2
+    points = [line["points"] for line in found.find("polyline")]
+    assert points == ["0,0.125 1,0 1,0", "0,0.5 1,0 1,0", "0,0.375 0,0.375"]
     log = [{"step": step, "entropy": step % 7} for step in range(100_000)]
-    log[77777]["entropy"] = 1e6
-    html = evaluation.curves({"rppo": log})
-    assert len(html) < 50_000 and "77777,166666.6667" in html
+    assert len(evaluation.curves({"rppo": log})) < 10_000
 
 
 def test_crops_are_the_executed_boxes(image):
-    boxes = [[0, 0, 50, 50], [4, 0, 54, 50], [100, 20, 380, 190]]
-    found = Page(evaluation.trajectory_html(record(image, boxes=boxes), 100))
+    """A box of another frame (of an image that a tool turned, say) is not drawn on the original."""
+    shown = record(image, boxes=[[0, 0, 50, 50], [1, 2, 3, 4], [100, 20, 380, 190]])
+    shown["turns"][1].update(frame=2, error="Error: no.")
+    found = Page(evaluation.trajectory_html(shown, "After:"))
     drawn = []
-    for rect in found.find("rect", "crop"):
+    for rect in found.find("rect"):
         drawn.append([int(rect[name]) for name in ("x", "y", "width", "height")])
-    assert drawn == [[0, 0, 50, 50], [4, 0, 50, 50], [100, 20, 280, 170]]
-    assert len(found.find("rect", "evidence")) == 1 and {"3", "look 1", "repeats crop 1"} <= set(found.texts)
-    assert found.find("img")[2]["alt"] == "crop 3: [100, 20, 380, 190]"
+    assert drawn == [[5, 5, 4, 4], [0, 0, 50, 50], [100, 20, 280, 170]]      # the first is the evidence
+    assert len(found.find("img")) == 2 and {"2", "look 1", "Error: no.", "right, evidence seen"} <= set(found.texts)
 
 
-def test_before_and_after_by_outcome(image):
-    before, after = {}, {}
-    for i in range(6):
-        before[i, 0] = record(image, i, right=i > 1)             # 0 fixed, 1 wrong, 2 broken, 3 to 5 right
-        after[i, 0] = record(image, i, right=i not in (1, 2))
-    after[5, 0]["turns"] *= 2                      # the most crops: shown first
-    found = Page(evaluation.comparison(before, after, 2))
-    for heading in ("1 wrong with the cold start, right now", "1 right with the cold start, wrong now",
-                    "1 wrong with the cold start, wrong now", "3 right with the cold start, right now"):
-        assert heading in found.texts
-    assert len(found.find("article")) == 2 * (1 + 1 + 1 + 2)
-    assert found.texts.index("test-5") < found.texts.index("test-3")
+def test_what_changed(image):
+    """Accuracy and the fates of the same questions, with intervals worked out by hand, accuracy first."""
+    before, after = [], []
+    for i in range(4):                         # 0 repaired, 1 wrong, 2 broken, 3 right
+        common = dict(difficulty=3 + i % 2, data_source="tiny")
+        before.append(record(image, i, right=i > 1, covered=i > 2, **common))
+        after.append(record(image, i, right=i in (0, 3), status="over_turns" if i == 2 else "answered", **common))
+    html = evaluation.section("x", ("a", keyed(*before)), ("b", keyed(*after, record(image, 9))), 1)
+    assert Page(html).rows == {
+        "Accuracy": ["4", "50.0%", "50.0%", "+0.0 \u00b1 80.0"],           # 1.96 * sqrt((1 + 1) / 4 / 3)
+        "Accuracy, 3 boxes": ["2", "50.0%", "50.0%", "+0.0 \u00b1 196.0"],
+        "Accuracy, 4 boxes": ["2", "50.0%", "50.0%", "+0.0 \u00b1 0.0"],
+        "Out of turns or tokens": ["4", "0.0%", "25.0%", "+25.0 \u00b1 49.0"],
+        "Right by a guess": ["4", "25.0%", "0.0%", "-25.0 \u00b1 49.0"],
+        "Right, evidence seen": ["4", "25.0%", "50.0%", "+25.0 \u00b1 49.0"],
+        "Wrong though evidence was seen": ["4", "0.0%", "25.0%", "+25.0 \u00b1 49.0"],
+        "Wrong without the evidence": ["4", "50.0%", "0.0%", "-50.0 \u00b1 56.6"]}
+    assert list(Page(html).rows)[0] == "Accuracy"
+    summaries = [text for text in Page(html).texts if "examples" in text]
+    assert summaries == ["1 repaired: examples", "1 broken: examples", "1 wrong: examples"]
+    assert html.count("<article>") == 6 and html.count("<details>") == 3
+    other = keyed(record(image, problem="another"))
+    assert Page(evaluation.section("x", ("a", other), ("b", keyed(before[0])), 1)).rows["Accuracy"] == ["1", "0.0%"]
+
+
+def test_samples_of_a_question_are_one(image):
+    pairs = [[False, True], [False, True], [False, False], [True, True]]     # two questions, two samples each
+    assert evaluation.change_row("x", pairs, 2) == ["x", 2, "25.0%", "75.0%", "+50.0 \u00b1 98.0"]
+
+
+def test_only_given_runs_and_a_damaged_one(image, tmp_path, capsys):
+    """What lies beside them is not read, what is damaged is named; a page of somebody else stays."""
+    runs = tmp_path / "runs"
+    write_run(runs / "eval/sft", record(image, right=False))
+    write_run(runs / "eval/rppo", record(image))
+    write_run(runs / "old", record(image), name="old")
+    write_run(runs / "sft", log=[dict(step=0, seconds=1.0, loss=2.0)])
+    evaluation.main(evaluation.Config(report=str(runs)))
+    page = (runs / "report.html").read_text()
+    assert Page(page).rows["Accuracy"][1:3] == ["0.0%", "100.0%"] and "old" not in Page(page).texts
+    assert "threads: 3, commit c0ffee: rppo.py --lam=0" in page and "Imitation" in page
+    (runs / "sft/config.json").write_text("{")
+    evaluation.main(evaluation.Config(report=str(runs)))
+    page = (runs / "report.html").read_text()
+    assert "sft is damaged" in page and Page(page).rows["Accuracy"][1:3] == ["0.0%", "100.0%"]
+    (runs / "report.html").write_text("mine")
+    evaluation.main(evaluation.Config(report=str(runs)))
+    assert (runs / "report.html").read_text() == "mine" and "was not written" in capsys.readouterr().out
+    with pytest.raises(env.UserError, match="no run in nowhere"):
+        evaluation.main(evaluation.Config(report="nowhere"))
 
 
 def test_hostile_text_stays_text(image, tmp_path):
-    (tmp_path / "<b>a").mkdir()
-    (tmp_path / "<b>a/log.jsonl").write_text('{"step": 0, "reward": 1}\n{"step": 1, "rew')
-    bad = record(image, problem=HOSTILE, solution=HOSTILE, answer=HOSTILE, doc_id=HOSTILE)
-    bad["turns"][0] = {"text": HOSTILE, "error": HOSTILE, "tool": None, "box": None}
-    lines = json.dumps(bad) + "\n" + json.dumps(record(HOSTILE, 1)) + '\n{"half'
-    (tmp_path / "results-<b>.jsonl").write_text(lines)
-    (tmp_path / "eval.json").write_text(json.dumps({HOSTILE: {"accuracy": 1}}))
-    evaluation.refresh_report(tmp_path)
+    bad = record(image, problem=HOSTILE, solution=HOSTILE, answer=HOSTILE + "\ud800", category=HOSTILE, right=False)
+    bad["turns"][0].update(text=HOSTILE, error=HOSTILE, box=None)
+    run = write_run(tmp_path / "<b>a", bad, record(HOSTILE, 1), log=[dict(step=0, seconds=1.0, reward=1.0)])
+    evaluation.refresh_report(tmp_path, run)
     html = (tmp_path / "report.html").read_text()
-    assert not Page(html).find("script") and Page(html).texts.count(HOSTILE) > 4
-    assert HOSTILE not in html and "http" not in html
+    assert not Page(html).find("script") and len([text for text in Page(html).texts if HOSTILE in text]) > 4
+    assert HOSTILE not in html and "http" not in html and "<b>a" not in html
 
 
-def test_a_large_benchmark_and_constructed_questions(image, tmp_path, capsys):
-    """The page stays small. What goes wrong with it is said in a line, and nothing is raised."""
+def test_sizes_and_constructed_questions(image, tmp_path):
+    """Four runs with many answers, and the questions made from photographs, stay small."""
+    many = [record(image, i, right=i % 2 == 0, boxes=[[0, 0, 399, 199]] * 4) for i in range(2000)]
+    runs = [write_run(tmp_path / name, *many) for name in "abcd"]
+    evaluation.refresh_report(tmp_path, *runs)
+    assert (tmp_path / "report.html").stat().st_size < 2_000_000
     (tmp_path / "train.jsonl").write_text(ROW.replace("\n", " ") + "\n")
-    (tmp_path / "data_card.json").write_text('{"proposals": {"kept": 1, "read_question: too long": 8}}')
-    with open(tmp_path / "results-bench-tool_on.jsonl", "w") as f:
-        for i in range(9000):
-            f.write(json.dumps(record(image, i, boxes=())) + "\n")
-    evaluation.refresh_report(tmp_path)
-    html = (tmp_path / "report.html").read_text()
-    assert len(Page(html).find("rect", "crop")) == 2 and "too long" in html and "0.375" in html
-    assert "9000 right" in Page(html).texts and len(html) < 500_000
-    (tmp_path / "eval.json").write_text("{")
-    evaluation.refresh_report(tmp_path)
-    assert "was not written" in capsys.readouterr().out
+    (tmp_path / "data_card.json").write_text("{}")
+    (tmp_path / "config.json").write_text("{\"seed\": 0}")
+    evaluation.refresh_report(tmp_path, str(tmp_path))
+    assert len(Page((tmp_path / "report.html").read_text()).find("rect")) == 3
