@@ -142,7 +142,7 @@ def test_main_job(small, tmp_path):
     cfg = rppo.Config(**RPPO, seed=3, data=f"{tmp_path}/rows", out=f"{tmp_path}/runs/rppo")
     rppo.main(cfg)
     assert set(os.listdir(tmp_path / "runs")) == {"sft", "rppo", "eval", "summary.json", "report.html"}
-    assert "<td>Accuracy<td>4<td>" in (tmp_path / "runs/report.html").read_text()
+    assert "<td>Accuracy</td><td>4</td>" in (tmp_path / "runs/report.html").read_text()
     assert "cold_start" in sft.read_log(tmp_path / "runs/rppo")[0]
     for folder in ("rows", "runs/sft", "runs/rppo"):
         assert json.loads((tmp_path / folder / "config.json").read_text())["seed"] == 3
