@@ -1,18 +1,21 @@
 """env.py, file 1 of 5 (then data.py, sft.py, eval.py, rppo.py): what an episode is.
 
-An episode is a conversation about one high-resolution image. The policy thinks, then calls a tool or answers.
-The crop tool shows a region, cut from the original pixels, as a new image. What gives a token or a number its
-meaning is defined here, once: tools, prompt, parser, tokens and mask, answer matching, rewards, rows.
+An episode is a conversation about one high-resolution image, which the policy is shown small. In each turn it
+thinks, and then it does one of two things. It calls a tool: a crop is cut from the original pixels and shown
+as a new image. Or it answers, and the episode ends. What gives a token or a number its meaning is here, once:
+SFT examples, RL rollouts, evaluation and endpoints all read and write by this file.
 
-    EpisodeConfig, RewardConfig   the numbers of the task and of the reward
-    TOOLS, parse_action           the tools, and how an assistant's turn asks for one
-    reset, step, render           an episode, token by token, the same for SFT examples and RL rollouts
-    match, rewards, covers        what a trajectory is worth
-    load_rows                     questions from a file
+    EpisodeConfig, RewardConfig    the numbers of the task and of the reward
+    TOOLS                          what can be called, and what is shown then
+    call_text, parse_action        the dialect: prompt, calls, answers, observations, chat template
+    reset, respond, step, render   an episode, token by token
+    match, rewards, covers         what a trajectory is worth
+    configure                      the flags of every command
 
-Shapes: T tokens of a trajectory (in the formula of the reward, T is DRIM's number of crops). Boxes: (x0, y0,
-x1, y1). The method is DRIM (arXiv 2512.17306), from its description; "our choice" marks what is not
-published.
+Shapes: T tokens of a trajectory (in the formula of the reward, T is DRIM's number of crops); ids, mask and
+logp are (T,), M-RoPE positions (3, T), a view (height, width, 3). Boxes are (x0, y0, x1, y1) in whole pixels
+of the original, those in a call 0 to 1000. The method is DRIM (arXiv 2512.17306), from its description; "our
+choice" marks what is not published.
 """
 import argparse
 import errno
@@ -113,6 +116,7 @@ def redundancy(boxes, eps):
     for i, box in enumerate(boxes):
         for later in boxes[i + 1:]:
             overlap += max(0.0, iou(box, later) - eps)
+
     return overlap / max(len(boxes), 1) ** 2
 
 
@@ -123,6 +127,7 @@ def resolve_box(bbox, parent, full_size, min_side):
     side under min_side pixels, or under a hundredth of the other, is enlarged about its centre and moved back
     into the original, whose (width, height) is full_size. Raises ToolError("empty") or ToolError("outside").
     """
+    # 1. From thousandths of the parent to pixels of the original
     spans = []
     for axis in (0, 1):
         low, high = sorted((bbox[axis], bbox[axis + 2]))
@@ -131,10 +136,13 @@ def resolve_box(bbox, parent, full_size, min_side):
         low, high = max(low, 0.0), min(high, 1000.0)
         if low >= high:
             raise ToolError("outside")
+
         origin = parent[axis]
         scale = (parent[axis + 2] - origin) / 1000
         # 1e-6 pixel of slack: 0.7 * 1000 = 700.0000000001 would take in one more row of pixels.
         spans.append((math.floor(origin + low * scale + 1e-6), math.ceil(origin + high * scale - 1e-6)))
+
+    # 2. Not too small, not too thin
     longest = max(high - low for low, high in spans)
     least = max(min_side, math.ceil(longest / 100))
     for axis, (low, high) in enumerate(spans):
@@ -143,6 +151,7 @@ def resolve_box(bbox, parent, full_size, min_side):
             low = math.floor((low + high - side) / 2)
             low = min(max(low, 0), full_size[axis] - side)
             spans[axis] = (low, low + side)
+
     (x0, x1), (y0, y1) = spans
     return x0, y0, x1, y1
 
@@ -167,6 +176,7 @@ class Shown:
             height, width = smart_resize(y1 - y0, x1 - x0, factor, least, self.max_pixels)
             if height * width <= self.max_pixels:
                 break
+
         most = self.max_pixels // factor ** 2 * factor       # a thin box can be too long
         return min(max(width, factor), most), min(max(height, factor), most)
 
@@ -197,11 +207,15 @@ class Tool:
 
 def parse_crop(arguments):
     """The crop that the arguments of a call ask for. Raises ValueError."""
-    bbox, index, label = arguments.get("bbox_2d"), arguments.get("img_idx", 0), arguments.get("label")
+    bbox = arguments.get("bbox_2d")
     if not is_box(bbox):
         raise ValueError("bbox_2d is not four finite numbers")
+
+    index = arguments.get("img_idx", 0)
     if type(index) is not int:
         raise ValueError("img_idx is not an integer")
+
+    label = arguments.get("label")
     return Action("crop", tuple(map(float, bbox)), index, label=label if isinstance(label, str) else None)
 
 
@@ -209,6 +223,7 @@ def crop(action, shown, cfg):
     """Show a box of image img_idx, cut out of the original even if that is a crop. Raises ToolError."""
     if not 0 <= action.img_idx < len(shown):
         raise ToolError("index")
+
     parent = shown[action.img_idx]
     box = resolve_box(action.bbox, parent.box, parent.frame.size, cfg.min_crop_side)
     return Shown(parent.frame, box, cfg.min_crop_pixels, cfg.max_crop_pixels, tool="crop")
@@ -331,6 +346,7 @@ def parse_call(call):
     for tool in TOOLS.values():
         if tool.schema["function"]["name"] == name and isinstance(call.get("arguments"), dict):
             return tool.parse(call["arguments"])
+
     raise ValueError("not a call of a tool")
 
 
@@ -342,43 +358,43 @@ def parse_call(call):
 # Servers (vLLM, SGLang) look for the loop over `m.content`: without it they put images before all text.
 CHAT_TEMPLATE = r"""
 {%- macro parts(m) %}
-    {%- if m.content is string %}
-        {{- m.content }}
-    {%- else %}
-        {%- for c in m.content | default([], true) %}
-            {{- image if c.image or c.image_url or c.type in ('image', 'image_url') else c.text }}
-        {%- endfor %}
-    {%- endif %}
+  {%- if m.content is string %}
+    {{- m.content }}
+  {%- else %}
+    {%- for c in m.content | default([], true) %}
+      {{- image if c.image or c.image_url or c.type in ('image', 'image_url') else c.text }}
+    {%- endfor %}
+  {%- endif %}
 {%- endmacro %}
 
 {%- set first = parts(messages[0]) if messages[0].role == 'system' else '' %}
 {%- set add_tools = tools and '<tools>' not in first %}
 {%- for tool in tools or [] if (tool.function or tool).name not in known %}
-    {{- raise_exception('this policy has only the tools ' ~ known) }}
+  {{- raise_exception('this policy has only the tools ' ~ known) }}
 {%- endfor %}
 {%- if add_tools %}
-    {{- '<|im_start|>system\n' + (first or intro) + tools_prompt + '<|im_end|>\n' }}
+  {{- '<|im_start|>system\n' + (first or intro) + tools_prompt + '<|im_end|>\n' }}
 {%- endif %}
 
 {%- for m in messages if not (add_tools and m.role == 'system') %}
-    {%- set text = parts(m) %}
-    {%- set thought = m.reasoning_content or m.reasoning %}
-    {%- if m.role == 'tool' %}
-        {%- set text = response_before + text + response_after %}
-    {%- elif thought %}
-        {%- set text = '<think>' + thought + '</think>' + ('' if text[:1] == '\n' else '\n') + text %}
-    {%- endif %}
-    {{- '<|im_start|>' + ('user' if m.role == 'tool' else m.role) + '\n' + text }}
-    {%- for call in m.tool_calls or [] %}
-        {%- set f = call.function or call %}
-        {%- set arguments = f.arguments if f.arguments is string else f.arguments | tojson %}
-        {{- '\n' if not loop.first or text and text[-1] != '\n' }}
-        {{- '<tool_call>\n{"name": "' + f.name + '", "arguments": ' + arguments + '}\n</tool_call>' }}
-    {%- endfor %}
-    {{- '<|im_end|>\n' }}
+  {%- set text = parts(m) %}
+  {%- set thought = m.reasoning_content or m.reasoning %}
+  {%- if m.role == 'tool' %}
+    {%- set text = response_before + text + response_after %}
+  {%- elif thought %}
+    {%- set text = '<think>' + thought + '</think>' + ('' if text[:1] == '\n' else '\n') + text %}
+  {%- endif %}
+  {{- '<|im_start|>' + ('user' if m.role == 'tool' else m.role) + '\n' + text }}
+  {%- for call in m.tool_calls or [] %}
+    {%- set f = call.function or call %}
+    {%- set arguments = f.arguments if f.arguments is string else f.arguments | tojson %}
+    {{- '\n' if not loop.first or text and text[-1] != '\n' }}
+    {{- '<tool_call>\n{"name": "' + f.name + '", "arguments": ' + arguments + '}\n</tool_call>' }}
+  {%- endfor %}
+  {{- '<|im_end|>\n' }}
 {%- endfor %}
 {%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\n' }}
+  {{- '<|im_start|>assistant\n' }}
 {%- endif %}"""
 TEMPLATE_CONSTANTS = {
     "image": IMAGE,
@@ -408,12 +424,15 @@ def to_rgb(image):
         pixels = np.asarray(image, dtype=np.float64)
         if not np.isfinite(pixels).all() or pixels.min() < 0:
             raise ValueError("it has pixels below 0, or that are not finite")
+
         brightest = pixels.max()
         white = 1 if brightest <= 1 else 2.0 ** max(8, int(brightest).bit_length()) - 1
         image = Image.fromarray((pixels / white * 255).clip(0, 255).astype(np.uint8))
+
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
+
     return image.convert("RGB")
 
 
@@ -456,6 +475,7 @@ class Processor:
         if keep not in self.patterns:
             special = [t for t in self.tokenizer.get_added_vocab() if t.startswith("<") and t not in keep]
             self.patterns[keep] = re.compile("(?<=<)(?=" + "|".join(re.escape(t[1:]) for t in special) + ")")
+
         text = text.encode(errors="replace").decode()        # JSON may hold half a surrogate pair
         ids = []
         for piece in self.patterns[keep].split(text):    # cut behind its "<", it is not recognised
@@ -482,6 +502,7 @@ class Processor:
         """Ids of a tool's response, in one encoding as a server would make it: a Shown or an error text."""
         if isinstance(seen, str):
             return self.encode(OBSERVATION.format(seen=seen))
+
         return self.expand(self.encode(OBSERVATION.format(seen=IMAGE)), self.look(seen))
 
     def expand(self, ids, view):
@@ -498,7 +519,8 @@ def mrope(ids, image_id, grid, start):
     """
     pos = np.tile(np.arange(start, start + len(ids)), (3, 1))
     if grid is not None:
-        at, (h, w) = ids.index(image_id), grid
+        at = ids.index(image_id)
+        h, w = grid
         y, x = np.divmod(np.arange(h * w), w)
         pos[:, at:at + h * w] = start + at + np.stack([0 * y, y, x])
         pos[:, at + h * w:] += max(h, w) - h * w
@@ -598,12 +620,16 @@ def step(traj, text, cfg, proc=None):
     action = parse_action(text)
     turn = Turn(text, action)
     traj.turns.append(turn)
+
+    # 1. An answer ends the episode; the turn after the last tool turn may only answer.
     if action.kind == "answer":
         traj.answer, traj.status = action.answer, "answered"
         return
-    if len(traj.turns) > cfg.max_crops:          # the turn after the last tool turn may only answer
+    if len(traj.turns) > cfg.max_crops:
         traj.status = "over_turns"
         return
+
+    # 2. The tool runs, or the mistake is what the policy reads.
     seen = None
     try:
         if action.kind not in TOOLS:
@@ -611,11 +637,14 @@ def step(traj, text, cfg, proc=None):
         seen = TOOLS[action.kind].run(action, traj.shown, cfg)
     except ToolError as e:
         turn.error = str(e)
+
+    # 3. The observation is entered.
     if proc:
         ids = proc.observation(seen or ERRORS[turn.error])
         if len(traj.ids) + len(ids) + 2 > cfg.max_tokens:
             traj.status = "over_tokens"
             return
+
         traj.extend(proc, ids, view=seen and seen.view)
     if seen:
         turn.shown = seen
@@ -632,6 +661,7 @@ def render(proc, row, turns, cfg):
         if len(traj.ids) + len(ids) > cfg.max_tokens:
             traj.status = "over_tokens"
             break
+
         respond(traj, proc, ids)
         step(traj, text, cfg, proc)
     return traj
@@ -665,6 +695,7 @@ def unwrap(text):
     boxed = BOXED.findall(text)
     if boxed:
         text = boxed[-1]
+
     text = text.translate(PLAIN).replace("**", "")
     return LEAD_IN.sub("", " ".join(text.split()))
 
@@ -687,6 +718,7 @@ def number(text):
     unit = before or after
     if words in NUMBER_WORDS:
         return NUMBER_WORDS.index(words), unit
+
     found = NUMBER.fullmatch(words)
     if not found:
         return None
@@ -698,6 +730,7 @@ def same_answer(answer, solution):
     "3 (three)", has to be right twice."""
     if normalise(answer) == normalise(solution):
         return True
+
     right = number(solution)
     first, given_twice, second = unwrap(answer).rstrip(" .)").partition(" (")
     for part in (first, second) if given_twice else (answer,):
@@ -706,6 +739,7 @@ def same_answer(answer, solution):
             return False
         if said[1] and right[1] and said[1] != right[1]:
             return False
+
     return True
 
 
@@ -720,12 +754,14 @@ def worded(text, options):
 def choice(text, options):
     """Index of the option that an answer names, or None: by its letter, by its words, or by both if they
     agree. A letter alone is the letter, even if it is also the text of another option."""
+    # 1. A letter alone
     letters = string.ascii_uppercase[:len(options)]
     text = unwrap(text)
     alone = text.strip(OUTER).upper()
     if len(alone) == 1 and alone in letters:
         return letters.index(alone)
 
+    # 2. Words, or a letter and words: "B. dark green"
     index = worded(text, options)
     lettered = LETTERED.fullmatch(text)
     if index is None and lettered:
@@ -739,8 +775,11 @@ def options_of(row):
     """The options of a row: its `choices`, or the lines "A. red", "(B) blue" of its question, or none."""
     lines = OPTION_LINE.findall(row.get("problem", ""))
     letters = "".join(letter for letter, option in lines)
-    if row.get("choices") or len(lines) < 2 or not string.ascii_uppercase.startswith(letters):
-        return row.get("choices") or []
+    if row.get("choices"):
+        return row["choices"]
+    if len(lines) < 2 or not string.ascii_uppercase.startswith(letters):
+        return []
+
     return [option for letter, option in lines]
 
 
@@ -749,9 +788,12 @@ def match(answer, row):
     normalised text. A solution that is a list accepts each of its entries."""
     solutions = row["solution"] if isinstance(row["solution"], list) else [row["solution"]]
     options = options_of(row)
+
+    # A key that names an option is matched as one; without options every answer is open.
     keys = {choice(solution, options) for solution in solutions} - {None}
     if keys or row.get("choices"):
         return choice(answer, options) in keys
+
     return any(same_answer(answer, solution) for solution in solutions)
 
 
@@ -776,8 +818,10 @@ def rewards(group, cfg):
             parts["tool"] = cfg.tool_bonus if traj.crops else 0.0
         else:
             parts["redundancy"] = -cfg.lam * redundancy(traj.crops, cfg.eps)
+
         if traj.status != "answered" or any(turn.error for turn in traj.turns):
             parts["format"] = -cfg.format_weight
+
         scored.append({**parts, "total": sum(parts.values())})
     return scored
 
@@ -788,6 +832,7 @@ def covers(traj):
     for evidence in traj.row["boxes"]:
         if not any(intersection(c, evidence) >= 0.9 * area(evidence) for c in fine):
             return False
+
     return True
 
 
@@ -820,6 +865,7 @@ def newest(folder):
     last = Path(folder, "last")
     if not last.is_file():
         return folder
+
     step = last.read_text(errors="replace").strip()
     checkpoint = f"{folder}/checkpoints/{step}"
     if not step.isdecimal() or not os.path.isdir(checkpoint):
@@ -845,6 +891,7 @@ def lock(folder):
     path = f"{os.path.realpath(folder)}/lock"
     if path in locks:
         return
+
     file = open(path, "a+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -854,6 +901,7 @@ def lock(folder):
         if e.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK):
             raise
         print(f"{folder}: its file system knows no locks ({e.strerror}); start no second process there")
+
     file.truncate(0)
     print(f"process {os.getpid()} on {os.uname().nodename} since {time.ctime()}", file=file, flush=True)
     locks[path] = file
@@ -867,6 +915,7 @@ def same_settings(folder, cfg, cure="give another folder"):
         value = getattr(cfg, f.name)
         if old[f.name] != value and not f.metadata.get("free"):
             changes.append(f"{f.name}: {old[f.name]} -> {value}")
+
     if changes:
         raise UserError(f"{folder} was made with other settings ({'; '.join(changes)}); {cure}")
 
@@ -910,6 +959,7 @@ def checked(values, cls, where):
     for f in fields(cls):
         if f.name not in values:
             continue
+
         value = known[f.name] = values[f.name]
         least = f.metadata.get("least", int(f.type is int))
         if type(value) is not f.type and (type(value), f.type) != (int, float):

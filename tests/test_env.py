@@ -392,7 +392,8 @@ def test_images_in_memory(mode):
     image = image.convert({"PA": "P", "I": "L", "F": "L", "I;16": "L"}.get(mode, mode)).convert(mode)
     frame = env.start_episode({"images": [image]}, ROOMY).shown[0].frame
     assert frame.mode == "RGB" and frame.getpixel((3, 3))[1] == pytest.approx(200, abs=2)
-    assert frame.getpixel((50, 3)) == ((255, 255, 255) if mode in ("LA", "P", "PA", "RGBA", "RGBa") else (0, 0, 0))
+    white = mode in ("LA", "P", "PA", "RGBA", "RGBa")
+    assert frame.getpixel((50, 3)) == ((255, 255, 255) if white else (0, 0, 0))
 
 
 def test_token_limit(policy, row):
@@ -512,7 +513,20 @@ def test_flags_in_one_line(flags, line, monkeypatch):
         env.command(lambda cfg: env.lock(cfg.out), sft.Config, sft.REAL)
 
 
-def test_flags_as_people_write_them(monkeypatch):
+def test_full_disk(monkeypatch):
+    """One line, also of safetensors, whose errors have no number. Other errors keep their traceback."""
+    def main(cfg):
+        raise error
+    monkeypatch.setattr(sys, "argv", ["sft.py"])
+    full = OSError(errno.ENOSPC, "No space left on device")
+    for error, raised in ((full, env.UserError), (Exception(f"I/O error: {full}"), env.UserError),
+                          (BrokenPipeError(), BrokenPipeError), (KeyError("No"), KeyError)):
+        with pytest.raises(raised):
+            env.command(main, sft.Config, sft.REAL)
+
+
+def test_flags_as_people_write_them():
+    """In any case; a name of the hub stays one."""
     for text in ("True", "true", "TRUE"):
         assert env.configure(sft.Config, sft.REAL, [f"--shard={text}"]).shard is True
     assert env.configure(sft.Config, sft.REAL, ["--model=some/name"]).model == "some/name"

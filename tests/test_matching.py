@@ -9,22 +9,26 @@ from env import choice, match
 # Answers between bars, under the letter that they name.
 OPTIONS = ["red", "dark green", "blue", "A.M.", "a big car", "12%"]
 ANSWERS = {
-    "A": "A | a | The answer is A | A red | A. red | A: red | (A) red | It's red | It is red. | Answer: red"
-         " | the red | So, the best answer is: A | 答案是A | 答案：（Ａ） | 正确答案为A。 | 选A | 故选 Ａ． | Ａ．red",
+    "A": "A | a | The answer is A | A red | A. red | A: red | (A) red | It's red | It is red."
+         " | Answer: red | the red | So, the best answer is: A | 答案是A | 答案：（Ａ） | 正确答案为A。 | 选A | 故选 Ａ．"
+         " | Ａ．red",
     "B": "B | b | (B) | (B). | B. | **B** | `B` | 'B' | B: | B. dark green | (B) dark green | B) dark green"
          " | B: dark green | B.dark green | b) dark green | B, dark green | B dark green | B - dark green"
-         " | B (dark green) | B\nDark green | dark green | Dark Green. | dark\n green | dark-green | the dark green"
-         " | \"dark green\" | The answer is B | the answer is b | Answer: (B). | Answer:B | **Answer:** B"
+         " | B (dark green) | B\nDark green | dark green | Dark Green. | dark\n green | dark-green"
+         " | the dark green | \"dark green\" | The answer is B | the answer is b | Answer: (B)."
+         " | Answer:B | **Answer:** B"
          " | Option B | Option “B” | Answer: option B: dark green | The answer is dark green | \\boxed{B}"
          " | The answer is $\\boxed{\\text{B}}$. | \\boxed{A} or \\boxed{B}",
     "D": "A.M. | a.m. | D. A.M.",
     "E": "a big car | A big car | big car | E. a big car",
     "F": "F | 12 percent | twelve percent | 12 | F. 12 % | F: twelve percent",
     # Others, several, or none; a letter and words that contradict each other.
-    None: "A red car | A red car is there | A truck is on the left | A Nissan | A) or B) | A. B. C. D."
-          " | A.B.C.D. | B or C | B/C | A\nB | A B | ABCD | red or blue | \\boxed{A or B} | B. red | A. dark green | red (B)"
-          " | B is right, A is not | green | answer | G |  | ... | The answer is not B | not red | reddish"
-          " | infra-red | It isn't B | B is wrong | The answer is not (B) | Not B | It isn't red | vitamin B-12 | I cannot say"
+    None: "A red car | A red car is there | A truck is on the left | A Nissan | A) or B)
+          " | A. B. C. D. | A.B.C.D. | B or C | B/C | A\nB | A B | ABCD | red or blue | \\boxed{A or B}"
+          " | B. red | A. dark green | red (B) | B is right, A is not | green | answer | G |  | ..."
+          " | The answer is not B | not red | reddish"
+          " | infra-red | It isn't B | B is wrong | The answer is not (B) | Not B | It isn't red"
+          " | vitamin B-12 | I cannot say"
           " | E. coli bacteria | Answers: A | Optional | 不选A | 12% or 13% | $12",
 }
 
@@ -65,7 +69,8 @@ def test_options(options, answer, index):
 
 
 @pytest.mark.parametrize("solution, accepted, refused", [
-    ("red", 'red |  The RED.  | "red" | **red** | Answer: red | \\boxed{\\text{red}} | The answer is red. | ｒｅｄ',
+    ("red", 'red |  The RED.  | "red" | **red** | Answer: red | \\boxed{\\text{red}}'
+           ' | The answer is red. | ｒｅｄ',
      "reddish |  | not red | It isn't red | red (B) | A. red"),
     ("Apple\n  pie", "an apple pie | The apple pie | apple-pie", "pie | theapple pie"),
     (["crimson", "red"], "red | crimson", "blue"),
@@ -74,7 +79,8 @@ def test_options(options, answer, index):
     ("J. Smith", "j. smith", "J | Smith"),
     ("3", "3 | 3.0 | 3. | three | Three. | \\boxed{3} | The answer is 3 | It is $\\boxed{3}$. | 3 (three)"
           " | three (3) | ３ | +3 | 6/2 | (3) | 答案是3",
-     "-3 | 4 | four | nan | 3.00001 | 3-5 | 3–5 | 3 or 4 | \\boxed{4} | \\boxed{\\frac{3}{4}} | 3 or more | 3 (four)"
+     "-3 | 4 | four | nan | 3.00001 | 3-5 | 3–5 | 3 or 4 | \\boxed{4} | \\boxed{\\frac{3}{4}}"
+     " | 3 or more | 3 (four)"
      " | 2 (three) | 3² | 3/4 | 1/3 | 03 | 3e0 | ٣ | third | 3 million | three thirds"),
     ("2", "two", "two thirds | 2 million | 2 cats and a dog | 1e999 | 2½ | 02"),
     ("0.5", "1/2 | .5 | 0.50 | 5/10 | 1 / 2", "2 | 1/02 | 05 | 0,5 | 1/0 | 5 | 0.54"),
