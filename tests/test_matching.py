@@ -23,7 +23,7 @@ ANSWERS = {
     "E": "a big car | A big car | big car | E. a big car",
     "F": "F | 12 percent | twelve percent | 12 | F. 12 % | F: twelve percent",
     # Others, several, or none; a letter and words that contradict each other.
-    None: "A red car | A red car is there | A truck is on the left | A Nissan | A) or B)
+    None: "A red car | A red car is there | A truck is on the left | A Nissan | A) or B)"
           " | A. B. C. D. | A.B.C.D. | B or C | B/C | A\nB | A B | ABCD | red or blue | \\boxed{A or B}"
           " | B. red | A. dark green | red (B) | B is right, A is not | green | answer | G |  | ..."
           " | The answer is not B | not red | reddish"
