@@ -493,13 +493,11 @@ def show(traj, proc):
 def record(index, sample, traj, eps):
     """An answer as tables, page and a later run read it (JSON): the row's fields and what was made of it. A
     turn that was shown an image has its box and `frame`: of which image's pixels, 0 is the original."""
-    frames = [id(shown.frame) for shown in traj.shown]
     turns = []
     for turn in traj.turns:
         entry = {"text": turn.text, "error": env.ERRORS.get(turn.error), "box": None}
         if turn.shown:
-            entry["box"] = turn.shown.box
-            entry["frame"] = frames.index(id(turn.shown.frame))
+            entry.update(traj.place(turn.shown))
         turns.append(entry)
     return {**traj.row, "index": index, "sample": sample, "turns": turns, "answer": traj.answer,
             "status": traj.status, "right": env.is_right(traj), "metrics": measure(traj, eps)}
