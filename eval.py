@@ -5,7 +5,7 @@
     python eval.py --model=runs/rppo --image=street.jpg --question="What is on the sign?"
     python eval.py --report=runs                                  # only write the page, runs/report.html
 
-Reads <data>/test.jsonl, benchmarks or an image. Writes <out>/{eval.json,results-*.jsonl} and ../report.html.
+Reads <data>/test.jsonl, benchmarks or an image. Writes <out>/{eval.json,results-*.jsonl} and report.html.
 """
 import json
 import math
@@ -463,10 +463,9 @@ def metrics(measures):
     some of them, older than the metric, lack it: then it was not measured."""
     means = {"n": len(measures)}
     for name in set().union(*measures):
-        values = [m[name] for m in measures if name in m]
+        values = [m.get(name, (np.nan, 1)) for m in measures]
         total, count = np.sum(values, 0, dtype=float).tolist()
-        known = count and len(values) == len(measures)
-        means[name] = total / count if known else None
+        means[name] = total / count if count and total == total else None
     return means
 
 
@@ -529,7 +528,8 @@ def read_records(path, settings={}):
             old = {**old, **entry["settings"]}
     for name, value in settings.items():
         if records and old.get(name) != value:
-            raise env.UserError(f"{path}: answers with {name} {old.get(name)}, not {value}; give another --out")
+            raise env.UserError(
+                f"{path}: answers with {name} {old.get(name)}, not {value}; give another --out")
     return records
 
 
@@ -640,10 +640,14 @@ ol{padding:0}
 summary{cursor:pointer;font-weight:700;margin:14px 0}
 li{display:flex;gap:10px;margin:8px 0}
 img{flex:none;align-self:start;width:90px;border:3px solid}
-@media print{:root{color-scheme:light}.pairs{grid-template-columns:1fr 1fr}details::details-content{content-visibility:visible;block-size:auto}}
+@media print{
+:root{color-scheme:light}
+.pairs{grid-template-columns:1fr 1fr}
+details::details-content{content-visibility:visible;block-size:auto}
+}
 """
-LEGEND = """Difference: after minus before, in percentage points, with a 95 % interval (normal approximation; each
-question is compared with itself). Evidence seen: a crop held it. Numbered boxes: crops; yellow: evidence."""
+LEGEND = """Difference: after minus before, in percentage points, with a 95 % interval (normal approximation;
+each question is compared with itself). Evidence seen: a crop held it. Numbered boxes: crops; yellow: evidence."""
 # Charts: a title, and the logged number that it shows.
 CHARTS = [
     ("Held-out accuracy, from the cold start on", "held_out_accuracy"),
@@ -681,8 +685,9 @@ def chart(title, lines):
     curves = legend = ""
     for (name, points), colour in zip(lines.items(), PALETTE * 9):
         path = " ".join(f"{x:.0f},{high - y:.5g}" for x, y in points[::len(points) // 200 + 1])
-        curves += f'<polyline stroke="{colour}" points="{path} {path.split()[-1]}"/>'      # one point is a dot
-        legend += f'<span><b style="color:{colour}">&#9632;</b> {escape(name)} <b>{points[-1, 1]:.3g}</b></span>'
+        curves += f'<polyline stroke="{colour}" points="{path} {path.split()[-1]}"/>'      # a point: a dot
+        legend += (f'<span><b style="color:{colour}">&#9632;</b> {escape(name)} '
+                   f'<b>{points[-1, 1]:.3g}</b></span>')
     return (f'<figure><b>{title}</b><svg viewBox="0 0 440 204" role="img" aria-label="{title}">'
             f'<text y="16">{high:.3g}</text><text y="182">{low:.3g}</text><text x="50" y="198">0</text>'
             f'<text x="436" y="198" text-anchor="end">step {last:.0f}</text><svg x="50" y="12" width="386" '
@@ -717,12 +722,14 @@ def fate(record):
 
 
 def change_row(name, hits, k):
-    """A row of the table: the share of hits (answers, 2) before and after, and the difference. The k answers to
-    a question are averaged, then each question is compared with itself."""
-    pairs = np.reshape(hits, (-1, k, 2)).mean(1)
-    old, new = pairs.mean(0)
-    error = 1.96 * np.diff(pairs).std() / max(len(pairs) - 1, 1) ** 0.5
-    return [name, len(pairs), f"{old:.1%}", f"{new:.1%}", f"{100 * (new - old):+.1f} \u00b1 {100 * error:.1f}"]
+    """A row of the table: the share of hits (answers, 2) before and after, and the difference. The k answers
+    to a question are averaged first, as they are not independent."""
+    pairs = 100 * np.reshape(hits, (-1, k, 2)).mean(1)
+    n, (old, new) = len(pairs), pairs.mean(0)
+    difference = f"{new - old:+.1f}"
+    if n > 1:
+        difference += f" \u00b1 {1.96 * np.diff(pairs).std(ddof=1) / n ** 0.5:.1f}"
+    return [name, n, f"{old:.1f} %", f"{new:.1f} %", difference]
 
 
 def picture(image, side):
@@ -760,8 +767,8 @@ def trajectory_html(record, title):
         turns += (f'<li>{crop}<div>{escape(env.thought_of(turn["text"]))} '
                   f'<b class="wrong">{escape(turn["error"] or "")}</b></div>')
     outcome = fate(record)
-    return (f'<article><b>{title}</b> {escape(record["problem"])}<svg class="scene" viewBox="0 0 {image.width} '
-            f'{image.height}"><image width="{image.width}" height="{image.height}" '
+    return (f'<article><b>{title}</b> {escape(record["problem"])}<svg class="scene" '
+            f'viewBox="0 0 {image.width} {image.height}"><image width="{image.width}" height="{image.height}" '
             f'href="{picture(image, 300)}"/>{frames}</svg><ol>{turns}</ol>Answer: '
             f'{escape(str(record["answer"]))}; solution: {escape(str(record["solution"]))} '
             f'<b class="{outcome[:5]}">{outcome}</b></article>\n')
@@ -794,7 +801,7 @@ def section(name, before, after, n):
     if old is new:
         rows = [row[:3] for row in rows]
     else:
-        heading += f", before it {old_folder}"
+        heading += f" after {old_folder}"
     html = f"<h2>{escape(heading)}</h2>{table(rows)}"
 
     # 3. Examples.
@@ -819,11 +826,11 @@ def read_run(folder):
     results = defaultdict(dict)
     for path in Path(folder).glob("results-*.jsonl"):
         results[path.stem.removeprefix("results-")] = read_records(path)
-    if os.path.exists(f"{folder}/data_card.json"):         # 40 questions from photographs, from coarse to fine
+    if os.path.exists(f"{folder}/data_card.json"):         # 40 questions made from photographs
         for i, row in enumerate(data.read_lines(f"{folder}/train.jsonl")[:40]):
-            turns = [dict(text="", error=None, box=box) for box in row["chain"]]
-            made = dict(images=[f"{folder}/{row['images'][0]}"], turns=turns, answer=None, right=None, metrics={})
-            results["question"][i] = {**row, **made}
+            row["images"] = [f"{folder}/{row['images'][0]}"]
+            row["turns"] = [dict(text="", error=None, box=box) for box in row["chain"]]
+            results["question"][i] = {**row, "answer": None, "right": None, "metrics": {}}
     return facts, log, results
 
 
@@ -879,8 +886,8 @@ REAL = dict(env.REAL_EPISODE, in_flight=64)
 
 
 def load(model, device="cpu", **flags):
-    """For scripts: the policy of a run folder, a checkpoint or a hub id, and the Config that goes with it: the
-    checkpoint's own episode, then the flags.
+    """For scripts: the policy of a run folder, a checkpoint or a hub id, and the Config that goes with it:
+    the checkpoint's own episode, then the flags.
 
         policy, cfg = load("runs/rppo", turn_tokens=64)
         row = {"images": [image or path], "problem": "What is on the sign?", "solution": ""}
@@ -903,7 +910,7 @@ def ask(policy, cfg):
 
 
 def report(folders):
-    """--report: write the page of runs into the first folder. The folder of a main job stands for its runs."""
+    """--report: write the page of runs into the first folder. A main job's folder stands for its runs."""
     runs = []
     for folder in folders:
         parts = [f"{folder}/{name}" for name in ("sft", "rppo", "eval/sft", "eval/rppo")]

@@ -102,25 +102,25 @@ def test_what_changed(image):
         after.append(record(image, i, right=i in (0, 3), status="over_turns" if i == 2 else "answered", **common))
     html = evaluation.section("x", ("a", keyed(*before)), ("b", keyed(*after, record(image, 9))), 1)
     assert Page(html).rows == {
-        "Accuracy": ["4", "50.0%", "50.0%", "+0.0 \u00b1 80.0"],           # 1.96 * sqrt((1 + 1) / 4 / 3)
-        "Accuracy, 3 boxes": ["2", "50.0%", "50.0%", "+0.0 \u00b1 196.0"],
-        "Accuracy, 4 boxes": ["2", "50.0%", "50.0%", "+0.0 \u00b1 0.0"],
-        "Out of turns or tokens": ["4", "0.0%", "25.0%", "+25.0 \u00b1 49.0"],
-        "Right by a guess": ["4", "25.0%", "0.0%", "-25.0 \u00b1 49.0"],
-        "Right, evidence seen": ["4", "25.0%", "50.0%", "+25.0 \u00b1 49.0"],
-        "Wrong though evidence was seen": ["4", "0.0%", "25.0%", "+25.0 \u00b1 49.0"],
-        "Wrong without the evidence": ["4", "50.0%", "0.0%", "-50.0 \u00b1 56.6"]}
+        "Accuracy": ["4", "50.0 %", "50.0 %", "+0.0 \u00b1 80.0"],           # 1.96 * sqrt((1 + 1) / 4 / 3)
+        "Accuracy, 3 boxes": ["2", "50.0 %", "50.0 %", "+0.0 \u00b1 196.0"],
+        "Accuracy, 4 boxes": ["2", "50.0 %", "50.0 %", "+0.0 \u00b1 0.0"],
+        "Out of turns or tokens": ["4", "0.0 %", "25.0 %", "+25.0 \u00b1 49.0"],
+        "Right by a guess": ["4", "25.0 %", "0.0 %", "-25.0 \u00b1 49.0"],
+        "Right, evidence seen": ["4", "25.0 %", "50.0 %", "+25.0 \u00b1 49.0"],
+        "Wrong though evidence was seen": ["4", "0.0 %", "25.0 %", "+25.0 \u00b1 49.0"],
+        "Wrong without the evidence": ["4", "50.0 %", "0.0 %", "-50.0 \u00b1 56.6"]}
     assert list(Page(html).rows)[0] == "Accuracy"
     summaries = [text for text in Page(html).texts if "examples" in text]
     assert summaries == ["1 repaired: examples", "1 broken: examples", "1 wrong: examples"]
     assert html.count("<article>") == 6 and html.count("<details>") == 3
     other = keyed(record(image, problem="another"))
-    assert Page(evaluation.section("x", ("a", other), ("b", keyed(before[0])), 1)).rows["Accuracy"] == ["1", "0.0%"]
+    assert Page(evaluation.section("x", ("a", other), ("b", keyed(before[0])), 1)).rows["Accuracy"] == ["1", "0.0 %"]
 
 
 def test_samples_of_a_question_are_one(image):
     pairs = [[False, True], [False, True], [False, False], [True, True]]     # two questions, two samples each
-    assert evaluation.change_row("x", pairs, 2) == ["x", 2, "25.0%", "75.0%", "+50.0 \u00b1 98.0"]
+    assert evaluation.change_row("x", pairs, 2) == ["x", 2, "25.0 %", "75.0 %", "+50.0 \u00b1 98.0"]
 
 
 def test_only_given_runs_and_a_damaged_one(image, tmp_path, capsys):
@@ -132,12 +132,12 @@ def test_only_given_runs_and_a_damaged_one(image, tmp_path, capsys):
     write_run(runs / "sft", log=[dict(step=0, seconds=1.0, loss=2.0)])
     evaluation.main(evaluation.Config(report=str(runs)))
     page = (runs / "report.html").read_text()
-    assert Page(page).rows["Accuracy"][1:3] == ["0.0%", "100.0%"] and "old" not in Page(page).texts
+    assert Page(page).rows["Accuracy"][1:3] == ["0.0 %", "100.0 %"] and "old" not in Page(page).texts
     assert "threads: 3, commit c0ffee: rppo.py --lam=0" in page and "Imitation" in page
     (runs / "sft/config.json").write_text("{")
     evaluation.main(evaluation.Config(report=str(runs)))
     page = (runs / "report.html").read_text()
-    assert "sft is damaged" in page and Page(page).rows["Accuracy"][1:3] == ["0.0%", "100.0%"]
+    assert "sft is damaged" in page and Page(page).rows["Accuracy"][1:3] == ["0.0 %", "100.0 %"]
     (runs / "report.html").write_text("mine")
     evaluation.main(evaluation.Config(report=str(runs)))
     assert (runs / "report.html").read_text() == "mine" and "was not written" in capsys.readouterr().out

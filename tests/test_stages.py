@@ -89,7 +89,7 @@ def test_folders(chain):
     assert not list(chain["top"].rglob("*.tmp"))
     page = (chain["top"] / "runs/report.html").read_text()
     assert page.count("<figure>") > 4 and "<article>" in page and "<script" not in page
-    assert "runs/sft" in page and f"runs/eval/rppo, before it {chain['top']}/runs/eval/sft" in page
+    assert "runs/sft" in page and f"runs/eval/rppo after {chain['top']}/runs/eval/sft" in page
     for name in ("data", "sft", "rppo"):
         cfg = chain[name][0]
         assert asdict(cfg).items() <= json.loads(Path(cfg.out, "config.json").read_text()).items()
