@@ -970,8 +970,11 @@ def checked(values, cls, where):
 
 
 def load_episode(path):
-    """Preset ("tiny" or "real") and EpisodeConfig fields of a checkpoint; no address or key is read."""
+    """Preset ("tiny" or "real") and EpisodeConfig fields of a checkpoint; no address or key is read. A model
+    of somebody else has none and takes the real preset; UserError if one of ours has lost it."""
     where = f"{path}/episode.json"
+    if os.path.isdir(f"{path}/training") and not os.path.exists(where):
+        raise UserError(f"{where} is missing, so how the policy was trained to be asked; copy another step's")
     saved = read_json(where, {})
     return saved.get("preset", "real"), checked(saved, EpisodeConfig, where)
 

@@ -959,12 +959,12 @@ def main(cfg):
         return ask(policy, cfg) if rank == 0 else None
 
     tasks, left_out = read_tasks(cfg)
-    if rank == 0:
-        sizes = ", ".join(f"{len(rows)} {name}" for name, rows in tasks.items())
-        print(f"eval: {cfg.model} answers {sizes} on {world_size} ranks; the bar says how long", flush=True)
-        for name, lines in left_out.items():
-            if lines:
-                print(env.printable(f"{name}: {len(lines)} questions are left out, the first: {lines[0]}"))
+    for name, rows in tasks.items():
+        if rank == 0:
+            print(f"eval: {cfg.model} answers {len(rows)} questions, {name}; the bar says how long", flush=True)
+        if rank == 0 and left_out.get(name):
+            why = env.printable(left_out[name][0])
+            print(f"{name}: {len(left_out[name])} questions are left out, the first: {why}")
     data.check_rows(sum(tasks.values(), []), rank, world_size, policy.proc, cfg)
 
     started = time.time()

@@ -115,7 +115,7 @@ def test_rows(folder, asked, capsys):
     assert result["accuracy"] == np.mean([entry["right"] for entry in records.values()])
     printed = capsys.readouterr().out
     assert max(map(len, printed.replace(str(folder), "").splitlines())) <= 100 and "see /runs" not in printed
-    assert "answers 10 sampled, 10 greedy" in printed and "max_pixels=1024" in printed      # what answers rest on
+    assert "answers 10 questions, greedy" in printed and "max_pixels=1024" in printed      # what answers rest on
     assert (folder / "runs/eval/report.html").exists()
     assert json.loads((folder / "runs/eval/eval.json").read_text())["accuracy"] == result["accuracy"]
 
@@ -178,6 +178,10 @@ def test_loading_from_a_script(scenes, tmp_path):
     row = {"images": [Image.new("LA", (64, 64))], "problem": "what?", "solution": ""}
     [traj] = evaluation.rollout(policy, [row], cfg, greedy=True)
     assert len(traj.turns) == 1 and policy.fingerprint
+    (tmp_path / "checkpoints/3/training").mkdir()
+    (tmp_path / "checkpoints/3/episode.json").unlink()
+    with pytest.raises(env.UserError, match="checkpoints/3/episode.json is missing.*copy another step's"):
+        evaluation.load(str(tmp_path))
 
 
 def test_with_and_without_the_tool(folder, capsys):
