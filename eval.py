@@ -626,7 +626,7 @@ h2{margin:2em 0 .4em;border-bottom:1px solid #8888}
 .wrong,.out{color:light-dark(#b3261e,#ff8f85)}
 .scroll{overflow-x:auto}
 table{border-collapse:collapse;overflow-wrap:normal}
-th,td{padding:3px 14px 3px 0;border-bottom:1px solid #8885;text-align:right}
+th,td{padding:3px 14px 3px 0;border-bottom:1px solid #8885;text-align:right;white-space:nowrap}
 :is(th,td):first-child{text-align:left}
 .grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,330px),1fr));gap:14px}
 figure,article{margin:0;padding:10px;background:var(--soft);min-width:0;break-inside:avoid}
