@@ -12,7 +12,7 @@ from PIL import Image
 
 import data
 import env
-from conftest import ROOT, picture, refusal
+from conftest import ROOT, picture
 
 
 def test_readable_images(tmp_path):

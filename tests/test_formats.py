@@ -35,36 +35,8 @@ def read(path, image_root="", limit=0, bench="bench"):
 
 
 LINE = {"question": "Which?", "A": "red", "B": "blue", "answer": "B", "image": base64_of(picture())}
-
-
-@pytest.mark.parametrize("change, expected", [
-    ({}, dict(problem="Which?\nA. red\nB. blue\nAnswer with the letter of the right option.", category="")),
-    (dict(question="Gate (A) is open. Which?"), dict(choices=["red", "blue"])),
-    (dict(hint="Look up."), dict(problem="Hint: Look up.\nWhich?\nA. red\nB. blue\nAnswer with the letter of "
-                                 "the right option.")),
-    (dict(zip("CDEFGHIJK", "cdefghijk"), answer="K"), dict(choices=["red", "blue", *"cdefghijk"])),
-    (dict(target_instances="[[1, 2, 30, 40], [5, 6, 7, 8]]", category="Perception/OCR"),      # TreeBench
-     dict(boxes=[[1, 2, 30, 40], [5, 6, 7, 8]], category="Perception/OCR")),
-    (dict(bbox="[1, 2, 30, 40]", question_type="blank", A="", B="", answer="7"),
-     dict(boxes=[[1, 2, 30, 40]], choices=[], problem="Which?", category="blank")),
-    (dict(B="", C="green", answer="C"), r"its options are not A, B .*A. red.*C. green"),
-    (dict(A="", answer="B"), "its options are not A, B"),
-    (dict(A="", B=""), "its options are empty"),
-    (dict(answer="F"), "its solution 'F' is none of its choices"),
-    (dict(image="['" + "a" * 90 + "', '" + "b" * 90 + "']"), "several images are not supported"),
-    (dict(image="", image_path="b.png"), "no image .*b.png"),
-    (dict(image="", image_path="['a.png', 'a.png']"), "several images are not supported")])
-def test_columns(tmp_path, change, expected):
-    """Any TSV, by its columns. What cannot be asked is left out with its row and cause; the letters of the
-    others keep their place."""
-    tsv = write_tsv(tmp_path / "x.tsv", [{**dict.fromkeys(change, ""), **LINE}, {**LINE, **change}])
-    benches, left_out = data.read_benches(f"x:{tsv}", "", 0)
-    if isinstance(expected, str):
-        assert re.search("x.tsv: row 1: .*" + expected, *left_out["x"]) and len(benches["x"]) == 1
-    else:
-        assert not left_out["x"] and expected.items() <= benches["x"][1].items()
-
-
+MME = ["red", "blue", "a, b", 'the "sign"', "The image does not feature the text."]
+MME_TEXT = ["(A) red", "(B) blue", "(C) a, b", '(D) the "sign"', "(E) The image does not feature the text."]
 TIR = {"id": 1, "task": "refcoco", "answer": "B", "prompt": "How much?\nA: 65%\nB: 73%", "image_1": "a.png",
        "image_2": None, "meta_data": {"difficulty": 3}}
 ZOOM = {"images": ["a.png"], "response": "A", "question_type": "mcq", "bbox": [1, 2, 30, 40],
@@ -72,6 +44,25 @@ ZOOM = {"images": ["a.png"], "response": "A", "question_type": "mcq", "bbox": [1
 
 
 @pytest.mark.parametrize("item, expected", [
+    (LINE, dict(problem="Which?\nA. red\nB. blue\nAnswer with the letter of the right option.", category="")),
+    ({**LINE, "question": "Gate (A) is open. Which?"}, dict(choices=["red", "blue"])),
+    ({**LINE, "hint": "Look up."}, dict(problem="Hint: Look up.\nWhich?\nA. red\nB. blue\nAnswer with the "
+                                        "letter of the right option.")),
+    ({**LINE, "image": "", "image_path": "a.png"}, dict(solution="B")),              # a _local.tsv
+    ({**LINE, **dict(zip("ABCDE", MME)), "answer": "E", "category": "Perception/OCR", "l2-category": "Text/Sign",
+      "multi-choice options": "The choices are listed below:\n" + "\n".join(MME_TEXT)},
+     dict(choices=MME, solution="E", category="Perception/OCR/text/sign")),
+    ({**LINE, "A": "", "B": "", "multi-choice options": str(MME_TEXT)}, dict(choices=MME)),      # Lite
+    ({**LINE, **dict(zip("CDEFGHIJK", "cdefghijk")), "answer": "K", "target_instances": "[[1, 2, 30, 40]]",
+      "category": "Perception/OCR", "l2-category": "Perception/OCR"},                # TreeBench
+     dict(choices=["red", "blue", *"cdefghijk"], boxes=[[1, 2, 30, 40]], category="Perception/OCR")),
+    ({**LINE, "A": "", "B": "", "answer": "7"}, dict(choices=[], problem="Which?")),
+    ({**LINE, "B": "", "C": "green", "answer": "C"}, "its options are not A, B .*A. red.*C. green"),
+    ({**LINE, "A": ""}, "its options are not A, B"),
+    ({**LINE, "A": "", "B": ""}, "its options are empty"),
+    ({**LINE, "answer": "F"}, "its solution 'F' is none of its choices"),
+    ({**LINE, "image": "['" + "a" * 90 + "', '" + "b" * 90 + "']"}, "several images are not supported"),
+    ({**LINE, "image": "", "image_path": "b.png"}, "no image .*b.png"),
     (TIR, dict(choices=["65%", "73%"], solution="B", category="refcoco")),
     ({**TIR, "prompt": "Which piece?", "answer": "[2, 1]"}, dict(choices=[], solution="[2, 1]")),
     ({**TIR, "image_2": "a.png"}, "several images"),
@@ -79,16 +70,21 @@ ZOOM = {"images": ["a.png"], "response": "A", "question_type": "mcq", "bbox": [1
     ({**ZOOM, "query": "How many?", "response": "7"}, dict(choices=[], problem="How many?", solution="7")),
     ({**ZOOM, "query": "Which?\nA. red\nB. blue\nWhy?"}, dict(problem="Which?\nA. red\nB. blue\nWhy?")),
     ({**ZOOM, "response": ""}, "no `solution`")])
-def test_json(tmp_path, item, expected):
-    """TIR-Bench, and ZoomBench as JSON: options stand in the question, and are found where nothing has to
-    be guessed."""
+def test_columns(tmp_path, item, expected):
+    """A TSV or JSON is read by its columns. What cannot be asked is left out with its row and cause; letters
+    keep their place, and no option is guessed."""
     picture().save(tmp_path / "a.png")
-    (tmp_path / "x.json").write_text(json.dumps([item, TIR]))
-    benches, left_out = data.read_benches(f"x:{tmp_path}/x.json", "", 0)
-    if isinstance(expected, str):
-        assert expected in left_out["x"][0] and len(benches["x"]) == 1
+    path = tmp_path / "x.tsv"
+    if "image" in item:
+        write_tsv(path, [{**dict.fromkeys(item, ""), **LINE}, item])
     else:
-        assert not left_out["x"] and expected.items() <= benches["x"][0].items()
+        path = tmp_path / "x.json"
+        path.write_text(json.dumps([TIR, item]))
+    benches, left_out = data.read_benches(f"x:{path}", "", 0)
+    if isinstance(expected, str):
+        assert re.search(f"{path}: row 1:? .*{expected}", *left_out["x"]) and len(benches["x"]) == 1
+    else:
+        assert not left_out["x"] and expected.items() <= benches["x"][1].items()
 
 
 def test_what_is_refused(tmp_path):
@@ -99,31 +95,6 @@ def test_what_is_refused(tmp_path):
                                ("x", "/no", "NAME:PATH"), ("a/b", tmp_path, "a word"),
                                ("x", tmp_path / "y.json", "no questions .*a.png")):
         assert re.search(f"{path}.*{reason}", refusal(data.read_benches, f"{name}:{path}", "", 0))
-
-
-MME_OPTIONS = ["red", "blue", "a, b", 'the "sign"', "The image does not feature the text."]
-
-
-@pytest.mark.parametrize("lite", [False, True])
-def test_mmerealworld(tmp_path, lite):
-    """The columns A to E, or in Lite one list; subtasks and l2 categories. VLMEvalKit writes NAME_local.tsv
-    for a file above 1 GB: image_path in the place of image."""
-    line = {"index": 0, "image": base64_of(picture()), "question": "Which?", "answer": "E",
-            "category": "Perception/OCR", "l2-category": "Text/Advert"}
-    options = [f"({letter}) {option}" for letter, option in zip("ABCDE", MME_OPTIONS)]
-    line["multi-choice options"] = str(options)
-    if not lite:
-        line["multi-choice options"] = "The choices are listed below:\n" + "\n".join(options)
-        line.update(zip("ABCDE", MME_OPTIONS))
-    row, = read(write_tsv(tmp_path / "mme.tsv", [line]))
-    assert row["choices"] == MME_OPTIONS and row["solution"] == "E"
-    lines = row["problem"].split("\n")
-    assert lines[:2] == ["Which?", "A. red"] and lines[5] == "E. The image does not feature the text."
-    assert row["category"] == "Perception/OCR/text/advert"
-    picture().save(tmp_path / "0.jpg")
-    del line["image"]
-    tsv = write_tsv(tmp_path / "mme_local.tsv", [{**line, "image_path": "0.jpg"}])
-    assert read(tsv, str(tmp_path))[0]["images"] == [str(tmp_path / "0.jpg")]
 
 
 def test_hrbench(tmp_path):
