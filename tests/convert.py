@@ -18,8 +18,8 @@ import data  # noqa: E402
 import env  # noqa: E402
 
 ASSISTANT = ("gpt", "assistant", "function_call", "tool_call")
-# A line of a prompt that says that boxes are relative: "0 to 1000", "[0, 1000]", "0-999".
-RELATIVE = re.compile(r"(?im)^.*(box|coordinate).*(\b0( to | and | ?[-–~] ?|\.+|…)(1000|999)\b|\[0, ?(1000|999)\])")
+# A line of a prompt that says that boxes are relative: "0 to 1000", "[0, 1000]", "0-1000".
+RELATIVE = re.compile(r"(?im)^.*(box|coordinate).*(\b0( to | and | ?[-–~] ?|\.+|…)1000\b|\[0, ?1000\])")
 ACTIONS = re.compile(r"<(tool_call|grounding|answer)>(.*?)</\1>|\\boxed\{(.*)\}", re.DOTALL)
 INSTRUCTIONS = re.compile(r"\s*(Think first, call|Think in the mind first|Guidelines:).*", re.DOTALL)
 DEEPEYES_PIXELS = 16384 * 28 ** 2   # its model saw larger images at this size, its tool cut them as they were

@@ -45,12 +45,12 @@ ZOOM = {"images": ["a.png"], "response": "A", "question_type": "mcq", "bbox": [1
 
 @pytest.mark.parametrize("item, expected", [
     (LINE, dict(problem="Which?\nA. red\nB. blue\nAnswer with the letter of the right option.", category="")),
-    ({**LINE, "question": "Gate (A) is open. Which?"}, dict(choices=["red", "blue"])),
+    ({**LINE, "question": "Gate (A) is open.", "A": "red\nA. or so"}, dict(choices=["red A. or so", "blue"])),
     ({**LINE, "hint": "Look up."}, dict(problem="Hint: Look up.\nWhich?\nA. red\nB. blue\nAnswer with the "
                                         "letter of the right option.")),
     ({**LINE, "image": "", "image_path": "a.png"}, dict(solution="B")),              # a _local.tsv
-    ({**LINE, **dict(zip("ABCDE", MME)), "answer": "E", "category": "Perception/OCR", "l2-category": "Text/Sign",
-      "multi-choice options": "The choices are listed below:\n" + "\n".join(MME_TEXT)},
+    ({**LINE, **dict(zip("ABCDE", MME)), "answer": "E",
+      "category": "Perception/OCR", "l2-category": "Text/Sign", "multi-choice options": "The choices are listed below:\n" + "\n".join(MME_TEXT)},
      dict(choices=MME, solution="E", category="Perception/OCR/text/sign")),
     ({**LINE, "A": "", "B": "", "multi-choice options": str(MME_TEXT)}, dict(choices=MME)),      # Lite
     ({**LINE, **dict(zip("CDEFGHIJK", "cdefghijk")), "answer": "K", "target_instances": "[[1, 2, 30, 40]]",
@@ -59,6 +59,7 @@ ZOOM = {"images": ["a.png"], "response": "A", "question_type": "mcq", "bbox": [1
     ({**LINE, "A": "", "B": "", "answer": "7"}, dict(choices=[], problem="Which?")),
     ({**LINE, "B": "", "C": "green", "answer": "C"}, "its options are not A, B .*A. red.*C. green"),
     ({**LINE, "A": ""}, "its options are not A, B"),
+    ({**LINE, "A": "", "B": "", "multi-choice options": "['(A) ', '(B) blue']"}, "its options are not A, B"),
     ({**LINE, "A": "", "B": ""}, "its options are empty"),
     ({**LINE, "answer": "F"}, "its solution 'F' is none of its choices"),
     ({**LINE, "image": "['" + "a" * 90 + "', '" + "b" * 90 + "']"}, "several images are not supported"),
