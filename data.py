@@ -1,9 +1,9 @@
 """data.py, file 2 of 5 (after env.py): rows of questions, to learn from and to be tested on.
 
-Stage 1 of DRIM is the construction of data: hard questions with a short, verifiable answer, about details of
-high-resolution images. Run, this file makes them in one of two ways: it draws scenes and writes demonstrations
-without any model, or a strong model asks about photographs, and what is hard for the policy is kept. Imported,
-it reads rows and published benchmarks, and talks to models over HTTP.
+Stage 1 of DRIM, the construction of data: hard questions with a short, verifiable answer, about details of
+high-resolution images. As a command this file makes them in one of two ways: it draws scenes and writes
+demonstrations without any model, or a strong model asks about photographs and what is hard for the policy is
+kept. As a module it reads rows and published benchmarks, and talks to models over HTTP.
 
     python data.py                              # built-in scenes: data/scenes-0/{sft,train,test}.jsonl
     python data.py --task=large --n_train=2000 --out=data/large    # true scale: 4096 pixels, two zooms
@@ -654,12 +654,12 @@ def messages_of(traj, episode, factor):
 
 
 def next_turn(job, who, episode, traj, sample):
-    """The assistant's next turn (text) in a conversation, the `sample`-th of its kind: recorded or asked for."""
+    """The assistant's next turn (text) in a conversation, the `sample`-th of its kind, recorded or new."""
     cfg, row = job.cfg, traj.row
     address, name, factor = [getattr(cfg, who + field) for field in ("", "_name", "_factor")]
     # What decides the answer, and no more: a new setting must not make those that were paid for worthless.
-    request = [row["doc_id"], row["images"][0].size, row["problem"], name, factor, cfg.seed, env.SYSTEM,
-               episode.max_crops, episode.max_pixels, sample, len(traj.turns)]
+    request = [who, name, factor, cfg.seed, env.SYSTEM, episode.max_crops, episode.max_pixels,
+               row["doc_id"], row["images"][0].size, row["problem"], sample, len(traj.turns)]
     key = hashlib.sha256(json.dumps(request).encode()).hexdigest()
     if key not in job.answers:
         if job.stopped:

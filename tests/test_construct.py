@@ -127,7 +127,7 @@ def talk(monkeypatch):
 
 
 @pytest.mark.parametrize("message, text", [
-    ({"content": " a\n"}, "a"), ({"content": WORDS}, "<answer>red</answer>"),
+    ({"content": " a\n"}, "a"), ({"content": "a\ud83d"}, "a?"), ({"content": WORDS}, "<answer>red</answer>"),
     ({"content": "b", "reasoning_content": "\nlook\n"}, "<think>look</think>\nb"),
     ({"content": None, "reasoning": "c", "tool_calls": [CALL]}, "<think>c</think>\n" + zoom([1, 2, 3, 4], 0))])
 def test_a_reply_becomes_a_turn(talk, message, text):
