@@ -101,6 +101,8 @@ def serving(script):
                 reply = {"message": {"role": "assistant", "content": reply}}
             if isinstance(reply, dict):
                 reply = 200, {}, [json.dumps({"choices": [reply]})]
+            if self.headers["Authorization"] != "Bearer " + os.environ.get("OPENAI_API_KEY", "none"):
+                reply = 401
             status, headers, pieces = (reply, {}, "") if isinstance(reply, int) else reply
             self.send_response(status)
             for header in headers.items():

@@ -111,7 +111,8 @@ def talk(monkeypatch):
     """talk(*replies): a question to an endpoint that has answered before, or not, and now says these replies:
     the text or the error, the requests, the waits."""
     monkeypatch.setattr(data, "MOST_BYTES", 1000)
-    monkeypatch.setattr(data, "TIMEOUT", 0.1)
+    monkeypatch.setattr(data, "answering", set())
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
 
     def ask(*replies, answered=True):
         bodies, waits, replies = [], [], iter(replies)
@@ -134,7 +135,7 @@ def test_a_reply_becomes_a_turn(talk, message, text):
     """What a server takes out of the text is put back."""
     said, [body], _ = talk({"message": message, "finish_reason": "stop"}, answered=False)
     settings = dict(temperature=0.5, top_p=1, max_tokens=9)
-    assert said == text and body == dict(model="m", messages=[], **settings)
+    assert said == text and body == dict(model="m", messages=[], **settings) and data.answering
 
 
 @pytest.mark.parametrize("replies, answered, error, words", [
@@ -145,11 +146,13 @@ def test_a_reply_becomes_a_turn(talk, message, text):
     ([{"message": {"content": "I am"}, "finish_reason": "length"}], True, data.NoReply, "cut at 9 tokens"),
     ([500] * 7, False, env.UserError, "500"), ([CUT] * 7, True, data.NoReply, "JSON"),
     ([(200, {}, ["x" * 2000])] * 7, True, data.NoReply, "does not end"),
-    ([(200, {}, (Event().wait(0.02) or " " for _ in range(9))) for _ in range(7)], True, data.NoReply, "not end"),
+    ([(200, {}, (Event().wait(0.02) or " " for _ in range(9))) for _ in range(7)], True, data.NoReply, "not end|timed"),
     ([(302, MOVED, [""])], True, data.NoReply, "302")])
-def test_no_usable_reply(talk, replies, answered, error, words):
+def test_no_usable_reply(talk, monkeypatch, replies, answered, error, words):
     """What would meet every request ends the job, what met one drops its sample. The key follows no redirect, and
     neither an endless nor a slow reply holds a call."""
+    if "timed" in words:
+        monkeypatch.setattr(data, "TIMEOUT", 0.1)
     said, bodies, _ = talk(*replies, answered=answered)
     assert type(said) is error and re.search(words, str(said)) and len(bodies) == len(replies)
 
@@ -157,7 +160,7 @@ def test_no_usable_reply(talk, replies, answered, error, words):
 def test_ask_again(talk):
     """Retry-After is obeyed, in seconds or as a date, up to a bound, and costs no try. The other name of
     max_tokens is learnt once."""
-    limited = [(429, {"Retry-After": told}, [""]) for told in ("3", formatdate(time.time() + 50), "1e9", "soon", "nan")]
+    limited = [(429, {"Retry-After": told}, [""]) for told in ("3", formatdate(time.time() + 50), "590", "soon", "nan")]
     said, _, waits = talk(*limited, 500, 503, "yes")
     assert said == "yes" and waits == [3, pytest.approx(50, abs=2), 1, 2, 4, 8, 16]
     said, bodies, waits = talk(OTHER_NAME, "yes")
@@ -242,18 +245,18 @@ def test_again(done, capsys):
 
 def test_endpoint_fails_and_run_is_killed(done, tmp_path, monkeypatch):
     """A refusal of the key ends the run with one line. A request that is refused drops its question and is not
-    recorded, also when it is the first one of a run; mended, it is asked again. Killed again and again, with half a line left behind, a run asks
-    nothing twice and ends with the same files."""
+    recorded, also when it is the first one of a run; mended, it is asked again. Killed again and again, with half
+    a line left behind, a run asks nothing twice and ends with the same files."""
     script, cfg = done
     cfg = replace(cfg, images=f"{cfg.images}/few", out=f"{tmp_path}/whole")
     script.seen.clear()
     script.broken = {"evidence": 403}
     with pytest.raises(env.UserError, match="403"):
         data.main(cfg)
-    script.broken = {"collect": 400}
+    script.broken = {"evidence": 400}
     data.answering.clear()
     data.main(cfg)
-    assert '"demonstrate: no usable reply": 2' in files(cfg)["data_card.json"] and not files(cfg)["sft.jsonl"]
+    assert '"verify: no usable reply": 2' in files(cfg)["data_card.json"] and not files(cfg)["sft.jsonl"]
     script.broken = {}
     data.main(cfg)
     assert '"kept": 2' in files(cfg)["data_card.json"]
