@@ -14,7 +14,7 @@ import re
 import textwrap
 import time
 import zlib
-from collections import defaultdict, deque
+from collections import defaultdict
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -79,16 +79,18 @@ class Cache:
         shape = (text.num_hidden_layers, 2, slots, text.num_key_value_heads, places + 1, head_dim(text))
         dtype = torch.bfloat16 if policy.device.type == "cuda" else torch.float32
         self.kv = torch.zeros(shape, device=policy.device, dtype=dtype)   # what the mask hides must be finite
+        self.all = torch.arange(slots, device=policy.device)
         self.bin = places
         self.end = 0
 
     def expect(self, places, end, slots=None):
-        """The next tokens go to `places` of `slots` (default: of the first B), which are read up to `end`."""
-        self.places, self.end, self.slots = places, end, slots
+        """The next tokens, (B, n), go to these places of `slots` (default: the first B), read up to `end`."""
+        self.places, self.end = places, end
+        self.slots = slice(len(places)) if slots is None else slots
 
-    def copy(self, source, slots, end):
-        """Copy a slot, its first `end` places, into others (a list)."""
-        self.kv[:, :, slots, :, :end] = self.kv[:, :, source, None, :, :end]
+    def copy(self, source, slots):
+        """Copy a slot into others (a list), up to where slots were last read."""
+        self.kv[:, :, slots, :, :self.end] = self.kv[:, :, source, None, :, :self.end]
 
     def mask(self):
         """Boolean (B, 1, n, end): each new token sees its slot's places up to its own."""
@@ -99,12 +101,10 @@ class Cache:
 
     def update(self, k, v, layer, *_, **__):
         """Called by transformers: enter k, v (B, heads, n, d); returns all (B, heads, end, d)."""
-        kv = self.kv[layer]
-        slots = torch.arange(len(k), device=k.device) if self.slots is None else self.slots
-        for store, new in zip(kv, (k, v)):
-            store[slots[:, None], :, self.places] = new.transpose(1, 2).to(store.dtype)
-        held = kv[:, :len(k)] if self.slots is None else kv[:, slots]      # a view; a copy
-        return held[..., :self.end, :].unbind()
+        slots = self.all[self.slots, None]
+        for store, new in zip(self.kv[layer], (k, v)):
+            store[slots, :, self.places] = new.transpose(1, 2).to(store.dtype)
+        return self.kv[layer][:, self.slots, :, :self.end].unbind()      # views, if it is the first B
 
 
 def uniforms(seed, prompt, sample, n):
@@ -123,37 +123,36 @@ def draw(logp, u):
     return ids.clamp_max(logp.shape[1] - 1)      # of NaN the search goes past the end; `act` sees it
 
 
-def prefill(policy, cache, slots, trajs, fed):
-    """Feed trajectory i's tokens from fed[i] on into slots[i], ragged: one forward pass. Returns the hidden
-    states (B, width) of their last tokens."""
+def prefill(policy, cache, slots, seats):
+    """Feed what is new in these seats into their slots, ragged: one forward pass. Returns the hidden states
+    (B, width) of the last tokens."""
     proc, device = policy.proc, policy.device
-    ids, places, pos, last, images = [], [], [], [], []
-    for traj, start in zip(trajs, fed):
+    ids, places, pos, images = [], [], [], []
+    for seat in seats:
+        traj, start = seat.traj, seat.fed
         new = torch.tensor(traj.ids[start:])
         ids.append(new)
         places.append(torch.arange(start, len(traj.ids)))
         pos.append(torch.from_numpy(traj.pos[:, start:].T))
-        last.append(len(new) - 1)
-
-        # A run of image tokens is an image; these were shown last.
-        runs = int((new == proc.image).int().diff().eq(1).sum())
+        runs = int((new == proc.image).int().diff().eq(1).sum())  # a run of image tokens is an image
         images += traj.shown[len(traj.shown) - runs:]
+    last = [len(new) - 1 for new in ids]
+    end = max(len(seat.traj.ids) for seat in seats)
 
     ids = pad_sequence(ids, batch_first=True, padding_value=proc.end).to(device)            # (B, n)
     pos = pad_sequence(pos, batch_first=True).permute(2, 0, 1).to(device)                   # (3, B, n)
     places = pad_sequence(places, batch_first=True, padding_value=cache.bin).to(device)
-    cache.expect(places, max(len(traj.ids) for traj in trajs), torch.tensor(slots, device=device))
+    cache.expect(places, end, torch.tensor(slots, device=device))
     images, feature = sft.pack(images, proc)
     h = policy.hidden(ids, pos, policy.see(images), feature.to(device), cache.mask(), cache)
     return h[torch.arange(len(h)), last]
 
 
 EVALUATION = 2 ** 31   # in the place of a step, in the random streams
-STEPS = {"cuda": 8, "cpu": 4}        # decoding steps after which ended turns are acted on
+STEPS = 8              # decoding steps after which ended turns are acted on
 STRIDE = {"cuda": 128, "cpu": 16}    # a step reads the cache up to a multiple of so many places,
-WIDTH = {"cuda": 32, "cpu": 8}       # and of so many slots
+WIDTH = 8                            # and of so many slots
 PREFILL = 2 ** 14                    # slots x places of a prefill, at most
-THREADS = 4                          # that open images and run tools
 
 
 def capture(f, pool):
@@ -168,9 +167,9 @@ def capture(f, pool):
 class Seat:
     """A sample, waiting for a slot or in one."""
     prompt: Future                   # of env.reset; the samples of a group share it
-    stream: tuple                    # seed and step, prompt, sample: what names its random numbers
+    stream: tuple                    # (seed, step), prompt, sample: they name its random numbers
     traj: env.Trajectory | None = None
-    fed: int = 0                     # its tokens that are in the cache
+    fed: int = 0                     # how many of its tokens have been fed
 
 
 class Engine:
@@ -184,65 +183,56 @@ class Engine:
     What a step changes lies in tensors that are written in place, so that CUDA replays it as a graph."""
 
     def __init__(self, policy, cfg, slots, greedy):
-        self.policy, self.cfg, self.greedy = policy, cfg, greedy
-        self.kind = policy.device.type
-        self.slots = slots
-        self.live = []                           # the Sample of each slot in use
+        self.policy, self.cfg, self.greedy, self.slots = policy, cfg, greedy, slots
+        self.live = []                           # the Seat in each slot in use
         self.cache = Cache(policy, slots, cfg.max_tokens)
         self.ends = torch.tensor(sorted(policy.proc.ends), device=policy.device)
         self.graphs = {}                         # (slots, places) that a step reads -> CUDAGraph
-        self.pool = None                         # their memory
+        self.graph_pool = None                   # their memory
 
-        # Of each slot: first place of the turn, tokens that it has and may have, M-RoPE position less place,
-        # and if it idles; the last token's hidden state; uniform numbers, ids and log-probabilities of the
-        # turn, with a bin at the end.
+        # Of each slot: the turn's first place, the tokens that it has and may have, M-RoPE position less
+        # place, is it idle; the last token's hidden state; the turn's uniform numbers, ids and
+        # log-probabilities, with a bin behind them.
         numbers = torch.ones(slots, 5, dtype=torch.long, device=policy.device)
         hidden = torch.zeros(slots, policy.vlm.lm_head.in_features, device=policy.device)
         turn = torch.zeros(slots, cfg.turn_tokens + 1, device=policy.device)
         self.state = numbers, hidden, turn.double(), turn.long(), turn
 
-    def run(self, waiting):
-        """Sample the trajectories of these seats (a list)."""
-        waiting = deque(waiting)
-        with ThreadPoolExecutor(THREADS) as pool:
-            while waiting or self.live:
-                while waiting and len(self.live) < self.slots:
-                    seat = waiting.popleft()
-                    seat.traj = seat.prompt.result().fork()
-                    self.live.append(seat)
-                self.prefill()
-                self.decode()
-                self.act(pool)
+    def run(self, seats, threads):
+        """Sample the trajectories of the seats."""
+        waiting = list(seats)
+        while waiting or self.live:
+            while waiting and len(self.live) < self.slots:
+                seat = waiting.pop(0)
+                seat.traj = seat.prompt.result().fork()
+                self.live.append(seat)
+            self.prefill()
+            self.decode()
+            self.act(threads)
 
     def copy(self, source, slots):
-        """Copy a slot into others."""
-        self.cache.copy(source, slots, self.cache.end)
+        """Copy a slot into others (a list)."""
+        self.cache.copy(source, slots)
         for tensor in self.state:
             tensor[slots] = tensor[source].clone()
 
     def prefill(self):
-        """Feed what was given, and begin turns."""
-        # Of samples that enter together with the same prompt, the first one is fed and copied to the others.
+        """Feed what was given, in parts that bound the memory, and begin turns. Of a group's samples that
+        enter together one is fed; the others get copies."""
         groups = defaultdict(list)
         for slot, seat in enumerate(self.live):
             if seat.fed < len(seat.traj.ids):
                 groups[slot if seat.fed else seat.prompt].append(slot)
+        groups = sorted(groups.values(), key=lambda slots: self.live[slots[0]].fed)       # prompts first
+        longest = max(len(seat.traj.ids) for seat in self.live)
+        size = max(1, PREFILL // longest)
 
-        def length(slots):
-            return len(self.live[slots[0]].traj.ids)
-        chunks = []
-        for slots in sorted(groups.values(), key=length, reverse=True):
-            if not chunks or (len(chunks[-1]) + 1) * length(chunks[-1][0]) > PREFILL:
-                chunks.append([])
-            chunks[-1].append(slots)
-
-        for chunk in chunks:
-            firsts = [slots[0] for slots in chunk]
-            seats = [self.live[slot] for slot in firsts]
-            trajs = [seat.traj for seat in seats]
-            hidden = prefill(self.policy, self.cache, firsts, trajs, [seat.fed for seat in seats])
-            self.state[1][firsts] = hidden.float()
-            for first, *others in chunk:
+        for i in range(0, len(groups), size):
+            part = groups[i:i + size]
+            firsts = [slots[0] for slots in part]
+            h = prefill(self.policy, self.cache, firsts, [self.live[slot] for slot in firsts])
+            self.state[1][firsts] = h.float()
+            for first, *others in part:
                 if others:
                     self.copy(first, others)
                 for slot in (first, *others):
@@ -251,9 +241,8 @@ class Engine:
     def begin(self, slot):
         """A turn begins."""
         numbers, _, u, *_ = self.state
-        seat = self.live[slot]
+        seat, n = self.live[slot], self.cfg.turn_tokens
         start = seat.fed = len(seat.traj.ids)
-        n = self.cfg.turn_tokens
         budget = min(n, self.cfg.max_tokens - 1 - start)
         shift = int(seat.traj.pos[0, -1]) + 1 - start
         numbers[slot] = torch.tensor([start, 0, budget, shift, 0])
@@ -263,7 +252,7 @@ class Engine:
         """Each of the first n slots samples a token and is fed it; places are read up to `end`."""
         numbers, hidden, u, tokens, logps = [tensor[:n] for tensor in self.state]
         start, used, budget, shift, idle = numbers.unbind(1)
-        at = torch.where(idle > 0, self.cfg.turn_tokens, used)[:, None]       # or into the bin
+        at = torch.where(idle > 0, self.cfg.turn_tokens, used)[:, None]       # the bin, or the next
         logp = self.policy.logits(hidden, self.cfg.temperature).log_softmax(-1)          # (n, V)
         token = logp.argmax(-1) if self.greedy else draw(logp, u.gather(1, at)[:, 0])
         tokens.scatter_(1, at, token[:, None])
@@ -278,51 +267,47 @@ class Engine:
         idle.logical_or_(torch.isin(token, self.ends) | (used >= budget))
 
     def decode(self):
-        """A few steps: the first of their kind as they are, the others as a graph."""
-        steps, stride, width = STEPS[self.kind], STRIDE[self.kind], WIDTH[self.kind]
-        live = len(self.live)
-        longest = int(self.state[0][:live, :2].sum(1).max())
-        n = min(-(-live // width) * width, self.slots)
-        end = min(-(-(longest + steps) // stride) * stride, self.cache.bin)
-        for _ in range(steps):
+        """A few steps: the first of a kind as it is, then as a graph."""
+        device, live = self.policy.device, len(self.live)
+        stride = STRIDE[device.type]
+        last = int(self.state[0][:live, :2].sum(1).max()) + STEPS
+        n = min(-(-live // WIDTH) * WIDTH, self.slots)
+        end = min(-(-last // stride) * stride, self.cache.bin)
+        for _ in range(STEPS):
             if (n, end) in self.graphs:
                 self.graphs[n, end].replay()
                 continue
             self.step(n, end)
-            if self.kind == "cuda":
-                graph = capture(partial(self.step, n, end), self.pool)
-                self.graphs[n, end] = graph
-                self.pool = graph.pool()
+            if device.type == "cuda":
+                graph = self.graphs[n, end] = capture(partial(self.step, n, end), self.graph_pool)
+                self.graph_pool = graph.pool()
 
-    def act(self, pool):
+    def act(self, threads):
         """Act on the turns that have ended."""
-        numbers, _, _, tokens, logps = self.state
-        ended = numbers[:len(self.live), 4].nonzero()[:, 0].tolist()
-        jobs = []
-        for slot in ended:
-            n = int(numbers[slot, 1])
-            turn = tokens[slot, :n].tolist(), logps[slot, :n].tolist()
-            jobs.append(pool.submit(self.end_turn, self.live[slot], *turn))
-        for job in jobs:
-            job.result()
-
+        idle = self.state[0][:, 4]
+        ended = idle[:len(self.live)].nonzero()[:, 0].tolist()
+        list(threads.map(self.end_turn, ended))
         for slot in reversed(ended):
             if self.live[slot].traj.status != "open":
                 last = self.live.pop()
                 if slot < len(self.live):
                     self.copy(len(self.live), [slot])
                     self.live[slot] = last
-                numbers[len(self.live), 4] = 1
+                idle[len(self.live)] = 1
 
-    def end_turn(self, seat, ids, logp):
+    def end_turn(self, slot):
         """Append what was sampled, run the tool, enter the observation."""
-        traj = seat.traj
+        numbers, _, _, tokens, logps = self.state
+        seat, proc = self.live[slot], self.policy.proc
+        n = int(numbers[slot, 1])
+        logp = logps[slot, :n].tolist()
         if not all(map(math.isfinite, logp)):
             *_, step = seat.stream[0]
             where = "evaluation" if step == EVALUATION else f"rollout of step {step}"
             raise env.UserError(f"{where}: logits are not finite; lower --lr or take an older checkpoint")
-        seat.fed += len(ids)
-        env.step(traj, env.respond(traj, self.policy.proc, ids, logp), self.cfg, self.policy.proc)
+        seat.fed += n
+        text = env.respond(seat.traj, proc, tokens[slot, :n].tolist(), logp)
+        env.step(seat.traj, text, self.cfg, proc)
 
 
 def row_bytes(config, cfg):
@@ -331,37 +316,29 @@ def row_bytes(config, cfg):
     return 4 * text.num_hidden_layers * text.num_key_value_heads * head_dim(text) * (cfg.max_tokens + 1)
 
 
-def prefill_bytes(config, cfg):
-    """What a prefill needs beside the cache, at most: activations in fp32, of the text model or of the tower
-    (4 patches a token)."""
-    text, vision = config.get_text_config(), config.vision_config
-    token = 8 * text.hidden_size + 3 * text.intermediate_size
-    patch = 6 * vision.hidden_size + 2 * vision.intermediate_size
-    return 4 * max(PREFILL, cfg.max_tokens) * max(token, 4 * patch)
-
-
 def slots_in(free, config, cfg):
-    """How many slots fit into `free` bytes. Beside the cache a slot needs its logits in several copies; a
-    twentieth is for what the allocator cannot use. The update has all of it: the cache is freed before."""
+    """How many slots fit into `free` bytes: cache, and 64 bytes for each entry of the logits. 4 GiB are for a
+    prefill (256 KiB a token, as a model of 8B needs), a twentieth for what the allocator cannot use."""
     slot = row_bytes(config, cfg) + 64 * config.get_text_config().vocab_size
-    return max(0, int((0.95 * free - prefill_bytes(config, cfg)) // slot))
+    return max(0, int((0.95 * free - 2 ** 32) // slot))
 
 
 def fitting(policy, cfg, wanted):
     """The slots of a rollout: as many as wanted, but on CUDA no more than fit. UserError if none does."""
     if policy.device.type == "cpu":
         return wanted
-    torch.cuda.empty_cache()                     # the cache is one piece, which a freed rest may not hold
+    torch.cuda.empty_cache()                     # a cache is one piece: it fits into no freed rest
     free = torch.cuda.mem_get_info()[0]
     for p in policy.parameters():
         free -= 2 * p.numel() * (p.dtype == torch.float32)        # autocast keeps copies in bf16
-    config = policy.vlm.config
-    most = slots_in(free, config, cfg)
-    if wanted and not most:
-        raise env.UserError(f"{free / 2 ** 30:.1f} GiB are free, which is too little for one trajectory of --max_tokens={cfg.max_tokens}; lower it, or shard")
+    most = min(slots_in(free, policy.vlm.config, cfg), wanted)
+    text = (f"in_flight: {most} of {wanted} trajectories of --max_tokens={cfg.max_tokens} fit into "
+            f"{free / 2 ** 30:.1f} GiB")
+    if most < min(wanted, 1):
+        raise env.UserError(f"{text}; lower --max_tokens, or take a smaller --model")
     if most < wanted and int(os.environ.get("RANK", 0)) == 0:
-        print(f"in_flight: {most} of {wanted} trajectories fit into {free / 2 ** 30:.1f} GiB")
-    return min(most, wanted)
+        print(text)
+    return most
 
 
 @torch.no_grad()
@@ -370,19 +347,19 @@ def rollout(policy, rows, cfg, samples=1, seed=(0, 0), streams=None, greedy=Fals
     streams (default 0, 1, ...) name the rows in the random streams, seed = (seed, step). UserError for
     logits that are NaN. All ranks must reach this if the policy is sharded."""
     policy.eval()        # in train mode, activation checkpointing (if enabled) drops the cache
+    threads = ThreadPoolExecutor(4)
     seats = []
-    pool = ThreadPoolExecutor(THREADS)
     try:
         for i, row in enumerate(rows):
-            prompt = pool.submit(env.reset, policy.proc, row, cfg)    # opened while others are sampled
-            for sample in range(samples):
-                seats.append(Seat(prompt, (seed, streams[i] if streams else i, sample)))
+            prompt = threads.submit(env.reset, policy.proc, row, cfg)     # opens the image
+            name = streams[i] if streams else i
+            seats += [Seat(prompt, (seed, name, sample)) for sample in range(samples)]
         with policy.gathered(), policy.autocast():
             slots = fitting(policy, cfg, min(cfg.in_flight, len(seats)))
-            Engine(policy, cfg, slots, greedy).run(seats)
+            Engine(policy, cfg, slots, greedy).run(seats, threads)
     finally:
-        pool.shutdown(cancel_futures=True)
-    torch.cuda.empty_cache()                     # the cache goes back in one piece, before anything lies in it
+        threads.shutdown(cancel_futures=True)
+    torch.cuda.empty_cache()                     # the cache goes back before anything else lies in it
     return [seat.traj for seat in seats]
 
 

@@ -2,10 +2,11 @@
 import copy
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import plain, stock
+from conftest import plain, refusal, stock
 import torch
 from PIL import Image
 
@@ -70,7 +71,7 @@ def pictures(tmp_path_factory):
 
 @pytest.fixture
 def searched(family, pictures, script):
-    """Six searches, rolled out as one ragged batch: images arrive midway, rows leave one after the other."""
+    """Six searches in four slots: images arrive midway, slots idle and are refilled, a group is cut."""
     left = crop([0, 0, 500, 999])
     right = crop([500, 100, 999, 900])
     lower = crop([0, 500, 900, 999], 1)
@@ -87,7 +88,7 @@ def searched(family, pictures, script):
         turns[key] = turns_of(family, value)
     turns[0, 2][2] = (family.proc.encode(" black") * 200)[:ROOMY.turn_tokens]
     script(turns, ROOMY)
-    return evaluation.rollout(family, pictures, ROOMY, samples=3)
+    return evaluation.rollout(family, pictures, replace(ROOMY, in_flight=4), samples=3)
 
 
 def sampled_logp(trajs):
@@ -112,6 +113,17 @@ def test_cached_decoding_equals_a_full_forward(family, searched):
     torch.testing.assert_close(sampled_logp(searched), want, atol=1e-4, rtol=0)
     updated, _ = family(sft.collate(searched, family.proc), ROOMY.temperature)
     torch.testing.assert_close(updated, want, atol=1e-4, rtol=0)
+
+
+def test_slots_and_parts_change_nothing(family, pictures, searched, monkeypatch):
+    """Nor does it matter how many slots a step computes, or how seldom ended turns are acted on."""
+    cases = (1, {}), (5, dict(STEPS=1)), (6, dict(STEPS=70, PREFILL=1, WIDTH=1))
+    for in_flight, changes in cases:
+        for name, value in changes.items():
+            monkeypatch.setattr(evaluation, name, value)
+        again = evaluation.rollout(family, pictures, replace(ROOMY, in_flight=in_flight), samples=3)
+        assert [t.ids for t in again] == [t.ids for t in searched]
+        torch.testing.assert_close(sampled_logp(again), sampled_logp(searched), atol=1e-4, rtol=0)
 
 
 @torch.no_grad()
@@ -184,8 +196,8 @@ def test_random_streams(family, rows):
     together = ids(three, streams=[4, 7, 9])
     assert together[2:4] == ids([three[1]], streams=[7])
     assert together[4:] + together[:2] == ids([three[2], three[0]], streams=[9, 4])
-    pieces = replace(SHORT, in_flight=2)
-    assert together == ids(three, streams=[4, 7, 9], cfg=pieces)
+    for in_flight in (1, 2, 5):
+        assert together == ids(three, streams=[4, 7, 9], cfg=replace(SHORT, in_flight=in_flight))
     different = set()
     streams = (7, (0, 0)), (8, (0, 0)), (7, (1, 0)), (7, (0, 1))
     for prompt, seed in streams:
@@ -234,3 +246,25 @@ def test_logits_that_are_no_numbers_end_in_one_line(policy, rows, greedy):
     torch.nn.init.constant_(broken.vlm.model.language_model.norm.weight, float("nan"))
     with pytest.raises(env.UserError, match="rollout of step 3: .*not finite"):
         evaluation.rollout(broken, rows[:2], SHORT, seed=(0, 3), greedy=greedy)
+
+
+def test_memory_is_arithmetic(family, monkeypatch):
+    """A slot's bytes are what the cache takes, here in fp32; a card with less than one slot is refused."""
+    cfg = replace(ROOMY, in_flight=3)
+    config = family.vlm.config
+    size = evaluation.row_bytes(config, cfg)
+    assert evaluation.Cache(family, 2, cfg.max_tokens).kv.nbytes == 2 * 2 * size
+    enough = 2 ** 34
+    longer = replace(cfg, max_tokens=7000)
+    assert evaluation.slots_in(enough, config, cfg) > evaluation.slots_in(enough, config, longer)
+    family = SimpleNamespace(device=torch.device("cuda"), vlm=family.vlm, parameters=family.parameters)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (enough, enough))
+    assert evaluation.fitting(family, cfg, 3) == 3
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2 ** 32, enough))
+    assert "0 of 3 trajectories of --max_tokens=700" in refusal(evaluation.fitting, family, cfg, 3)
+
+
+def test_an_image_that_is_gone_is_one_line(policy, rows):
+    gone = {**rows[0], "images": ["gone.png"]}
+    said = refusal(evaluation.rollout, policy, [rows[0], gone, rows[1]], SHORT)
+    assert "gone.png: not a readable image" in said
