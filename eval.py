@@ -89,8 +89,8 @@ class Cache:
         self.slots = slice(len(places)) if slots is None else slots
 
     def copy(self, source, slots):
-        """Copy a slot into others (a list), up to where slots were last read."""
-        self.kv[:, :, slots, :, :self.end] = self.kv[:, :, source, None, :, :self.end]
+        """Copy a slot into others (a list)."""
+        self.kv[:, :, slots] = self.kv[:, :, source, None]
 
     def mask(self):
         """Boolean (B, 1, n, end): each new token sees its slot's places up to its own."""
