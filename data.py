@@ -140,6 +140,7 @@ def find_image(root, path, where, confined):
     full = os.path.normpath(os.path.join(root, path))
     if confined and os.path.commonpath([root, full]) != root:
         raise UserError(f"{where}: image {path} lies outside {root}; mend the row or --image_root")
+
     if not os.path.exists(full):
         raise UserError(f"{where}: no image {full}; paths are relative to the file or to --image_root")
     return full
@@ -171,6 +172,7 @@ def check_row(row, where):
                             "solution; conversations of other projects: `python tests/convert.py FILE`")
     if not isinstance(row["images"], list) or len(row["images"]) != 1:
         raise UserError(f"{where}: `images` is not a list of one image; several images are not supported")
+
     for key, (is_right, what) in OPTIONAL.items():
         values = row.get(key) or []
         if not isinstance(values, list) or not all(map(is_right, values)):
@@ -885,7 +887,10 @@ def split_options(text):
     question, *parts = re.split(r"\n *[(（]?([A-Z])[)）.:：] *", text)
     letters = "".join(parts[::2])
     options = parts[1::2]
-    if len(letters) < 2 or not LETTERS.startswith(letters) or "" in options or "\n" in "".join(options):
+
+    in_order = len(letters) >= 2 and LETTERS.startswith(letters)
+    whole = "" not in options and "\n" not in "".join(options)
+    if not in_order or not whole:
         return text, []
     return question, options
 
@@ -918,6 +923,7 @@ def bench_row(item, where):
         row[key] = cells[0] if cells else ""
     row["solution"] = str(row["solution"]).strip()
     row["images"] = values(row["images"]) + values(item.get("image_2"))
+
     boxes = values(row["boxes"])
     row["boxes"] = [boxes] if env.is_box(boxes) else boxes
     part = item.get("l2-category")
@@ -977,6 +983,7 @@ def read_vstar(folder):
     for item in read_lines(f"{folder}/test_questions.jsonl"):
         if item["category"] not in ("direct_attributes", "relative_position"):
             continue                         # the folders OCR and GPT4V-hard are not part of it
+
         item["bbox"] = []
         beside = Path(folder, item["image"]).with_suffix(".json")
         for x, y, w, h in env.read_json(beside, {}).get("bbox", []):
@@ -1036,6 +1043,7 @@ def read_benches(spec, image_root, limit):
     for name, path, root in entries:
         if name in benches:
             raise UserError(f"--bench: {name} is given twice")
+
         try:
             rows, left_out[name] = read_bench(path, root)
         except (Exception, UserError) as e:  # whatever a damaged file makes a parser raise
@@ -1053,7 +1061,8 @@ def foreign(folder, images=""):
     if made.get("images") == images:
         return False
     published = os.path.exists(f"{folder}/train.json")
-    return published or any(Path(folder).glob("*.jsonl"))
+    written = any(Path(folder).glob("*.jsonl"))
+    return published or written
 
 
 def main(cfg):

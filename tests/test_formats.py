@@ -50,7 +50,8 @@ ZOOM = {"images": ["a.png"], "response": "A", "question_type": "mcq", "bbox": [1
                                         "letter of the right option.")),
     ({**LINE, "image": "", "image_path": "a.png"}, dict(solution="B")),              # a _local.tsv
     ({**LINE, **dict(zip("ABCDE", MME)), "answer": "E",
-      "category": "Perception/OCR", "l2-category": "Text/Sign", "multi-choice options": "The choices are listed below:\n" + "\n".join(MME_TEXT)},
+      "category": "Perception/OCR", "l2-category": "Text/Sign",
+      "multi-choice options": "The choices are listed below:\n" + "\n".join(MME_TEXT)},
      dict(choices=MME, solution="E", category="Perception/OCR/text/sign")),
     ({**LINE, "A": "", "B": "", "multi-choice options": str(MME_TEXT)}, dict(choices=MME)),      # Lite
     ({**LINE, **dict(zip("CDEFGHIJK", "cdefghijk")), "answer": "K", "target_instances": "[[1, 2, 30, 40]]",
