@@ -94,6 +94,46 @@ def test_sft_leaves_out_what_ends_in_a_call(policy, rows):
     assert 0 < left_out == len(long) < len(rows) == (batch["mask"].sum(1) > 0).sum() + left_out
 
 
+@pytest.mark.parametrize("step, scale", [(0, 0.25), (2, 0.75), (3, 1), (4, 1), (14, 1), (15, 5 / 6), (19, 1 / 6)])
+def test_schedule(step, scale):
+    """4 steps of warm-up, a plateau, linear to zero over the last 30 %; every group of every optimizer."""
+    weights = [torch.nn.Parameter(torch.zeros(2, 2)) for _ in range(3)]
+    optimizers = [torch.optim.SGD([{"params": weights[:1]}, {"params": weights[1:2]}], 2.0),
+                  torch.optim.SGD(weights[2:], 3.0)]
+    rate = sft.set_lr(optimizers, step, sft.Config(steps=20, warmup=4, decay=0.3))
+    rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
+    assert rates == pytest.approx([2 * scale, 2 * scale, 3 * scale]) and rate == rates[0]
+
+
+def test_wiring_of_imitation(scenes, tmp_path, monkeypatch):
+    """The numbers of the flags reach optimizers, schedule and clipping."""
+    seen, clip = [], torch.nn.utils.clip_grad_norm_
+    make = sft.make_optimizers
+
+    def made(*args):
+        seen.extend(make(*args))
+        return seen[:2]
+    monkeypatch.setattr(sft, "make_optimizers", made)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda p, most: seen.append(most) or clip(p, most))
+    sft.main(sft.Config(data=scenes, out=str(tmp_path), steps=2, warmup=4, batch=4, lr=0.02, weight_decay=0.07,
+                        clip_norm=0.3, muon_lr=0.05, decay=0.0))
+    adamw, muon = [optimizer.param_groups[0] for optimizer in seen[:2]]
+    assert (adamw["betas"], adamw["weight_decay"]) == ((0.9, 0.98), 0.07)
+    assert (adamw["lr"], muon["lr"]) == (0.01, 0.025) and (muon["weight_decay"], muon["momentum"]) == (0, 0.95)
+    assert seen[2:] == [0.3, 0.3] and [entry["lr"] for entry in sft.read_log(tmp_path)] == [0.005, 0.01]
+
+
+def test_presets():
+    """The numbers that imitation runs with, without a model and with one."""
+    names = "steps batch micro_batch lr lora_lr muon_lr warmup decay weight_decay clip_norm save_every save_minutes"
+    numbers = [[450, 24, 24, 4e-3, 2.5e-3, 0.03, 50, 0.3, 0.01, 1.0, 150, 0.0],
+               [1000, 32, 1, 1e-5, 1e-4, 0.0, 50, 0.3, 0.01, 1.0, 200, 30.0]]
+    for argv, expected in (([], numbers[0]), (["--model=some/name"], numbers[1])):
+        cfg = env.configure(sft.Config, sft.REAL, argv)
+        assert [getattr(cfg, name) for name in names.split()] == expected
+        assert cfg.shard == cfg.recompute == bool(argv) != cfg.train_vision
+
+
 def test_muon_has_the_matrices(policy25):
     """All that are no embeddings; AdamW has the rest."""
     adamw, muon = sft.make_optimizers(policy25, sft.Config(), (0.9, 0.98), 0.03)

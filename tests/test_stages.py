@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import inspect
 import io
+import itertools
 import json
 import os
 import re
@@ -256,6 +257,63 @@ def test_a_run_is_reused_or_refused(copied, monkeypatch):
     assert made(Path(copied.out)) == before
 
 
+def test_a_run_goes_on_longer_but_not_elsewhere(copied, monkeypatch, capsys):
+    """More steps prolong a finished run, fewer are refused; so are other rows than those it has learned from."""
+    sft.main(replace(copied, steps=3))
+    printed = capsys.readouterr().out
+    assert "going on from step 2 of 3" in printed and "planned for 2 steps; the rate is now that of 3" in printed
+    assert [entry["step"] for entry in sft.read_log(copied.out)] == [0, 1, 2]
+    with pytest.raises(env.UserError, match="has made 3 steps already; raise --steps=2"):
+        sft.main(copied)
+    rows = data.load_rows(f"{copied.data}/sft.jsonl")
+    moved = [{**row, "images": ["/elsewhere/" + os.path.basename(row["images"][0])]} for row in rows]
+    assert sft.checksum(moved) == sft.checksum(rows) != sft.checksum([{**rows[0], "solution": "x"}, *rows[1:]])
+    monkeypatch.setattr(data, "load_rows", lambda *_: rows[1:])
+    with pytest.raises(env.UserError, match="has learned from other rows than those of .*rows now"):
+        sft.main(replace(copied, steps=3))
+
+
+def test_lora_stays_on_its_base(chain, tmp_path, capsys):
+    """Adapters go on with the weights that they were trained on, no others. What is off is said in a line."""
+    base = tmp_path / "rows"
+    shutil.copytree(chain["sft"][0].data, base)
+    cfg = replace(chain["sft"][0], data=str(base), out=str(tmp_path / "run"), lora=2, shard=True)
+    sft.main(cfg)
+    printed = capsys.readouterr().out
+    assert "--muon_lr: AdamW trains all" in printed and "--shard: one process" in printed
+    sft.main(cfg)
+    shutil.rmtree(base / "tiny")
+    sft.save_tiny(str(base), 9)
+    with pytest.raises(env.UserError, match="tiny: not the weights that .* was trained on; give another --out"):
+        sft.main(cfg)
+
+
+def test_whatever_ends_a_run_saves_first(chain, tmp_path, monkeypatch):
+    """A row that cannot be rendered in step 2 ends it with the steps 0 and 1 saved. Minutes save, too."""
+    cfg = replace(chain["sft"][0], out=str(tmp_path / "run"), steps=4, save_every=9, keep=9)
+    render, calls = env.render, itertools.count()
+
+    def breaks(*args):
+        if next(calls) == 2 * cfg.batch:
+            raise env.UserError("x.png: not a readable image")
+        return render(*args)
+    monkeypatch.setattr(env, "render", breaks)
+    with pytest.raises(env.UserError, match="x.png"):
+        sft.main(cfg)
+    assert sft.checkpoint_steps(cfg.out) == [2] and len(sft.read_log(cfg.out)) == 2
+    sft.main(replace(cfg, save_minutes=1e-9))
+    assert sft.checkpoint_steps(cfg.out) == [2, 3, 4]
+
+
+@pytest.mark.parametrize("done, minutes, signals, age, expected", [
+    (6, 0, (0, 0), 1e9, (False, True)), (7, 0, (0, 0), 1e9, (False, False)), (10, 0, (0, 0), 0, (False, True)),
+    (7, 2, (0, 0), 119, (False, False)), (7, 2, (0, 0), 121, (False, True)), (7, 0, (0, 1), 0, (True, True))])
+def test_when_a_run_is_saved(done, minutes, signals, age, expected, monkeypatch):
+    """Every 3 steps, at the end, after so many minutes by rank 0's clock, at a signal to any rank."""
+    monkeypatch.setattr(sft, "gather_objects", lambda mine: [(signals[0], age), (signals[1], 0)])
+    assert sft.due(done, [], 0.0, sft.Config(steps=10, save_every=3, save_minutes=minutes)) == expected
+
+
 def test_a_folder_in_use(copied, monkeypatch):
     """Who comes second is told in one line who has the folder, and changes nothing in it."""
     monkeypatch.setattr(env, "locks", {})
@@ -284,8 +342,9 @@ def test_missing_inputs(chain, tmp_path):
         shutil.rmtree(out, ignore_errors=True)
 
 
-def test_pruning_and_the_best(tmp_path):
-    """Kept are the newest and the best: the first with the highest accuracy among those that are there."""
+def test_pruning_and_the_best(tmp_path, monkeypatch, capsys):
+    """Kept are the newest and the best: the first with the highest accuracy among those that are there; and what is
+    no checkpoint of the run. A folder that cannot be removed is named."""
     text = '{"step": 3}\n'
     for step, accuracy in ((0, 0.9), (1, 0.5), (2, 0.7), (4, 0.7), (5, 0.1)):
         text += json.dumps(dict(step=step, held_out=dict(accuracy=accuracy))) + "\n"
@@ -294,8 +353,17 @@ def test_pruning_and_the_best(tmp_path):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
     best = rppo.mark_best(str(tmp_path))
     assert best == 3 and json.loads((tmp_path / "best.json").read_text()) == {"step": 3, "accuracy": 0.7}
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (tmp_path / "checkpoints/8").symlink_to(elsewhere)
+    for name in ("notes", "notes.tmp", "x.tmp"):
+        (tmp_path / "checkpoints" / name).mkdir()
+    rmtree = shutil.rmtree
+    monkeypatch.setattr(shutil, "rmtree", lambda path: rmtree(path) if path[-2:] != "/2" else os.rmdir("/no/where"))
     sft.prune(sft.Config(out=str(tmp_path), keep=2), 6, best)
-    assert set(os.listdir(tmp_path / "checkpoints")) == {"3", "5", "6"}
+    left = set(os.listdir(tmp_path / "checkpoints"))
+    assert left == {"2", "3", "5", "6", "8", "notes", "notes.tmp", "x.tmp"}
+    assert re.search("checkpoints/2 could not be removed .*No such file", capsys.readouterr().out)
 
 
 def test_imports():
