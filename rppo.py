@@ -322,7 +322,7 @@ def train(policy, optimizers, preset, rows, held_out, first, cfg, rank, world_si
             refresh_report(cfg)
 
     mine = list(range(rank, cfg.prompts, world_size))      # this rank's prompts of a step
-    started = time.time()
+    started = saved = time.time()
     with sft.deferred_signals() as asked:
         for step in range(first, cfg.steps):
             entry = dict(step=step)
@@ -358,15 +358,16 @@ def train(policy, optimizers, preset, rows, held_out, first, cfg, rank, world_si
 
             # 4. Log
             entry.update(summarise(samples, cfg), seconds=time.time() - started)
-            [stopped] = sft.all_sum(len(asked))
             if rank == 0:
                 sft.append_log(cfg.out, entry)
                 print_step(entry, samples, policy.proc, first, cfg)
             del samples                  # with their images' features, before the next are sampled
 
             # 5. Save
-            if (step + 1) % cfg.save_every == 0 or evaluates or done or stopped:
+            stopped, is_due = sft.due(step + 1, asked, saved, cfg)
+            if is_due or evaluates:
                 save(step + 1)
+                saved = time.time()
             if error:
                 raise error
             if stopped:
@@ -459,7 +460,7 @@ def main(cfg):
     # 3. RL
     say(rank, f"3 of 4: RL from {start}, {cfg.prompts} prompts x {cfg.samples} a step, into {cfg.out}")
     clock = time.time()
-    first = sft.open_run(cfg, rank)      # the step to go on from, or 0
+    first = sft.open_run(cfg, rank, rows + held_out)      # the step to go on from, or 0
     policy, optimizers, preset = sft.load_trainable(cfg, start, first, device, (0.9, 0.95))
     data.check_rows(rows + held_out, rank, world_size, policy.proc, cfg)
     train(policy, optimizers, preset, rows, held_out, first, cfg, rank, world_size)

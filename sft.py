@@ -52,7 +52,7 @@ class TrainConfig(env.EpisodeConfig):
     data: str = "data/scenes-{seed}" # folder of the rows
     image_root: str = ""             # where the rows' images lie; empty: relative to the file of the rows
     out: str = env.setting("", free=True)  # run folder
-    steps: int = 100
+    steps: int = env.setting(100, free=True)     # more of them later prolong a run
     micro_batch: int = env.setting(16, free=True)  # conversations per forward pass
     lr: float = 1e-3                 # AdamW's peak rate
     warmup: int = env.setting(30, least=0)  # steps to reach the peak
@@ -60,6 +60,7 @@ class TrainConfig(env.EpisodeConfig):
     weight_decay: float = 0.01
     clip_norm: float = 1.0           # largest norm of a gradient
     save_every: int = 150            # steps between checkpoints
+    save_minutes: float = env.setting(0.0, free=True)  # a step that ends later than this is saved, too; 0: off
     keep: int = env.setting(2, free=True)  # newest checkpoints kept
     train_vision: bool = True        # false: the vision tower stays as it is
     lora: int = env.setting(0, least=0)  # rank of the text blocks' updates, trained alone; 0: off
@@ -73,17 +74,21 @@ class TrainConfig(env.EpisodeConfig):
 class Config(TrainConfig):
     """Imitation."""
     out: str = env.setting("runs/sft", free=True)
-    steps: int = 450
+    steps: int = env.setting(450, free=True)
     batch: int = 24                  # conversations per step, over all ranks
     micro_batch: int = env.setting(24, free=True)
     warmup: int = env.setting(50, least=0)
     lr: float = 4e-3
-    muon_lr: float = 0.03            # Muon's peak rate, for matrices, not embeddings; off with lora or shard
+    muon_lr: float = 0.03            # Muon's peak rate, for matrices, not embeddings; not with lora or shard
     log_every: int = env.setting(25, free=True)  # steps between printed lines; log.jsonl has every step
 
 
 REAL = dict(env.REAL_EPISODE, steps=1000, batch=32, micro_batch=1, lr=1e-5, lora_lr=1e-4, muon_lr=0.0,
-            save_every=200, train_vision=False, recompute=True, shard=True)
+            save_every=200, save_minutes=30.0, train_vision=False, recompute=True, shard=True)
+
+
+DTYPE = {"cuda": torch.bfloat16, "cpu": torch.float32}     # of matrix products; trained weights stay fp32
+ADAPTERS = "training/adapters.safetensors"                 # of a checkpoint that was trained with LoRA
 
 
 # --- The policy: a Qwen VLM, driven through its parts so that positions, caches and logits are explicit -
@@ -100,10 +105,16 @@ def collate(trajs, proc):
     """Trajectories padded on the right: CPU tensors ids, mask, logp (as recorded while sampling) (B, T) and
     pos (3, B, T); from `pack` the images and the `feature` (N,) of all image tokens in reading order."""
     images, feature = pack(sum([t.shown for t in trajs], []), proc)
-    ids = pad_sequence([torch.tensor(t.ids) for t in trajs], True, proc.end)
-    mask = pad_sequence([torch.tensor(t.mask).float() for t in trajs], True)
-    logp = pad_sequence([torch.tensor(t.logp).float() for t in trajs], True)
-    pos = pad_sequence([torch.from_numpy(t.pos.T) for t in trajs], True).permute(2, 0, 1)
+    ids, mask, logp, pos = [], [], [], []
+    for traj in trajs:
+        ids.append(torch.tensor(traj.ids))
+        mask.append(torch.tensor(traj.mask).float())
+        logp.append(torch.tensor(traj.logp).float())
+        pos.append(torch.from_numpy(traj.pos.T))
+    ids = pad_sequence(ids, batch_first=True, padding_value=proc.end)
+    mask = pad_sequence(mask, batch_first=True)
+    logp = pad_sequence(logp, batch_first=True)
+    pos = pad_sequence(pos, batch_first=True).permute(2, 0, 1)
     return dict(ids=ids, mask=mask, logp=logp, pos=pos, images=images, feature=feature)
 
 
@@ -126,6 +137,7 @@ class Policy(torch.nn.Module):
         self.register_buffer("banned", banned, persistent=False)
         self.sharded = self.reuses_features = False      # see `shard` and `see`
         self.fingerprint = ""                            # see load_policy
+        self.lora = None                                 # (rank, scale), see add_lora
 
     @property
     def device(self):
@@ -133,7 +145,8 @@ class Policy(torch.nn.Module):
 
     def autocast(self):
         """bf16 matrix products on CUDA, fp32 on the CPU; weights that are trained stay fp32."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
+        dtype = DTYPE[self.device.type]
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
     @contextmanager
     def gathered(self):
@@ -142,10 +155,12 @@ class Policy(torch.nn.Module):
         for module in parts:
             module.unshard()
             module.set_reshard_after_forward(False, recurse=False)
-        yield
-        for module in parts:
-            module.reshard()
-            module.set_reshard_after_forward(module is not self, recurse=False)    # FSDP2's default
+        try:
+            yield
+        finally:
+            for module in parts:
+                module.reshard()
+                module.set_reshard_after_forward(module is not self, recurse=False)    # FSDP2's default
 
     def see(self, images):
         """Encode Shown images: features (N, width), those of Qwen3-VL's deepstack levels beside them (N, 4
@@ -337,8 +352,13 @@ def read_config(path):
     """The config of a folder or hub id, without dropouts and without what chooses code: the boolean mask of a
     rollout is right under sdpa only. UserError for what is sampled and trained differently, or hangs a load."""
     from transformers import AutoConfig, PretrainedConfig
+    parent, _, name = path.rpartition("/")
+    if not os.path.isdir(path) and (not name or "/" in parent or os.path.isdir(parent) or parent == "runs"):
+        raise UserError(f"{path}: there is no such folder, and it is no hub id; check --model")
     raw, _ = PretrainedConfig.get_config_dict(path)
     family = raw.get("model_type")
+    if not family:
+        raise UserError(f"{path}: no model, or a run that has not saved a checkpoint yet; check --model")
     if family not in FAMILIES:
         raise UserError(f"{path}: a {family} model; --model takes Qwen3-VL, Qwen2.5-VL or Qwen3.5 (not MoE)")
 
@@ -357,9 +377,6 @@ def read_config(path):
     return AutoConfig.for_model(**raw)
 
 
-DAMAGED = "{!r} does not load ({!r:.200}); check --model, or put an older step's number into the run's `last`"
-
-
 def load_policy(path, device, train=False):
     """A Policy from a folder or a hub id; UserError. On CUDA its weights are bf16, enough for rollouts; to
     train they are fp32, still on the CPU. Only safetensors are read, no code of a checkpoint is run."""
@@ -367,19 +384,31 @@ def load_policy(path, device, train=False):
     from transformers.utils import logging
     if os.path.isdir(path):
         logging.disable_progress_bar()           # of the loading; a download shows its own
-    dtype = torch.float32 if train or torch.device(device).type == "cpu" else torch.bfloat16
+    merged = os.path.exists(f"{path}/{ADAPTERS}")
+    dtype = DTYPE[torch.device(device).type]
     try:
         vlm, found = AutoModelForImageTextToText.from_pretrained(
-            path, config=read_config(path), attn_implementation="sdpa", dtype=dtype, use_safetensors=True,
-            trust_remote_code=False, output_loading_info=True)
+            path, config=read_config(path), dtype=torch.float32 if train or merged else dtype,
+            attn_implementation="sdpa", use_safetensors=True, trust_remote_code=False,
+            output_loading_info=True)
         if found["missing_keys"]:                # transformers would leave them random
             raise ValueError(f"no weights of {sorted(found['missing_keys'])[:3]}")
         # Not AutoTokenizer, which for Qwen3.5 puts a pre-tokenizer of its own in the place of the file's.
         policy = make_policy(vlm, PreTrainedTokenizerFast.from_pretrained(path))
         policy.fingerprint = fingerprint(vlm.state_dict())
+        if merged and not train:
+            split_lora(policy, path, dtype)
     except Exception as e:                       # a damaged folder can make a loader raise anything
-        raise UserError(DAMAGED.format(path, e))
+        raise damaged(path, e)
     return policy if train else policy.to(device)
+
+
+def damaged(path, error):
+    """The UserError for a checkpoint that does not load. It names the steps of its run that are left."""
+    run = os.path.dirname(os.path.dirname(path))
+    others = [step for step in checkpoint_steps(run) if str(step) != os.path.basename(path)]
+    cure = f"write another step into {run}/last: {others}" if others else "check --model"
+    return UserError(f"{path!r} does not load ({error!r:.200}); {cure}")
 
 
 # --- The tiny model -------------------------------------------------------------------------------------
@@ -461,39 +490,68 @@ def save_tiny(folder, seed, name="tiny"):
 
 
 # --- LoRA and FSDP2 -------------------------------------------------------------------------------------
-def add_lora(policy, cfg):
-    """Freeze the policy and give every linear map W of the text model's blocks fp32 adapters A, B:
-    y = W x + lora_alpha / lora B A x (Hu et al., arXiv 2106.09685). B is zero: nothing changes at first."""
-    def forward(self, x):
-        return F.linear(x, self.weight, self.bias) + F.linear(scale * F.linear(x, self.lora_A), self.lora_B)
+def lora_forward(self, x):
+    """y = W x + lora_scale B A x: what a linear layer computes beside its adapters."""
+    update = F.linear(self.lora_scale * F.linear(x, self.lora_A), self.lora_B)
+    return F.linear(x, self.weight, self.bias) + update
+
+
+def add_lora(policy, rank, scale, seed=0):
+    """Freeze the policy and give every linear layer of the text model's blocks fp32 adapters A (rank, in) and
+    B (out, rank) (Hu et al., arXiv 2106.09685). B is zero: nothing changes at first. With every lora_scale at
+    0 the policy is its base again: a reference that costs no memory."""
     policy.requires_grad_(False)
-    scale = cfg.lora_alpha / cfg.lora
-    generator = torch.Generator().manual_seed(cfg.seed)                # A is the same on all ranks
+    policy.lora = rank, scale
+    generator = torch.Generator().manual_seed(seed)                # A is the same on all ranks
     for module in policy.vlm.model.language_model.layers.modules():
         if isinstance(module, torch.nn.Linear):
             bound = module.in_features ** -0.5
-            A = torch.empty(cfg.lora, module.in_features).uniform_(-bound, bound, generator=generator)
+            A = torch.empty(rank, module.in_features).uniform_(-bound, bound, generator=generator)
             module.lora_A = torch.nn.Parameter(A)
-            module.lora_B = torch.nn.Parameter(torch.zeros(module.out_features, cfg.lora))
-            module.forward = MethodType(forward, module)
+            module.lora_B = torch.nn.Parameter(torch.zeros(module.out_features, rank))
+            module.lora_scale = scale
+            module.forward = MethodType(lora_forward, module)
 
 
 def merge_lora(weights, cfg):
-    """Add the adapters among weights (name -> tensor) to the others, and return them, taken out."""
+    """Add the adapters among weights (name -> tensor) to the others, in fp32, and return them, taken out."""
     adapters = {name: weights.pop(name) for name in list(weights) if "lora_" in name}
     for name, A in adapters.items():
         if name.endswith("lora_A"):
             plain = name.replace("lora_A", "weight")
             delta = cfg.lora_alpha / cfg.lora * adapters[name.replace("lora_A", "lora_B")] @ A
-            weights[plain] = (weights[plain] + delta).to(weights[plain].dtype)
+            weights[plain] = weights[plain].float() + delta
     return adapters
+
+
+def read_lora(folder):
+    """A checkpoint's adapters (name -> tensor) and its notes on them: base (a fingerprint), rank, scale."""
+    from safetensors import safe_open
+    with safe_open(f"{folder}/{ADAPTERS}", "pt") as file:
+        adapters = {name: file.get_tensor(name) for name in file.keys()}
+        return adapters, file.metadata()
+
+
+@torch.no_grad()
+def split_lora(policy, folder, dtype):
+    """Take a checkpoint's adapters out of its merged weights again and put them beside. Most of what LoRA
+    learns is smaller than a step of bf16: rounded with the weights, three quarters of it can be lost."""
+    adapters, notes = read_lora(folder)
+    add_lora(policy, int(notes["rank"]), float(notes["scale"]))
+    policy.vlm.load_state_dict(adapters, strict=False)
+    for module in policy.vlm.modules():
+        if hasattr(module, "lora_A"):
+            module.weight -= module.lora_scale * module.lora_B @ module.lora_A
+    for name, p in policy.vlm.named_parameters():
+        if "lora_" not in name:
+            p.data = p.data.to(dtype)            # what bf16 weights were before the merge, to the bit
 
 
 def shard(policy, device):
     """FSDP2 over torchrun's ranks (one is enough). A rank keeps its part of each block's weights; a block is
     gathered while it computes, in bf16 on CUDA, and gradients come back as fp32 sums over the ranks."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-    dtype = torch.bfloat16 if device.type == "cuda" else None
+    dtype = DTYPE[device.type]
     precision = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)   # angles stay fp32
     blocks = (*policy.vlm.model.visual.blocks, *policy.vlm.model.language_model.layers)
     for module in (*blocks, policy):             # the rest, tied embeddings among it, belongs to the root
@@ -540,10 +598,12 @@ def save_checkpoint(step, policy, optimizers, cfg, preset):
     weights = state_dict.get_model_state_dict(policy.vlm, options=options)
     if weights:
         shutil.rmtree(tmp, ignore_errors=True)
-        os.makedirs(f"{tmp}/training")
+        os.makedirs(f"{tmp}/training", exist_ok=True)
         adapters = merge_lora(weights, cfg)
         if adapters:
-            save_file(adapters, f"{tmp}/training/adapters.safetensors")
+            rank, scale = policy.lora
+            notes = dict(base=policy.fingerprint, rank=str(rank), scale=str(scale))
+            save_file(adapters, f"{tmp}/{ADAPTERS}", notes)
         save_model(tmp, policy, weights, cfg, preset)
     del weights
     state = state_dict.get_optimizer_state_dict(policy.vlm, optimizers, options=options)
@@ -559,56 +619,91 @@ def save_checkpoint(step, policy, optimizers, cfg, preset):
     barrier()                                              # it is there before anyone reads it
 
 
+def checkpoint_steps(out, suffix=""):
+    """The steps whose checkpoints a run folder has, in order; suffix=".tmp": unfinished ones."""
+    steps = []
+    for path in Path(out, "checkpoints").glob("*" + suffix):
+        name = path.name.removesuffix(suffix)
+        if name.isdecimal() and path.is_dir() and not path.is_symlink():
+            steps.append(int(name))
+    return sorted(steps)
+
+
 def prune(cfg, step, best=None):
-    """Keep the newest checkpoints and that of step `best`, nothing that killed runs left half-written."""
-    paths = list(Path(cfg.out, "checkpoints").iterdir())
-    steps = sorted(int(path.name) for path in paths if path.name.isdigit() and int(path.name) <= step)
-    for path in paths:
-        if path.name not in map(str, (*steps[-cfg.keep:], best)):
-            shutil.rmtree(path)
+    """Keep the newest checkpoints up to `step` and that of step `best`. Other ones go, with those that killed
+    runs left half-written; what else lies there is the user's."""
+    steps = checkpoint_steps(cfg.out)
+    newest = [s for s in steps if s <= step][-cfg.keep:]
+    gone = [str(s) for s in steps if s not in (*newest, best)]
+    gone += [f"{s}.tmp" for s in checkpoint_steps(cfg.out, ".tmp")]
+    for name in gone:
+        try:
+            shutil.rmtree(f"{cfg.out}/checkpoints/{name}")
+        except OSError as e:                     # as of a network file system that still has a file open
+            print(f"{cfg.out}/checkpoints/{name} could not be removed ({e})", flush=True)
 
 
 def load_trainable(cfg, start, first, device, betas, muon_lr=0.0):
-    """Policy, optimizers and preset of a stage, from the checkpoint `start` or as saved at step `first`."""
-    from safetensors.torch import load_file
-    from torch.distributed.checkpoint import state_dict
-    last = env.newest(cfg.out)                       # with LoRA, training/ has what is added to `start`
+    """Policy, optimizers and preset of a stage, from the checkpoint `start` or as saved at step `first`, which
+    rank 0 has told all. With LoRA a checkpoint's training/ has what is added to `start`."""
+    last = f"{cfg.out}/checkpoints/{first}"
     policy = load_policy(last if first and not cfg.lora else start, device, train=not cfg.lora)
     policy.vlm.model.visual.requires_grad_(cfg.train_vision)
     if cfg.lora:
-        add_lora(policy, cfg)
+        rank, scale = cfg.lora, cfg.lora_alpha / cfg.lora
+        if policy.lora is None:
+            add_lora(policy, rank, scale, cfg.seed)
+        elif policy.lora != (rank, scale):       # its adapters are trained on
+            raise UserError(f"{start} has LoRA updates of rank {policy.lora[0]}, multiplied by "
+                            f"{policy.lora[1]}; give --lora and --lora_alpha that lead to the same")
     policy.reuses_features = bool(cfg.lora) or not cfg.train_vision
     if cfg.recompute:
         policy.vlm.gradient_checkpointing_enable({"use_reentrant": False})
+
     if cfg.shard and dist.is_initialized():
         shard(policy, device)
+    elif cfg.shard:
+        print("--shard: one process has nothing to share; start several with torchrun", flush=True)
     policy.to(device)                            # FSDP2's also shards the root again, left gathered
     optimizers = make_optimizers(policy, cfg, betas, muon_lr)
     if first:
-        options = state_dict.StateDictOptions(full_state_dict=True, strict=False)   # to each rank its part
-        state = state_dict.get_optimizer_state_dict(policy.vlm, optimizers)         # for its param_groups
-        state["state"] = {}
-        try:
-            if cfg.lora:
-                adapters = load_file(f"{last}/training/adapters.safetensors")
-                state_dict.set_model_state_dict(policy.vlm, adapters, options=options)
-            for path, value in load_file(f"{last}/training/optimizer.safetensors").items():
-                name, key = path.removeprefix("state.").rsplit(".", 1)
-                state["state"].setdefault(name, {})[key] = value
-            state_dict.set_optimizer_state_dict(policy.vlm, optimizers, state, options=options)
-        except Exception as e:
-            raise UserError(DAMAGED.format(last, e))
+        restore(policy, optimizers, last, start, cfg)
     return policy, optimizers, env.load_episode(start)[0]
+
+
+def restore(policy, optimizers, folder, start, cfg):
+    """Set the optimizers, and the adapters on top of `start`, as a checkpoint has them: to each rank its
+    part."""
+    from safetensors.torch import load_file
+    from torch.distributed.checkpoint import state_dict
+    options = state_dict.StateDictOptions(full_state_dict=True, strict=False)
+    state = state_dict.get_optimizer_state_dict(policy.vlm, optimizers)         # for its param_groups
+    state["state"] = {}
+    try:
+        if cfg.lora:
+            adapters, notes = read_lora(folder)
+            if notes["base"] != policy.fingerprint:
+                raise UserError(f"{start}: not the weights that {folder} was trained on; give another --out")
+            state_dict.set_model_state_dict(policy.vlm, adapters, options=options)
+        for path, value in load_file(f"{folder}/training/optimizer.safetensors").items():
+            name, key = path.removeprefix("state.").rsplit(".", 1)
+            state["state"].setdefault(name, {})[key] = value
+        state_dict.set_optimizer_state_dict(policy.vlm, optimizers, state, options=options)
+    except Exception as e:
+        raise damaged(folder, e)
 
 
 # --- Optimizers, and gradients over the ranks -----------------------------------------------------------
 def make_optimizers(policy, cfg, betas, muon_lr=0.0):
-    """AdamW; with a muon_lr, Muon (Jordan et al., 2024) for whole matrices, not embeddings or LoRA's."""
+    """AdamW; with a muon_lr, Muon (Jordan et al., 2024) for matrices that are no embeddings."""
     matrices, rest = [], []
     for name, p in policy.named_parameters():
-        if p.requires_grad:
-            muon = muon_lr and not policy.sharded and not cfg.lora and p.ndim == 2 and "embed" not in name
-            (matrices if muon else rest).append(p)
+        if not p.requires_grad:
+            continue
+        if muon_lr and p.ndim == 2 and "embed" not in name:
+            matrices.append(p)
+        else:
+            rest.append(p)
     lr = cfg.lora_lr if cfg.lora else cfg.lr
     # foreach=False: on CUDA the other way needs temporaries as large as the weights.
     optimizers = [torch.optim.AdamW(rest, lr, betas, weight_decay=cfg.weight_decay, foreach=False)]
@@ -619,10 +714,11 @@ def make_optimizers(policy, cfg, betas, muon_lr=0.0):
 
 def set_lr(optimizers, step, cfg):
     """Linear warm-up, constant, linear to zero over the last `decay` share. Returns AdamW's rate."""
-    left = (cfg.steps - step) / max(cfg.decay * cfg.steps, 1)
-    scale = min((step + 1) / max(cfg.warmup, 1), 1, left)
+    rising = (step + 1) / max(cfg.warmup, 1)
+    falling = (cfg.steps - step) / max(cfg.decay * cfg.steps, 1)
     for optimizer in optimizers:
-        optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * scale
+        for group in optimizer.param_groups:
+            group["lr"] = optimizer.defaults["lr"] * min(rising, 1, falling)
     return optimizers[0].param_groups[0]["lr"]
 
 
@@ -712,12 +808,24 @@ def leave():
 @contextmanager
 def deferred_signals():
     """Within it SIGTERM and Ctrl-C only fill the list that it yields: a step is finished and saved."""
-    asked, numbers = [], (signal.SIGTERM, signal.SIGINT)
-    handlers = [signal.signal(number, lambda number, frame: asked.append(number)) for number in numbers]
+    asked = []
+    handlers = {}
+    for number in (signal.SIGTERM, signal.SIGINT):
+        handlers[number] = signal.signal(number, lambda number, frame: asked.append(number))
     try:
         yield asked
     finally:
-        list(map(signal.signal, numbers, handlers))
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def due(done, asked, saved, cfg):
+    """(Is the run to stop, is it to be saved) after `done` steps, for a list of signals and the time of the
+    last save. Rank 0's clock decides. All ranks must reach this."""
+    everyone = gather_objects((len(asked), time.time() - saved))
+    stopped = any(signals for signals, _ in everyone)
+    late = 0 < cfg.save_minutes * 60 < everyone[0][1]
+    return stopped, stopped or late or done % cfg.save_every == 0 or done == cfg.steps
 
 
 def stop(step, rank):
@@ -764,18 +872,31 @@ def provenance():
         threads=torch.get_num_threads())
 
 
-def open_run(cfg, rank):
-    """Open cfg.out: returns the step to go on from. UserError if it is in use or has other settings."""
+def checksum(rows):
+    """A short name (hex) of what rows say; where their images lie does not count."""
+    plain = [{**row, "images": os.path.basename(row["images"][0])} for row in rows]
+    return f"{zlib.crc32(json.dumps(plain).encode()):08x}"
+
+
+def open_run(cfg, rank, rows):
+    """Open cfg.out for training on rows: returns the step to go on from. UserError if it is in use, or has
+    other settings or rows."""
     step = 0
     if rank == 0:
         env.lock(cfg.out)
+        identity = checksum(rows)
         step = saved_step(cfg)
         if step:
+            old = env.read_json(f"{cfg.out}/config.json", {})
+            if old.get("rows", identity) != identity:
+                raise UserError(f"{cfg.out} has learned from other rows than those of {cfg.data} now; give "
+                                "another --out")
             print(f"{cfg.out}: going on from step {step} of {cfg.steps}", flush=True)
-            planned = env.read_json(f"{cfg.out}/config.json", {}).get("steps", cfg.steps)
+            planned = old.get("steps", cfg.steps)
             if planned != cfg.steps:
                 print(f"{cfg.out}: planned for {planned} steps; the rate is now that of {cfg.steps}", flush=True)
-        env.write_text(f"{cfg.out}/config.json", json.dumps({**asdict(cfg), **provenance()}, indent=1))
+        settings = {**asdict(cfg), **provenance(), "rows": identity}
+        env.write_text(f"{cfg.out}/config.json", json.dumps(settings, indent=1))
         kept = [json.dumps(entry) + "\n" for entry in read_log(cfg.out) if entry["step"] < step]
         env.write_text(f"{cfg.out}/log.jsonl", "".join(kept))
     return gather_objects(step)[0]
@@ -793,15 +914,24 @@ def cli(main, cls, real):
 
 # --- Imitation ------------------------------------------------------------------------------------------
 def render_batches(proc, rows, cfg):
-    """Rows as micro-batches of conversations of like length, and how many are not trained because they call a
-    tool in the turn that may only answer. One that outgrows max_tokens is trained as far as it goes."""
-    trajs = [env.render(proc, row, row["turns"], cfg) for row in rows]
+    """Rows as micro-batches of conversations of like length. Counted are those that are not trained, because
+    they call a tool in the turn that may only answer, and turns whose call was refused, or was none: in
+    another dialect, perhaps. One that outgrows max_tokens is trained as far as it goes."""
+    counts = dict(left_out=0, refused=0)
+    trajs = []
+    for row in rows:
+        traj = env.render(proc, row, row["turns"], cfg)
+        if traj.status == "over_turns":      # it stays, as ranks must have equal numbers of batches
+            traj.mask = [0] * len(traj.mask)
+            counts["left_out"] += 1
+        counts["refused"] += sum(turn.error is not None for turn in traj.turns)
+        trajs.append(traj)
+
     trajs.sort(key=lambda traj: len(traj.ids))
-    left_out = [traj for traj in trajs if traj.status == "over_turns"]
-    for traj in left_out:                # it stays, as ranks must have equal numbers of batches
-        traj.mask = [0] * len(traj.mask)
-    n = cfg.micro_batch
-    return [collate(trajs[i:i + n], proc) for i in range(0, len(trajs), n)], len(left_out)
+    batches = []
+    for i in range(0, len(trajs), cfg.micro_batch):
+        batches.append(collate(trajs[i:i + cfg.micro_batch], proc))
+    return batches, counts
 
 
 def train_step(policy, optimizers, batches, step, cfg):
@@ -811,70 +941,108 @@ def train_step(policy, optimizers, batches, step, cfg):
     for batch in batches:
         with policy.autocast():
             logp, _ = policy(batch)                        # (n,) the micro-batch's trained tokens
-        loss = -logp.sum() / max(n_tokens, 1)
+        loss = -logp.sum() / max(n_tokens, 1)              # mean of -log p over the tokens of all ranks
         loss.backward()
         loss_sum += loss.item()
+
     lr = set_lr(optimizers, step, cfg)
     loss_sum, norm, skipped = optimizer_step(policy, optimizers, loss_sum, cfg)
     return dict(step=step, loss=loss_sum, tokens=n_tokens, grad_norm=norm, skipped=skipped, lr=lr)
 
 
 def eta(entry, first, cfg):
-    """Time that is left, as minutes:seconds; after the first step on CUDA the peak of memory instead."""
-    if entry["step"] == first and torch.cuda.is_available():
-        return f"peak {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB"
+    """Time that is left, as minutes:seconds."""
     left = entry["seconds"] / (entry["step"] + 1 - first) * (cfg.steps - entry["step"] - 1)
     return f"eta {left // 60:3.0f}:{left % 60:02.0f}"
 
 
+def print_step(entry, first, cfg):
+    text = f"step {entry['step']} loss {entry['loss']:.4f} norm {entry['grad_norm']:.3f}"
+    for name in ("left_out", "refused", "skipped"):
+        text += f" {name} {entry[name]}"
+    if entry["step"] == first and torch.cuda.is_available():
+        text += f" peak memory {torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
+    with tqdm.external_write_mode():       # above the bar
+        print(text, eta(entry, first, cfg), flush=True)
+
+
+def train(policy, optimizers, rows, first, preset, cfg, rank, world_size):
+    """The steps from `first` on."""
+    def prepare(step):
+        chosen = [rows[i % len(rows)] for i in range(step * cfg.batch, (step + 1) * cfg.batch)]
+        return render_batches(policy.proc, chosen[rank::world_size], cfg)
+
+    def save(done):
+        if done > first:
+            save_checkpoint(done, policy, optimizers, cfg, preset)
+            if rank == 0:
+                prune(cfg, done)
+
+    policy.train()
+    started = saved = time.time()
+    with deferred_signals() as asked, ThreadPoolExecutor(1) as pool:
+        pending = pool.submit(prepare, first)
+        for step in tqdm(range(first, cfg.steps), "sft", disable=rank > 0 or None, leave=False):
+            # 1. batch; the next one is rendered while this step computes
+            try:
+                batches, counts = together(pending.result)
+            except UserError:            # an image that cannot be read any more
+                save(step)
+                raise
+            pending = pool.submit(prepare, step + 1)
+
+            # 2. loss, gradient and step
+            entry = train_step(policy, optimizers, batches, step, cfg)
+
+            # 3. log
+            left_out, refused = all_sum(*counts.values())
+            entry.update(left_out=left_out, refused=refused, seconds=time.time() - started)
+            if rank == 0:
+                append_log(cfg.out, entry)
+                if step % cfg.log_every == 0 or step + 1 == cfg.steps or entry["skipped"]:
+                    print_step(entry, first, cfg)
+
+            # 4. save
+            stopped, is_due = due(step + 1, asked, saved, cfg)
+            if is_due:
+                save(step + 1)
+                saved = time.time()
+            if stopped:
+                stop(step + 1, rank)
+
+
+def load_demonstrations(cfg):
+    """The rows of sft.jsonl, checked. Raises UserError."""
+    path = data.split_path(cfg.data, "sft")
+    rows = data.load_rows(path, cfg.image_root)
+    for i, row in enumerate(rows):
+        if not row.get("turns"):
+            raise UserError(f"{path}: row {i} has no `turns` (the assistant's texts); remove it")
+    return rows
+
+
 def main(cfg):
+    """Imitation as cfg says; all ranks call it."""
     rank, world_size, device = setup()
     if cfg.batch % world_size:
         raise UserError(f"--batch={cfg.batch} is not a multiple of the {world_size} ranks; change --batch")
-    path = data.split_path(cfg.data, "sft")
+    if not cfg.max_crops:
+        raise UserError("--max_crops=0: there would be no call to imitate; leave it, or set it above 0")
     if cfg.tiny not in ("tiny", "tiny3_5"):
         raise UserError(f"--tiny={cfg.tiny}: give tiny or tiny3_5")
     if rank == 0 and not cfg.model and not os.path.exists(f"{cfg.data}/{cfg.tiny}"):
         save_tiny(cfg.data, cfg.seed, cfg.tiny)
     barrier()
-    rows = data.load_rows(path, cfg.image_root)
-    for i, row in enumerate(rows):
-        if not row.get("turns"):
-            raise UserError(f"{path}: row {i} has no `turns` (the assistant's texts); remove it")
-    first = open_run(cfg, rank)                       # the step to go on from, or 0
+    rows = load_demonstrations(cfg)
+
+    first = open_run(cfg, rank, rows)                 # the step to go on from, or 0
+    muon_lr = 0.0 if cfg.lora or cfg.shard else cfg.muon_lr
+    if muon_lr != cfg.muon_lr and rank == 0:
+        print("--muon_lr: AdamW trains all, as Muon needs whole matrices and --lora or --shard is given")
     start = cfg.model or f"{cfg.data}/{cfg.tiny}"
-    policy, optimizers, preset = load_trainable(cfg, start, first, device, (0.9, 0.98), cfg.muon_lr)
+    policy, optimizers, preset = load_trainable(cfg, start, first, device, (0.9, 0.98), muon_lr)
     data.check_rows(rows, rank, world_size, policy.proc, cfg)
-    policy.train()
-    def prepare(step):
-        chosen = [rows[i % len(rows)] for i in range(step * cfg.batch, (step + 1) * cfg.batch)]
-        return render_batches(policy.proc, chosen[rank::world_size], cfg)
-    started = time.time()
-    with deferred_signals() as asked, ThreadPoolExecutor(1) as pool:
-        pending = pool.submit(prepare, first)
-        for step in tqdm(range(first, cfg.steps), "sft", disable=rank > 0 or None, leave=False):
-            # 1. batch; the next one is rendered while this step computes
-            batches, left_out = pending.result()
-            pending = pool.submit(prepare, step + 1)
-            # 2. loss, gradient and step
-            entry = train_step(policy, optimizers, batches, step, cfg)
-            # 3. log
-            left_out, stopped = all_sum(left_out, len(asked))
-            done = step + 1 == cfg.steps
-            entry.update(left_out=left_out, seconds=time.time() - started)
-            if rank == 0:
-                append_log(cfg.out, entry)
-                if step % cfg.log_every == 0 or done or entry["skipped"]:
-                    with tqdm.external_write_mode():       # above the bar
-                        print(f"step {step} loss {entry['loss']:.4f} norm {entry['grad_norm']:.3f} left out "
-                              f"{left_out} skipped {entry['skipped']}", eta(entry, first, cfg), flush=True)
-            # 4. save
-            if (step + 1) % cfg.save_every == 0 or done or stopped:
-                save_checkpoint(step + 1, policy, optimizers, cfg, preset)
-                if rank == 0:
-                    prune(cfg, step + 1)
-            if stopped:
-                stop(step + 1, rank)
+    train(policy, optimizers, rows, first, preset, cfg, rank, world_size)
 
 
 if __name__ == "__main__":

@@ -334,7 +334,10 @@ def test_missing_inputs(chain, tmp_path):
             (sft, dict(data="nowhere"), "nowhere/sft.jsonl.*data.py.*--data"),
             (rppo, dict(data="nowhere", model=model, n_score=0), "nowhere/train.jsonl.*--data"),
             (rppo, dict(data=scenes, model=model, eval_rows=9, steps=0), "train.jsonl.*--eval_rows=9"),
-            (sft, dict(data=scenes, model=str(tmp_path)), f"{tmp_path}.*--model"),
+            (sft, dict(data=scenes, model=str(tmp_path)), f"{tmp_path}: no model.* checkpoint yet; .*--model"),
+            (sft, dict(data=scenes, model="runs/none"), "runs/none: there is no such folder.*--model"),
+            (sft, dict(data=scenes, model="/no/where/at/all"), "/all: there is no such folder.*--model"),
+            (sft, dict(data=scenes, max_crops=0), "--max_crops=0"),
             (data, dict(task="huge"), "--task=huge.*tiny")):
         with pytest.raises(env.UserError, match=words) as error:
             stage.main(stage.Config(**values, out=out))
