@@ -209,14 +209,21 @@ def test_judge(folder, asked):
 
 
 @pytest.mark.parametrize("row, answer, verdict", [
-    ({"solution": "70"}, "the limit of that sign", "right"), ({"solution": "70"}, "70", None),
+    ({"solution": "70"}, "the limit of that sign", "right"), ({"solution": "70"}, "the limit", "failed"),
+    ({"solution": "70"}, "70", None),
     ({"solution": "A", "choices": ["70", "71"]}, "B", None)])
 def test_who_is_judged(row, answer, verdict):
-    """Open answers that the rules do not accept, whose key may be a number."""
+    """Open answers that the rules do not accept, whose key may be a number. A judge that refuses one has failed, one
+    that has never answered ends the run."""
     traj = env.start_episode({"images": [Image.new("RGB", (64, 64))], "problem": "q", **row}, env.EpisodeConfig())
     env.step(traj, f"<answer>{answer}</answer>", env.EpisodeConfig())
-    with serving(lambda body: "yes") as url:
-        evaluation.judge([traj], evaluation.Config(judge_url=url, judge_name="j"))
+    with serving(lambda body: 422 if verdict == "failed" else "yes") as url:
+        cfg = evaluation.Config(judge_url=url, judge_name="j")
+        if verdict == "failed":
+            with pytest.raises(env.UserError, match="422"):
+                evaluation.judge([traj], cfg)
+            data.answering.add((url, "j"))
+        evaluation.judge([traj], cfg)
     assert traj.verdict == verdict
 
 
