@@ -60,7 +60,7 @@ class TrainConfig(env.EpisodeConfig):
     weight_decay: float = 0.01
     clip_norm: float = 1.0           # largest norm of a gradient
     save_every: int = 150            # steps between checkpoints
-    save_minutes: float = env.setting(0.0, free=True)  # a step that ends later than this is saved, too; 0: off
+    save_minutes: float = env.setting(0.0, free=True)  # a step that ends later saves, too; 0: off
     keep: int = env.setting(2, free=True)  # newest checkpoints kept
     train_vision: bool = True        # false: the vision tower stays as it is
     lora: int = env.setting(0, least=0)  # rank of the text blocks' updates, trained alone; 0: off
@@ -111,6 +111,7 @@ def collate(trajs, proc):
         mask.append(torch.tensor(traj.mask).float())
         logp.append(torch.tensor(traj.logp).float())
         pos.append(torch.from_numpy(traj.pos.T))
+
     ids = pad_sequence(ids, batch_first=True, padding_value=proc.end)
     mask = pad_sequence(mask, batch_first=True)
     logp = pad_sequence(logp, batch_first=True)
@@ -123,19 +124,24 @@ class Policy(torch.nn.Module):
 
     def __init__(self, vlm, proc, image_processor):
         super().__init__()
-        self.vlm, self.proc, self.image_processor = vlm, proc, image_processor
+        self.vlm = vlm
+        self.proc = proc
+        self.image_processor = image_processor
         self.family = FAMILIES[vlm.config.model_type]
         for module in vlm.modules():
             for ending, forward in self.family.forwards.items():
                 if type(module).__name__.endswith(ending):
                     module.forward = MethodType(forward, module)
+
         # A sampled vision token would be taken for an image, an id past the tokenizer decodes to nothing.
         banned = torch.zeros(vlm.config.get_text_config().vocab_size, dtype=torch.bool)
         for token in ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"):
             banned[proc.tokenizer.convert_tokens_to_ids(token)] = True
         banned[len(proc.tokenizer):] = True
         self.register_buffer("banned", banned, persistent=False)
-        self.sharded = self.reuses_features = False      # see `shard` and `see`
+
+        self.sharded = False                             # see `shard`
+        self.reuses_features = False                     # see `see`
         self.fingerprint = ""                            # see load_policy
         self.lora = None                                 # (rank, scale), see add_lora
 
@@ -169,14 +175,18 @@ class Policy(torch.nn.Module):
             return None
         if self.reuses_features and all(image.features is not None for image in images):
             return torch.cat([image.features for image in images]).to(self.device)
-        pixels = self.image_processor(images=[image.view.numpy() for image in images], return_tensors="pt",
-                                      input_data_format="channels_last")
-        patches, grid = pixels["pixel_values"].to(self.device), pixels["image_grid_thw"]
+
+        views = [image.view.numpy() for image in images]
+        pixels = self.image_processor(images=views, return_tensors="pt", input_data_format="channels_last")
+        patches = pixels["pixel_values"].to(self.device)     # (4 N, values of a patch)
+        grid = pixels["image_grid_thw"]                      # (images, 3), in patches
         ends = F.pad(grid.prod(1).cumsum(0), (1, 0))         # on the CPU, so that no block waits for the GPU
         out = self.vlm.model.visual(patches, grid_thw=grid.to(self.device), cu_seqlens=ends)
         features = torch.cat([out.pooler_output, *getattr(out, "deepstack_features", [])], 1)
+
         if self.reuses_features and not torch.is_grad_enabled():
-            for image, part in zip(images, features.cpu().split((grid.prod(1) // 4).tolist())):   # 2 x 2
+            sizes = grid.prod(1) // 4                        # a token is 2 x 2 patches
+            for image, part in zip(images, features.cpu().split(sizes.tolist())):
                 image.features = part
         return features
 
@@ -211,11 +221,15 @@ class Policy(torch.nn.Module):
         time, recomputed in the backward pass. Padding is on the right, where causal attention never looks."""
         ids, mask, pos, feature = (batch[k].to(self.device) for k in ("ids", "mask", "pos", "feature"))
         h = self.hidden(ids, pos, self.see(batch["images"]), feature)         # (B, T, width)
+
         trained = mask[:, 1:] > 0                                 # (B, T-1): state t predicts token t + 1
-        h, target = h[:, :-1][trained], ids[:, 1:][trained]       # (n, width), (n,)
-        size, parts = max(1, 2 ** 26 // len(self.banned)), []
+        h = h[:, :-1][trained]                                    # (n, width)
+        target = ids[:, 1:][trained]                              # (n,)
+        size = max(1, 2 ** 26 // len(self.banned))
         if len(h) <= size:
             return self.token_logp(h, target, temperature)
+
+        parts = []
         for h_part, target_part in zip(h.split(size), target.split(size)):
             parts.append(checkpoint(self.token_logp, h_part, target_part, temperature, use_reentrant=False))
         return tuple(map(torch.cat, zip(*parts)))
@@ -350,7 +364,8 @@ def fingerprint(weights):
 
 def read_config(path):
     """The config of a folder or hub id, without dropouts and without what chooses code: the boolean mask of a
-    rollout is right under sdpa only. UserError for what is sampled and trained differently, or hangs a load."""
+    rollout is right under sdpa only. UserError for what would be sampled and trained differently, or
+    would hang a load."""
     from transformers import AutoConfig, PretrainedConfig
     parent, _, name = path.rpartition("/")
     if not os.path.isdir(path) and (not name or "/" in parent or os.path.isdir(parent) or parent == "runs"):
@@ -366,7 +381,8 @@ def read_config(path):
         kinds = str([part.get(key) for key in ("layer_types", "rope_scaling", "rope_parameters")])
         other = any(kind in kinds for kind in ("sliding", "dynamic", "longrope"))
         if other or part.get("use_sliding_window") or part.get("quantization_config"):
-            raise UserError(f"{path}: no sliding windows, dynamic rope or quantized weights, says config.json")
+            raise UserError(f"{path}: config.json asks for a sliding window, dynamic rope or quantized "
+                            "weights, which are not supported")
         if max(part.get("num_hidden_layers", 0), part.get("depth", 0)) > 200:
             raise UserError(f"{path}: config.json asks for more than 200 layers")
         for key in list(part):
@@ -386,6 +402,7 @@ def load_policy(path, device, train=False):
         logging.disable_progress_bar()           # of the loading; a download shows its own
     merged = os.path.exists(f"{path}/{ADAPTERS}")
     dtype = DTYPE[torch.device(device).type]
+
     try:
         vlm, found = AutoModelForImageTextToText.from_pretrained(
             path, config=read_config(path), dtype=torch.float32 if train or merged else dtype,
@@ -393,6 +410,7 @@ def load_policy(path, device, train=False):
             output_loading_info=True)
         if found["missing_keys"]:                # transformers would leave them random
             raise ValueError(f"no weights of {sorted(found['missing_keys'])[:3]}")
+
         # Not AutoTokenizer, which for Qwen3.5 puts a pre-tokenizer of its own in the place of the file's.
         policy = make_policy(vlm, PreTrainedTokenizerFast.from_pretrained(path))
         policy.fingerprint = fingerprint(vlm.state_dict())
@@ -502,6 +520,7 @@ def add_lora(policy, rank, scale, seed=0):
     0 the policy is its base again: a reference that costs no memory."""
     policy.requires_grad_(False)
     policy.lora = rank, scale
+
     generator = torch.Generator().manual_seed(seed)                # A is the same on all ranks
     for module in policy.vlm.model.language_model.layers.modules():
         if isinstance(module, torch.nn.Linear):
@@ -539,9 +558,11 @@ def split_lora(policy, folder, dtype):
     adapters, notes = read_lora(folder)
     add_lora(policy, int(notes["rank"]), float(notes["scale"]))
     policy.vlm.load_state_dict(adapters, strict=False)
+
     for module in policy.vlm.modules():
         if hasattr(module, "lora_A"):
             module.weight -= module.lora_scale * module.lora_B @ module.lora_A
+
     for name, p in policy.vlm.named_parameters():
         if "lora_" not in name:
             p.data = p.data.to(dtype)            # what bf16 weights were before the merge, to the bit
@@ -559,6 +580,7 @@ def shard(policy, device):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
     policy.sharded = True
+
     # FSDP2 wants its first forward pass to go through the root, but a rollout goes through the parts.
     blank = env.Trajectory({})
     blank.extend(policy.proc, [policy.proc.end] * 2, sampled=True)
@@ -574,12 +596,18 @@ def save_model(folder, policy, weights, cfg, preset):
     policy.vlm.save_pretrained(folder, state_dict=weights)
     policy.proc.tokenizer.chat_template = env.CHAT_TEMPLATE
     policy.proc.tokenizer.save_pretrained(folder)
-    least, most = min(cfg.min_crop_pixels, cfg.max_pixels), max(cfg.max_crop_pixels, cfg.max_pixels)
-    areas = dict(shortest_edge=least, longest_edge=most)       # one pair for a server's originals and crops
-    images = dict(policy.image_processor.to_dict(), do_resize=True, do_convert_rgb=True, size=areas,
-                  image_processor_type="Qwen2VLImageProcessor")
-    files = {"preprocessor_config.json": images, "episode.json": env.shared(cfg, env.EpisodeConfig)}
-    files["episode.json"]["preset"] = preset
+
+    areas = dict(                                          # one pair for a server's originals and crops
+        shortest_edge=min(cfg.min_crop_pixels, cfg.max_pixels),
+        longest_edge=max(cfg.max_crop_pixels, cfg.max_pixels))
+    images = dict(
+        policy.image_processor.to_dict(),
+        do_resize=True,
+        do_convert_rgb=True,
+        size=areas,
+        image_processor_type="Qwen2VLImageProcessor")
+    episode = dict(env.shared(cfg, env.EpisodeConfig), preset=preset)
+    files = {"preprocessor_config.json": images, "episode.json": episode}
     if policy.family.video:
         files["video_preprocessor_config.json"] = dict(images, video_processor_type=policy.family.video)
     for name, content in files.items():
@@ -595,6 +623,8 @@ def save_checkpoint(step, policy, optimizers, cfg, preset):
                                           flatten_optimizer_state_dict=True)
     folder = f"{cfg.out}/checkpoints/{step}"
     tmp = f"{folder}.tmp"
+
+    # 1. The model, whole
     weights = state_dict.get_model_state_dict(policy.vlm, options=options)
     if weights:
         shutil.rmtree(tmp, ignore_errors=True)
@@ -606,12 +636,15 @@ def save_checkpoint(step, policy, optimizers, cfg, preset):
             save_file(adapters, f"{tmp}/{ADAPTERS}", notes)
         save_model(tmp, policy, weights, cfg, preset)
     del weights
+
+    # 2. Optimizers; then the folder gets its name
     state = state_dict.get_optimizer_state_dict(policy.vlm, optimizers, options=options)
     if state:
         tensors = {name: value for name, value in state.items() if name.startswith("state.")}
         save_file(tensors, f"{tmp}/training/optimizer.safetensors")
         for path in Path(tmp).rglob("*.safetensors"):
             path.chmod(0o644)                              # safetensors leaves them unreadable to others
+
         os.sync()
         shutil.rmtree(folder, ignore_errors=True)          # of a run that was killed before `last` named it
         os.replace(tmp, folder)
@@ -644,11 +677,12 @@ def prune(cfg, step, best=None):
 
 
 def load_trainable(cfg, start, first, device, betas, muon_lr=0.0):
-    """Policy, optimizers and preset of a stage, from the checkpoint `start` or as saved at step `first`, which
-    rank 0 has told all. With LoRA a checkpoint's training/ has what is added to `start`."""
+    """Policy, optimizers and preset of a stage, from the checkpoint `start` or as saved at step `first`, that
+    rank 0 told all. With LoRA a checkpoint's training/ has what is added to `start`."""
     last = f"{cfg.out}/checkpoints/{first}"
     policy = load_policy(last if first and not cfg.lora else start, device, train=not cfg.lora)
     policy.vlm.model.visual.requires_grad_(cfg.train_vision)
+
     if cfg.lora:
         rank, scale = cfg.lora, cfg.lora_alpha / cfg.lora
         if policy.lora is None:
@@ -665,6 +699,7 @@ def load_trainable(cfg, start, first, device, betas, muon_lr=0.0):
     elif cfg.shard:
         print("--shard: one process has nothing to share; start several with torchrun", flush=True)
     policy.to(device)                            # FSDP2's also shards the root again, left gathered
+
     optimizers = make_optimizers(policy, cfg, betas, muon_lr)
     if first:
         restore(policy, optimizers, last, start, cfg)
@@ -679,12 +714,14 @@ def restore(policy, optimizers, folder, start, cfg):
     options = state_dict.StateDictOptions(full_state_dict=True, strict=False)
     state = state_dict.get_optimizer_state_dict(policy.vlm, optimizers)         # for its param_groups
     state["state"] = {}
+
     try:
         if cfg.lora:
             adapters, notes = read_lora(folder)
             if notes["base"] != policy.fingerprint:
                 raise UserError(f"{start}: not the weights that {folder} was trained on; give another --out")
             state_dict.set_model_state_dict(policy.vlm, adapters, options=options)
+
         for path, value in load_file(f"{folder}/training/optimizer.safetensors").items():
             name, key = path.removeprefix("state.").rsplit(".", 1)
             state["state"].setdefault(name, {})[key] = value
@@ -704,6 +741,7 @@ def make_optimizers(policy, cfg, betas, muon_lr=0.0):
             matrices.append(p)
         else:
             rest.append(p)
+
     lr = cfg.lora_lr if cfg.lora else cfg.lr
     # foreach=False: on CUDA the other way needs temporaries as large as the weights.
     optimizers = [torch.optim.AdamW(rest, lr, betas, weight_decay=cfg.weight_decay, foreach=False)]
@@ -729,10 +767,14 @@ def optimizer_step(policy, optimizers, loss_sum, cfg, rest=False):
         if p.requires_grad and dist.is_initialized() and not policy.sharded:   # FSDP2 has summed them
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             dist.all_reduce(p.grad)
+
     [loss_sum] = all_sum(loss_sum)
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.clip_norm)
-    norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
+    if hasattr(norm, "full_tensor"):                       # of sharded gradients
+        norm = norm.full_tensor()
+    norm = norm.item()
     skipped = not math.isfinite(loss_sum + norm)
+
     for optimizer in optimizers:
         if not skipped and not rest:
             optimizer.step()
@@ -743,7 +785,8 @@ def optimizer_step(policy, optimizers, loss_sum, cfg, rest=False):
 # --- Ranks. Without torchrun there is one, and no process group -----------------------------------------
 def setup():
     """Returns (rank, world_size, device); joins torchrun's process group when there is one."""
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank = int(os.environ.get("RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
     if torch.cuda.is_available():
         local = int(os.environ.get("LOCAL_RANK", 0))
@@ -755,12 +798,18 @@ def setup():
     else:
         torch.use_deterministic_algorithms(True)           # else two threads add in changing order
         torch.utils.deterministic.fill_uninitialized_memory = False
+
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         store, rank, _ = next(dist.rendezvous("env://"))
         # torchrun keeps its store when it restarts the ranks, and with it the addresses of those that died.
-        store = dist.PrefixStore("restart" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
-                                world_size=world_size, timeout=timedelta(hours=2))  # to write a large model
+        restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore("restart" + restarts, store)
+        dist.init_process_group(
+            backend="nccl" if device.type == "cuda" else "gloo",
+            store=store,
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(hours=2))                    # to write a large model
     return rank, world_size, device
 
 
@@ -885,6 +934,7 @@ def open_run(cfg, rank, rows):
     if rank == 0:
         env.lock(cfg.out)
         identity = checksum(rows)
+
         step = saved_step(cfg)
         if step:
             old = env.read_json(f"{cfg.out}/config.json", {})
@@ -894,7 +944,9 @@ def open_run(cfg, rank, rows):
             print(f"{cfg.out}: going on from step {step} of {cfg.steps}", flush=True)
             planned = old.get("steps", cfg.steps)
             if planned != cfg.steps:
-                print(f"{cfg.out}: planned for {planned} steps; the rate is now that of {cfg.steps}", flush=True)
+                print(f"{cfg.out}: planned for {planned} steps; the rate is now that of {cfg.steps}",
+                      flush=True)
+
         settings = {**asdict(cfg), **provenance(), "rows": identity}
         env.write_text(f"{cfg.out}/config.json", json.dumps(settings, indent=1))
         kept = [json.dumps(entry) + "\n" for entry in read_log(cfg.out) if entry["step"] < step]
@@ -1034,7 +1086,6 @@ def main(cfg):
         save_tiny(cfg.data, cfg.seed, cfg.tiny)
     barrier()
     rows = load_demonstrations(cfg)
-
     first = open_run(cfg, rank, rows)                 # the step to go on from, or 0
     muon_lr = 0.0 if cfg.lora or cfg.shard else cfg.muon_lr
     if muon_lr != cfg.muon_lr and rank == 0:
