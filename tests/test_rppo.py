@@ -9,15 +9,18 @@ import re
 import sys
 import textwrap
 import types
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import amplify, gradient, plain, stock
+from conftest import amplify, gradient, plain, refusal, stock
 import torch
 
+import data
 import env
+import eval as evaluation
 import rppo
 import sft
 from rppo import group_advantages, policy_loss
@@ -74,6 +77,155 @@ def test_prompts_cover_the_rows():
     passes = np.reshape(chosen, (6, 7))
     assert (np.sort(passes, 1) == np.arange(7)).all()
     assert len(np.unique(passes, axis=0)) > 1
+    assert rppo.prompts_of(0, replace(cfg, seed=1), 7) != chosen[:3]
+
+
+PRESETS = """
+    steps 40 200 | prompts 16 32 | samples 8 8 | updates 1 1 | micro_batch 32 1 | in_flight 128 64
+    lr 0.0005 1e-06 | lora_lr 0.0025 1e-05 | lora 0 0 | lora_alpha 32.0 32.0 | warmup 5 5 | decay 0.4 0.0
+    weight_decay 0.0 0.0 | clip_norm 1.0 1.0 | clip_low 0.2 0.2 | clip_high 0.28 0.28 | temperature 1.0 1.0
+    norm_std False False | mask_over_turns False False | train_vision False False | recompute False True
+    shard False True | eval_every 10 20 | eval_rows 128 64 | show_every 20 5 | save_every 20 20 | keep 2 2
+    n_score 512 0 | lam 1.0 1.0 | eps 0.3 0.3 | tool_bonus 0.0 0.0 | format_weight 0.0 0.0 | max_crops 5 5
+    max_pixels 1024 2000000 | min_crop_pixels 1024 65536 | max_crop_pixels 2401 524288 | min_crop_side 16 28
+    turn_tokens 48 1024 | max_tokens 512 12288 | seed 0 0"""
+
+
+def test_presets():
+    """Every number of the tiny and the real preset: a change is deliberate."""
+    found = {}
+    for name, value in asdict(rppo.Config()).items():
+        if type(value) is not str:
+            found[name] = f"{name} {value} {rppo.REAL.get(name, value)}"
+    assert sorted(found.values()) == sorted(map(str.strip, re.split(r"[|\n]", PRESETS.strip())))
+
+
+def test_schedule_and_adam(policy):
+    """Warm-up, plateau, decay over the last share, in every parameter group; betas, weight decay, LoRA's rate."""
+    cfg = rppo.Config(weight_decay=0.1)
+    optimizers = sft.make_optimizers(policy, cfg, (0.9, 0.95), 0.02)
+    optimizers[0].add_param_group(dict(params=[torch.nn.Parameter(torch.zeros(1))]))
+    for step, share in ((0, 0.2), (2, 0.6), (4, 1), (24, 1), (25, 15 / 16), (32, 0.5), (39, 1 / 16)):
+        assert sft.set_lr(optimizers, step, cfg) == pytest.approx(5e-4 * share)
+        for optimizer, peak in zip(optimizers, (5e-4, 0.02), strict=True):
+            for group in optimizer.param_groups:
+                assert group["lr"] == pytest.approx(peak * share)
+    assert sft.set_lr(optimizers, 199, replace(cfg, steps=200, decay=0.0)) == 5e-4
+    [adam] = sft.make_optimizers(policy, replace(cfg, lora=4), (0.9, 0.95))
+    assert (adam.defaults["betas"], adam.defaults["weight_decay"], adam.defaults["lr"]) == ((0.9, 0.95), 0.1, 2.5e-3)
+
+
+def test_collect(monkeypatch):
+    """Each trajectory has its own reward less the mean of its group, from the random streams of its step and
+    prompts. One that the judge failed to judge has no gradient and changes no other's."""
+    cfg = rppo.Config(samples=4, seed=5)
+    trajs = [env.Trajectory({}, answer=str(i), status="answered") for i in range(8)]
+    seen = []
+
+    def rollout(policy, rows, cfg, samples, **streams):
+        seen.append((rows, samples, streams))
+        return trajs
+
+    def judge(trajs, cfg):
+        trajs[5].verdict = "failed"
+
+    monkeypatch.setattr(evaluation, "rollout", rollout)
+    monkeypatch.setattr(evaluation, "judge", judge)
+    monkeypatch.setattr(env, "rewards", lambda group, cfg: [dict(total=(int(t.answer) + 1.0) ** 2) for t in group])
+    samples = rppo.collect(None, ["a", "b"], [3, 4], 7, cfg)
+    assert seen == [(["a", "b"], 4, dict(seed=(5, 7), streams=[3, 4]))]
+    assert all(s.traj is traj for s, traj in zip(samples, trajs, strict=True))
+    assert [s.parts["total"] for s in samples] == [1, 4, 9, 16, 25, 36, 49, 64]
+    assert [s.advantage for s in samples] == [-6.5, -3.5, 1.5, 8.5, -21, 0, 3, 18]     # 46: the mean of three
+    assert [rppo.counts(s, cfg) for s in samples] == [True] * 5 + [False] + [True] * 2
+    assert not rppo.has_gradient(replace(samples[5], advantage=1.0), cfg)
+    measures = dict.fromkeys(evaluation.METRICS, (0, 1))
+    monkeypatch.setattr(evaluation, "measure", lambda traj, eps: measures)
+    assert rppo.summarise(samples, cfg)["judge_failed"] == 1
+
+
+@pytest.fixture
+def loop(monkeypatch):
+    """loop(first, rank, world_size, **settings): `train` without a model. Returns what it did, in order."""
+    def loop(first=0, rank=0, world_size=1, broken=None, **settings):
+        cfg = rppo.Config(**dict(prompts=4, steps=7, eval_every=3, save_every=2, eval_rows=2) | settings)
+        did = []
+
+        def collect(policy, rows, streams, step, cfg):
+            did.append(("collect", step, rows, streams))
+            if broken == ("collect", step):
+                raise env.UserError("cut.jpg is cut short")
+            return [f"sample {step}"]
+
+        def evaluate(policy, rows, cfg, rank, world_size):
+            did.append(("evaluate", rows))
+            if broken == "evaluate":
+                raise env.UserError("the judge refuses")
+            return [dict(metrics=dict(accuracy=(1, 1)))]
+
+        def note(*names):
+            for module, name, *values in names:
+                monkeypatch.setattr(module, name, lambda *args, name=name, values=values: (
+                    did.append((name, *[args[i] for i in values])) or {}))
+
+        monkeypatch.setattr(rppo, "collect", collect)
+        monkeypatch.setattr(evaluation, "evaluate", evaluate)
+        note((sft, "set_lr", 1), (rppo, "update", 2), (rppo, "summarise", 0), (sft, "append_log", 1),
+             (rppo, "print_step"), (sft, "save_checkpoint", 0), (sft, "prune", 1), (rppo, "mark_best"),
+             (evaluation, "refresh_report"))
+        rows, held_out = list("abcdefgh"), ["x", "y"]
+        try:
+            policy = SimpleNamespace(proc=None)
+            rppo.train(policy, [], "tiny", rows, held_out, first, cfg, rank, world_size)
+        except env.UserError as error:
+            did.append(str(error))
+        return did, [rows[i] for i in rppo.prompts_of(first, cfg, 8)]
+    return loop
+
+
+def test_the_loop(loop):
+    """The beats of a step in order; held-out rows are evaluated, training rows collected, by the rank's streams."""
+    did, chosen = loop(first=2)
+    names = [call[0] for call in did]
+    assert names[:8] == ["collect", "set_lr", "update", "evaluate", "summarise", "append_log", "print_step",
+                         "save_checkpoint"]
+    assert did[:4] == [("collect", 2, chosen, [0, 1, 2, 3]), ("set_lr", 2), ("update", ["sample 2"]),
+                       ("evaluate", ["x", "y"])]
+    entry = did[5][1]
+    assert (entry["step"], entry["held_out"]) == (2, {"n": 1, "accuracy": 1.0})
+    assert [call[1] for call in did if call[0] == "save_checkpoint"] == [3, 4, 6, 7]    # eval_every 3, save_every 2
+    assert [call[1] for call in did if call[0] == "prune"] == [3, 4, 6, 7]
+    assert names.count("evaluate") == 3          # after steps 3 and 6, and the last
+    did, _ = loop()
+    assert did[0] == ("evaluate", ["x", "y"])    # where it starts
+    assert next(call[1] for call in did if call[0] == "append_log")["cold_start"]["accuracy"] == 1
+    did, chosen = loop(first=2, rank=1, world_size=2)
+    assert did[0] == ("collect", 2, chosen[1::2], [1, 3])
+    assert not {"append_log", "print_step", "prune"} & {call[0] for call in did}
+    assert "evaluate" not in [call[0] for call in loop(first=2, eval_rows=0)[0]]
+
+
+def test_an_error_saves_first(loop):
+    """What ends the rollout of a step saves the steps before it, what ends an evaluation the step itself."""
+    for broken, line, steps in ((("collect", 5), "cut.jpg is cut short", [3, 4, 5]),
+                                ("evaluate", "the judge refuses", [3])):
+        did, _ = loop(first=2, broken=broken)
+        assert did[-1] == line
+        assert [call[1] for call in did if call[0] == "save_checkpoint"] == steps
+    assert loop(first=2, broken=("collect", 2))[0][1:] == ["cut.jpg is cut short"]       # nothing is new
+
+
+def test_main_hands_on(scenes, tmp_path, monkeypatch):
+    """Training gets the first rows, its evaluations the last ones; Adam's betas are those of RL."""
+    given = {}
+    monkeypatch.setattr(sft, "load_trainable", lambda cfg, start, first, device, betas: given.update(
+        start=start, betas=betas) or (SimpleNamespace(proc=None), [], "tiny"))
+    monkeypatch.setattr(data, "check_rows", lambda rows, *_: given.update(checked=len(rows)))
+    monkeypatch.setattr(rppo, "train", lambda policy, optimizers, preset, rows, held_out, *_: given.update(
+        rows=[row["doc_id"] for row in rows], held_out=[row["doc_id"] for row in held_out]))
+    rppo.main(rppo.Config(data=scenes, model=f"{scenes}/tiny", out=f"{tmp_path}/run", eval_rows=5, n_score=0))
+    names = [row["doc_id"] for row in data.load_rows(f"{scenes}/train.jsonl")]
+    assert given == dict(start=f"{scenes}/tiny", betas=(0.9, 0.95), checked=24, rows=names[:-5], held_out=names[-5:])
 
 
 def test_hold_out_is_by_image():
@@ -206,6 +358,16 @@ def test_clipping_over_two_updates(learner, samples, monkeypatch):
     assert stats["clip_share"] == pytest.approx(clipped.double().mean().item() / 2)
 
 
+def test_gradients_are_clipped(learner, samples):
+    """To clip_norm, over all weights together; what is logged is the norm before."""
+    before = torch.nn.utils.parameters_to_vector(learner.parameters()).detach().clone()
+    optimizer = torch.optim.SGD(learner.parameters(), lr=1.0)
+    stats = rppo.update(learner, [optimizer], samples, replace(CFG, clip_norm=0.5))
+    moved = torch.nn.utils.parameters_to_vector(learner.parameters()).detach() - before
+    assert moved.norm().item() == pytest.approx(0.5, rel=1e-3)
+    assert stats["grad_norm"] > 1
+
+
 def test_mask_over_turns(learner, samples):
     """Trajectories without an answer leave the loss and its divisor."""
     optimizer = torch.optim.SGD(learner.parameters(), lr=0.0)
@@ -254,7 +416,13 @@ def test_a_kl_term_on_two_sharded_ranks(learner, policy, samples, tmp_path):
         optimizer = torch.optim.SGD(learner.parameters(), lr=0.0)
         optimizer.register_step_pre_hook(lambda *_: kept.append([whole(p.grad) for p in learner.parameters()]))
         fork.update(learner, [optimizer], mine, replace(CFG, micro_batch=2), policy)
+        if len(shares) > 1:                      # one rank's error ends both, with its line
+            assert refusal(sft.together, fail, rank) == "rank 1 has a cut image"
         torch.save(kept[0], f"{tmp_path}/{len(shares)}-{rank}")
+
+    def fail(rank):
+        if rank == 1:
+            raise env.UserError("rank 1 has a cut image")
 
     fork = forked(KL)
     shares = [range(1), range(1, 6)]
@@ -280,11 +448,13 @@ def test_an_entropy_bonus_has_a_gradient(learner, samples):
 
 
 def test_an_added_reward_part(samples):
-    """It is logged under its own name; the reward stays the total, wherever in the dict the part stands."""
+    """It is logged under its own name, 0 where a branch has none; the reward stays the total, wherever it stands."""
     for i, s in enumerate(samples):
         s.parts["total"] = 0.1 if i < 4 else i / 10
         s.parts = {"novelty": 3.0, **s.parts, "curiosity": 7.0}
+    samples[0].parts["rare"] = 6.0
     entry = rppo.summarise(samples, CFG)
+    assert entry["parts"]["rare"] == pytest.approx(0.5)
     assert entry["reward"] == pytest.approx(6.4 / 12)
     assert entry["flat_groups"] == pytest.approx(1 / 3)
     assert entry["parts"]["novelty"] == 3
