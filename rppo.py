@@ -64,7 +64,7 @@ REAL = dict(
     env.REAL_EPISODE, in_flight=64,
     steps=200, prompts=32, samples=8, micro_batch=1,
     lr=1e-6, lora_lr=1e-5, decay=0.0,
-    eval_every=20, eval_rows=64, save_every=20, show_every=5, n_score=0,
+    eval_every=20, eval_rows=64, save_every=20, save_minutes=30.0, show_every=5, n_score=0,
     recompute=True, shard=True)
 
 
