@@ -528,8 +528,9 @@ def evaluate(policy, rows, cfg, rank, world_size, k=1, greedy=False, done=None, 
     for start in tqdm(range(0, len(missing), size), desc="eval", disable=rank > 0 or None, leave=False):
         # 1. This rank's rows; it may have none, but ranks go together.
         chosen = missing[start + rank:start + size:world_size]
-        trajs = rollout(policy, [rows[i] for i in chosen], cfg, k, (cfg.seed, EVALUATION), chosen, greedy)
-        judge(trajs, cfg)
+        asked = [rows[i] for i in chosen]
+        trajs = sft.together(rollout, policy, asked, cfg, k, (cfg.seed, EVALUATION), chosen, greedy)
+        sft.together(judge, trajs, cfg)
 
         # 2. Everybody's records.
         mine = [record(chosen[n // k], n % k, traj, cfg.eps) for n, traj in enumerate(trajs)]

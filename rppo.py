@@ -274,7 +274,8 @@ def print_step(entry, samples, proc, first, cfg):
     if (step - first) % 20 == 0:
         print(f"{'':10} reward{evaluation.HEADER} entrp  norm   sec")
     text = f"step {step:5d} {entry['reward']:6.3f}{evaluation.line(entry)}"
-    text += f" {entry['entropy']:5.2f} {entry['grad_norm']:5.2f} {entry['rollout_s'] + entry['update_s']:5.1f} "
+    seconds = entry["rollout_s"] + entry["update_s"]
+    text += f" {entry['entropy']:5.2f} {entry['grad_norm']:5.2f} {seconds:5.1f} "
     if entry["judge_failed"]:
         text += f"failed {entry['judge_failed']}"        # answers without a verdict: they have no gradient
     else:

@@ -138,7 +138,7 @@ def made(folder):
     return found
 
 
-def test_main_job(small, tmp_path):
+def test_main_job(small, tmp_path, capsys):
     """Without a model it makes scenes and cold start, hands on its seed, scores both; then nothing anew."""
     cfg = rppo.Config(**RPPO, seed=3, data=f"{tmp_path}/rows", out=f"{tmp_path}/runs/rppo")
     rppo.main(cfg)
@@ -152,6 +152,18 @@ def test_main_job(small, tmp_path):
     before = made(tmp_path)
     rppo.main(cfg)
     assert made(tmp_path) == before
+    with pytest.raises(env.UserError, match="runs/sft was made .*seed: 3 -> 1.*give --out=.*/runs/s1/rppo"):
+        rppo.main(replace(cfg, seed=1, data=f"{tmp_path}/others", out=f"{tmp_path}/runs/s1"))
+    assert not (tmp_path / "others").exists()      # refused before anything is drawn
+    rppo.main(replace(cfg, steps=3, n_score=0))
+    assert [entry["step"] for entry in sft.read_log(cfg.out)] == [0, 1, 2]
+    printed = capsys.readouterr().out
+    assert "planned for 2 steps; the rate is now that of 3" in printed
+    with pytest.raises(env.UserError, match="has made 3 steps already; raise --steps=2"):
+        rppo.main(cfg)
+    lines = re.findall(r"(?m)^(?:step|cold|held|RPPO| {10}).*", printed)
+    assert max(map(len, lines)) <= 100
+    assert re.findall(r"(?m)^(\d) of 4: ", printed) == list("123434" + "3")
 
 
 def test_main_job_on_foreign_rows(small, scenes, tmp_path):
@@ -191,6 +203,7 @@ def test_bad_flags(name, capsys):
 
 def test_ranges(capsys):
     """What could only fail later is refused at once; budgets are compared with each other."""
+    assert "samples is 1; it has to be finite and at least 2" in refusal(capsys, "rppo", "--samples=1")
     for flag in ("temperature=0", "seed=-1", f"seed={2 ** 63}", "lam=-3", "samples=0", "save_every=0"):
         assert re.match(r"flags: (\w+) is .* at least", refusal(capsys, "rppo", f"--{flag}"))[1] in flag
     assert "--min_crop_pixels" in refusal(capsys, "sft", "--max_crop_pixels=500")
