@@ -124,8 +124,6 @@ def family(request, policy, policy25, policy35):
     if request.param == "qwen2_5_vl":
         return copy.deepcopy(policy25)
     if request.param == "qwen3_5":
-        if request.module.__name__ == "test_rollout":
-            pytest.skip("the cache does not hold its states yet")
         return copy.deepcopy(policy35)
     family = copy.deepcopy(policy)
     amplify(family.vlm)

@@ -301,9 +301,10 @@ def test_other_models_are_refused(scenes, tmp_path):
         with pytest.raises(env.UserError, match="does not load"):
             sft.load_policy(str(folder), "cpu")
         (folder / "model.safetensors").unlink(missing_ok=True)
-    (folder / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(env.UserError, match="llama model; --model takes Qwen3-VL"):
-        sft.load_policy(str(folder), "cpu")
+    for family in ("llama", "qwen3_5_moe"):
+        (folder / "config.json").write_text(json.dumps({"model_type": family}))
+        with pytest.raises(env.UserError, match=f"a {family} model; --model takes Qwen3-VL"):
+            sft.load_policy(str(folder), "cpu")
 
 
 def edit(path, part="", **values):

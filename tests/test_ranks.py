@@ -50,7 +50,7 @@ def whole(tensor):
     return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
 
 
-def work(rows, out, shard, lora):
+def work(rows, out, shard, lora, tiny):
     """Three steps of sft.py and rppo.py, eval.py, then single steps. Leaves out/RANK.pt: ids of the rollouts,
     gradients (summed over the ranks) of the first six steps, what became of the last ones."""
     rank, world_size, _ = sft.setup()
@@ -73,7 +73,7 @@ def work(rows, out, shard, lora):
                 sample.advantage = 0.0
         return samples
 
-    common = dict(max_crops=2, turn_tokens=6, data=rows, model=f"{rows}/tiny")
+    common = dict(max_crops=2, turn_tokens=6, data=rows, model=f"{rows}/{tiny}")
     training = dict(common, shard=shard, lora=lora, recompute=shard, steps=3, micro_batch=3, warmup=1,
                     lr=1e-3)
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(sys.stderr):
@@ -111,22 +111,23 @@ def single_steps(policy, path, cfg, rank, world_size):
     return updates
 
 
-@pytest.fixture(scope="module", params=["copied", "sharded", "lora"])
+@pytest.fixture(scope="module", params=["copied", "sharded", "lora", "qwen3_5"])
 def ranks(request, scenes, tmp_path_factory):
     """The same work by this process and by two ranks: both folders, and what the three recorded."""
     shard = request.param != "copied"
     lora = 4 if request.param == "lora" else 0
+    tiny = "tiny3_5" if request.param == "qwen3_5" else "tiny"
     one, two = [str(tmp_path_factory.mktemp(f"{name}_{request.param}")) for name in ("one", "two")]
     with pytest.MonkeyPatch.context() as patch:
         if shard:                        # one process has nothing to shard
             patch.setattr(sft, "shard", lambda policy, device: None)
-        work(scenes, one, shard, lora)
+        work(scenes, one, shard, lora, tiny)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, scenes, two, str(shard), str(lora)], capture_output=True, text=True,
+    done = subprocess.run([*command, scenes, two, str(shard), str(lora), tiny], capture_output=True, text=True,
                           timeout=600, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
-    return (one, two), [torch.load(path) for path in (f"{one}/0.pt", f"{two}/0.pt", f"{two}/1.pt")]
+    return (f"{scenes}/{tiny}", one, two), [torch.load(path) for path in (f"{one}/0.pt", f"{two}/0.pt", f"{two}/1.pt")]
 
 
 def test_rollouts_gradients_and_skipped_steps(ranks):
@@ -142,11 +143,12 @@ def test_rollouts_gradients_and_skipped_steps(ranks):
     assert updates == first[2] == second[2] == [(True, 0), (False, 0), (False, 1)]
 
 
-def test_weights_logs_and_scores(ranks, scenes):
+def test_weights_logs_and_scores(ranks):
     """After three steps (in RPPO's last rank 0 has nothing to do) they are close; Muon computes in bf16."""
     for stage in ("sft", "rppo"):
         weights, logs = [], []
-        for run in (f"{scenes}/tiny", *[f"{out}/{stage}" for out in ranks[0]]):
+        before, *outs = ranks[0]
+        for run in (before, *[f"{out}/{stage}" for out in outs]):
             policy = sft.load_policy(env.newest(run), "cpu")
             weights.append(torch.cat([p.detach().flatten().double() for p in policy.parameters()]))
             logs.append(sft.read_log(run))
@@ -157,11 +159,11 @@ def test_weights_logs_and_scores(ranks, scenes):
             assert 0 < a["grad_norm"] == pytest.approx(b["grad_norm"], rel=0.01)
     held_out = [logs[1][2]["held_out"], logs[2][2]["held_out"]]
     assert held_out[0] == pytest.approx(held_out[1]) and held_out[0]["n"] == 5
-    scores = [json.loads(Path(f"{out}/eval/eval.json").read_text())["greedy"] for out in ranks[0]]
+    scores = [json.loads(Path(f"{out}/eval/eval.json").read_text())["greedy"] for out in outs]
     assert scores[0] == scores[1] and scores[0]["n"] == 7
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    work(*sys.argv[1:3], sys.argv[3] == "True", int(sys.argv[4]))
+    work(*sys.argv[1:3], sys.argv[3] == "True", int(sys.argv[4]), sys.argv[5])
     sft.leave()

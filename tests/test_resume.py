@@ -61,9 +61,9 @@ def assert_same(a, b):
     assert not [name for name in first if first[name] != second[name]]
 
 
-@pytest.mark.parametrize("stage, number, lora", [
-    (sft, signal.SIGINT, 0), (rppo, signal.SIGTERM, 0), (rppo, signal.SIGTERM, 2)])
-def test_a_signal_saves_and_leaves(stage, number, lora, scenes, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("stage, number, tiny, lora", [
+    (sft, signal.SIGINT, "tiny", 0), (rppo, signal.SIGTERM, "tiny3_5", 0), (rppo, signal.SIGTERM, "tiny", 2)])
+def test_a_signal_saves_and_leaves(stage, number, tiny, lora, scenes, tmp_path, monkeypatch, capsys):
     """In step 1, then in the last: it is finished and saved, exit code 0; the run ends as if left alone."""
     def rewards(group, cfg):
         return [dict(total=zlib.crc32(str(traj.ids).encode()) % 101 / 101) for traj in group]
@@ -74,10 +74,10 @@ def test_a_signal_saves_and_leaves(stage, number, lora, scenes, tmp_path, monkey
         return works(*args, **kwargs)
     monkeypatch.setattr(env, "rewards", rewards)
     small = dict(FLAGS[stage.__name__], max_crops=1, turn_tokens=5, steps=3, save_every=9, data=scenes, lora=lora)
-    stage.main(stage.Config(**small, model=f"{scenes}/tiny", out=f"{tmp_path}/whole"))
+    stage.main(stage.Config(**small, model=f"{scenes}/{tiny}", out=f"{tmp_path}/whole"))
     before, works, calls = signal.getsignal(number), sft.optimizer_step, itertools.count()
     monkeypatch.setattr(sft, "optimizer_step", interrupted)
-    cfg = stage.Config(**small, model=f"{scenes}/tiny", out=f"{tmp_path}/run")
+    cfg = stage.Config(**small, model=f"{scenes}/{tiny}", out=f"{tmp_path}/run")
     for step in (2, 3):
         with pytest.raises(SystemExit) as error:
             stage.main(cfg)

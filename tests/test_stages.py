@@ -167,13 +167,16 @@ def test_main_job(small, tmp_path, capsys):
 
 
 def test_main_job_on_foreign_rows(small, scenes, tmp_path):
-    """A folder of somebody's rows with their own sft.jsonl takes no scenes. The same command goes on."""
+    """A folder of somebody's rows with their own sft.jsonl takes no scenes. The same command goes on. The model is
+    the other tiny one."""
     for split in ("sft", "train", "test"):
         rows = data.load_rows(f"{scenes}/{split}.jsonl")
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     small.setattr(data, "write_scenes", lambda cfg: pytest.fail("scenes were drawn"))
     for _ in range(2):
-        rppo.main(rppo.Config(**RPPO, data=str(tmp_path), out=f"{tmp_path}/runs/rppo"))
+        rppo.main(rppo.Config(**RPPO, tiny="tiny3_5", data=str(tmp_path), out=f"{tmp_path}/runs/rppo"))
+    saved = json.loads(Path(env.newest(f"{tmp_path}/runs/rppo"), "config.json").read_text())
+    assert saved["model_type"] == "qwen3_5"
     assert json.loads((tmp_path / "runs/summary.json").read_text())["rppo"]["n"] == 4
     with pytest.raises(env.UserError, match="holds rows that this command did not make"):
         data.main(data.Config(out=str(tmp_path)))
@@ -344,6 +347,7 @@ def test_missing_inputs(chain, tmp_path):
     """Every stage names what is missing and the flag that helps, before it writes anything."""
     scenes, model, out = chain["data"][0].out, chain["rppo"][0].model, f"{tmp_path}/out"
     for stage, values, words in (
+            (sft, dict(tiny="tiny4"), "--tiny=tiny4.*tiny3_5"),
             (sft, dict(data="nowhere"), "nowhere/sft.jsonl.*data.py.*--data"),
             (rppo, dict(data="nowhere", model=model, n_score=0), "nowhere/train.jsonl.*--data"),
             (rppo, dict(data=scenes, model=model, eval_rows=9, steps=0), "train.jsonl.*--eval_rows=9"),
