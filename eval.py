@@ -64,10 +64,31 @@ def head_dim(text):
     return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
 
 
+def is_linear(text):
+    """Of each layer of a text model (its config): is it linear, or does it have full attention?"""
+    kinds = getattr(text, "layer_types", None) or [""] * text.num_hidden_layers
+    return [kind == "linear_attention" for kind in kinds]
+
+
+def cache_shapes(text, slots, places):
+    """What a cache holds. Of layers with full attention: keys and values. Of linear ones: the last inputs of
+    their convolutions, and their states, which do not grow with the places."""
+    linear = is_linear(text).count(True)
+    full = text.num_hidden_layers - linear
+    kv = (full, 2, slots, text.num_key_value_heads, places + 1, head_dim(text))
+    if not linear:
+        return kv, (0, slots), (0, slots)
+
+    heads, key, value = text.linear_num_value_heads, text.linear_key_head_dim, text.linear_value_head_dim
+    channels = 2 * text.linear_num_key_heads * key + heads * value
+    inputs = (linear, slots, text.linear_conv_kernel_dim - 1, channels)
+    return kv, inputs, (linear, slots, heads, key, value)
+
+
 class Cache:
     """What the layers remember of the conversations in `slots` slots: token j of a conversation lies in place
-    j of its slot. kv (layers, 2, slots, heads, places + 1, head_dim) has keys and values; the last place is a
-    bin. The next tokens (B, n) belong to `slots` (B,) and go to `places` (B, n); they attend to the places of
+    j of its slot. kv (layers, 2, slots, heads, places + 1, head_dim) has keys and values, `inputs` and `states`
+    what linear layers go on from (see cache_shapes, sft.gated_delta_net); the last place is a bin. The next tokens (B, n) belong to `slots` (B,) and go to `places` (B, n); they attend to the places of
     their slot up to their own, and `end` bounds the places that are read at all.
 
     Two rules for whatever else a layer remembers: a token that goes into the bin (padding, a slot that waits)
@@ -76,9 +97,13 @@ class Cache:
 
     def __init__(self, policy, slots, places):
         text = policy.vlm.config.get_text_config()
-        shape = (text.num_hidden_layers, 2, slots, text.num_key_value_heads, places + 1, head_dim(text))
+        kv, inputs, states = cache_shapes(text, slots, places)
         dtype = torch.bfloat16 if policy.device.type == "cuda" else torch.float32
-        self.kv = torch.zeros(shape, device=policy.device, dtype=dtype)   # what the mask hides must be finite
+        self.kv = torch.zeros(kv, device=policy.device, dtype=dtype)      # what the mask hides must be finite
+        self.inputs = torch.zeros(inputs, device=policy.device, dtype=dtype)
+        self.states = torch.zeros(states, device=policy.device)           # fp32: errors would add up
+        linear = is_linear(text)
+        self.number = [linear[:i].count(kind) for i, kind in enumerate(linear)]  # of a layer among its kind
         self.all = torch.arange(slots, device=policy.device)
         self.bin = places
         self.end = 0
@@ -91,6 +116,8 @@ class Cache:
     def copy(self, source, slots):
         """Copy a slot into others (a list)."""
         self.kv[:, :, slots] = self.kv[:, :, source, None]
+        self.inputs[:, slots] = self.inputs[:, source, None]
+        self.states[:, slots] = self.states[:, source, None]
 
     def mask(self):
         """Boolean (B, 1, n, end): each new token sees its slot's places up to its own."""
@@ -101,10 +128,24 @@ class Cache:
 
     def update(self, k, v, layer, *_, **__):
         """Called by transformers: enter k, v (B, heads, n, d); returns all (B, heads, end, d)."""
+        kv = self.kv[self.number[layer]]
         slots = self.all[self.slots, None]
-        for store, new in zip(self.kv[layer], (k, v)):
+        for store, new in zip(kv, (k, v)):
             store[slots, :, self.places] = new.transpose(1, 2).to(store.dtype)
-        return self.kv[layer][:, self.slots, :, :self.end].unbind()      # views, if it is the first B
+        return kv[:, self.slots, :, :self.end].unbind()                  # views, if it is the first B
+
+    def recall(self, layer):
+        """Called by a linear layer: its last inputs (B, 3, channels) and its states (B, heads, key size, value
+        size), 0 where a conversation begins."""
+        at = self.number[layer], self.slots
+        begins = (self.places[:, 0] == 0)[:, None, None]
+        return self.inputs[at].masked_fill(begins, 0), self.states[at].masked_fill(begins[..., None], 0)
+
+    def keep(self, layer, inputs, states):
+        """Called by a linear layer: what it goes on from."""
+        at = self.number[layer], self.slots
+        self.inputs[at] = inputs
+        self.states[at] = states
 
 
 def uniforms(seed, prompt, sample, n):
@@ -311,9 +352,9 @@ class Engine:
 
 
 def row_bytes(config, cfg):
-    """What a trajectory of max_tokens takes in the cache, on CUDA: keys and values in bf16."""
-    text = config.get_text_config()
-    return 4 * text.num_hidden_layers * text.num_key_value_heads * head_dim(text) * (cfg.max_tokens + 1)
+    """What a trajectory of max_tokens takes in the cache, on CUDA: states are fp32, all else is bf16."""
+    kv, inputs, states = cache_shapes(config.get_text_config(), 1, cfg.max_tokens)
+    return 2 * math.prod(kv) + 2 * math.prod(inputs) + 4 * math.prod(states)
 
 
 def slots_in(free, config, cfg):

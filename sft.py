@@ -256,35 +256,36 @@ def centred_rms_norm(self, x):
 def gated_delta_net(self, hidden_states, cache_params=None, **_):
     """A linear layer of Qwen3.5: Gated DeltaNet (arXiv 2412.06464). hidden_states (B, n, width) -> the same.
 
-    q, k, v are causal convolutions over the last 4 inputs. Each head keeps a matrix S, which learns online to
-    map keys to values, with step size 0 < b < 1, and forgets by a factor 0 < a < 1:
+    q, k, v are causal convolutions over the last 4 inputs. Each head has a state, a matrix S that learns online
+    to map keys to values, with step size 0 < b < 1, and forgets by a factor 0 < a < 1:
 
         S_t = a_t S_{t-1} (I - b_t k_t k_t^T) + b_t v_t k_t^T,        o_t = S_t q_t
 
-    Over a cache it goes on from there. Padding, which lies behind a row's tokens, must not move a state: where
-    the slot is the bin, b = 0 and a = 1, and the inputs that are kept are the last ones before it. Without a
-    cache nothing is kept, and padding is seen by padding alone.
+    With a cache (eval.Cache) it goes on from what was kept. Padding, which lies behind a row's tokens, must not
+    move a state: where the place is the bin, b = 0 and a = 1, and the inputs that are kept are the last ones
+    before it. Without a cache nothing is kept, and only padding sees padding.
     """
     from transformers.models.qwen3_5 import modeling_qwen3_5 as qwen
+    cache = cache_params
     # 1. projections: inputs of the convolution, step size, logarithm of the factor a
     x = self.in_proj_qkv(hidden_states)                              # (B, n, channels)
     b = self.in_proj_b(hidden_states).sigmoid()                      # (B, n, heads)
     speed = F.softplus(self.in_proj_a(hidden_states).float() + self.dt_bias)
     log_a = -self.A_log.float().exp() * speed                        # (B, n, heads)
 
-    # 2. what came before: the last 3 inputs, and S (B, heads, key size, value size); kept in place
+    # 2. what came before: the last 3 inputs; S^T (B, heads, key size, value size)
     before = self.conv_kernel_size - 1
     state = None
-    if cache_params is None:
+    if cache is None:
         x = F.pad(x, (0, 0, before, 0))
     else:
-        inputs, state = cache_params.states[self.layer_idx]
-        fed = cache_params.slots < cache_params.capacity             # (B, n)
+        inputs, state = cache.recall(self.layer_idx)
+        fed = cache.places < cache.bin                               # (B, n)
         b = b * fed[..., None]
         log_a = log_a * fed[..., None]
         x = torch.cat([inputs, x], 1)                                # (B, 3 + n, channels)
         at = fed.sum(1, keepdim=True) + torch.arange(before, device=x.device)
-        inputs.copy_(x.gather(1, at[..., None].expand_as(inputs)))
+        inputs = x.gather(1, at[..., None].expand_as(inputs))
 
     # 3. convolution, heads
     x = F.silu(F.conv1d(x.mT, self.conv1d.weight, groups=self.conv_dim)).mT      # (B, n, channels)
@@ -301,8 +302,8 @@ def gated_delta_net(self, hidden_states, cache_params=None, **_):
     with torch.autocast(x.device.type, enabled=False):
         out, after = rule(q, k, v, g=log_a, beta=b, initial_state=state, use_qk_l2norm_in_kernel=True,
                           output_final_state=state is not None)
-    if state is not None:
-        state.copy_(after)
+    if cache is not None:
+        cache.keep(self.layer_idx, inputs, after)
 
     # 5. norm of each head, output gate
     gate = self.in_proj_z(hidden_states).view_as(out)
@@ -486,16 +487,17 @@ def tiny_config(name, tokenizer):
 
 
 def make_tiny(rows, seed, name="tiny"):
-    """A random model of 0.6 M parameters for these rows: "tiny" is a Qwen3-VL, "tiny3_5" a Qwen3.5."""
+    """A random model of 0.7 M parameters for these rows: "tiny" is a Qwen3-VL, "tiny3_5" a Qwen3.5."""
     from transformers import AutoModelForImageTextToText
     tokenizer = make_tokenizer(rows)
     torch.manual_seed(seed)
     vlm = AutoModelForImageTextToText.from_config(tiny_config(name, tokenizer))
     # At transformers' 0.02 an image token hardly says where it is: finding boxes takes three times as long.
     torch.nn.init.normal_(vlm.model.visual.pos_embed.weight, std=0.5)
-    for name, p in vlm.named_parameters():
-        if name.endswith("dt_bias"):     # at transformers' 1 most heads forget within a token; now within 3 to 5000
-            torch.nn.init.constant_(p, -4.0)
+    # At transformers' 1 most states would be forgotten within a token; this is 3 to 5,000 tokens.
+    for weight, value in vlm.named_parameters():
+        if weight.endswith("dt_bias"):
+            torch.nn.init.constant_(value, -4.0)
     return make_policy(vlm, tokenizer)
 
 

@@ -53,7 +53,7 @@ def policy35(scenes):
     """The tiny Qwen3.5, amplified: two linear layers, whose keys have fewer heads than their values, and two full ones.
     Shared, as `policy` is."""
     policy = sft.load_policy(f"{scenes}/tiny3_5", "cpu").eval()
-    amplify(policy.vlm)
+    amplify(policy.vlm, factor=4.0)
     return policy
 
 

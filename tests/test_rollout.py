@@ -16,11 +16,11 @@ import sft
 
 # Large images (several windows of attention), and a temperature that is not 1.
 ROOMY = evaluation.RolloutConfig(
-    max_crops=3,
+    max_crops=5,
     max_pixels=150 * 150,
     max_crop_pixels=90 * 90,
     turn_tokens=64,
-    max_tokens=700,
+    max_tokens=900,
     temperature=0.8)
 SHORT = evaluation.RolloutConfig(max_crops=2, turn_tokens=7)
 ANSWER = "<think>At A1 green.</think>\n<answer>green</answer>"
@@ -71,7 +71,7 @@ def pictures(tmp_path_factory):
 
 @pytest.fixture
 def searched(family, pictures, script):
-    """Six searches in four slots: images arrive midway, slots idle and are refilled, a group is cut."""
+    """Six searches of 1 to 6 turns in four slots: images arrive midway, slots idle and are refilled, a group is cut."""
     left = crop([0, 0, 500, 999])
     right = crop([500, 100, 999, 900])
     lower = crop([0, 500, 900, 999], 1)
@@ -82,7 +82,7 @@ def searched(family, pictures, script):
         (0, 2): [IDLE, right, "cut off", ANSWER],
         (1, 0): [crop([0, 0, 500, 500], 9), right, upper, IDLE],
         (1, 1): [left, ANSWER],
-        (1, 2): [right, lower, left, ANSWER]}
+        (1, 2): [right, lower, left, IDLE, upper, ANSWER]}
     turns = {}
     for key, value in texts.items():
         turns[key] = turns_of(family, value)
@@ -101,7 +101,7 @@ def sampled_logp(trajs):
 @torch.no_grad()
 def test_cached_decoding_equals_a_full_forward(family, searched):
     """What was recorded while sampling equals the update's (one padded batch) and the stock model's."""
-    assert [len(t.crops) for t in searched] == [2, 0, 1, 2, 1, 3]
+    assert [len(t.crops) for t in searched] == [2, 0, 1, 2, 1, 4]
     model = stock(family)
     want = []
     for t in searched:
@@ -112,7 +112,7 @@ def test_cached_decoding_equals_a_full_forward(family, searched):
     assert want.std() > 0.5                      # the policy prefers something
     torch.testing.assert_close(sampled_logp(searched), want, atol=1e-4, rtol=0)
     updated, _ = family(sft.collate(searched, family.proc), ROOMY.temperature)
-    torch.testing.assert_close(updated, want, atol=1e-4, rtol=0)
+    torch.testing.assert_close(updated, sampled_logp(searched), atol=2e-5, rtol=0)
 
 
 def test_slots_and_parts_change_nothing(family, pictures, searched, monkeypatch):
@@ -249,11 +249,12 @@ def test_logits_that_are_no_numbers_end_in_one_line(policy, rows, greedy):
 
 
 def test_memory_is_arithmetic(family, monkeypatch):
-    """A slot's bytes are what the cache takes, here in fp32; a card with less than one slot is refused."""
+    """A slot's bytes are what the cache takes, here all in fp32; a card with less than one slot is refused."""
     cfg = replace(ROOMY, in_flight=3)
     config = family.vlm.config
     size = evaluation.row_bytes(config, cfg)
-    assert evaluation.Cache(family, 2, cfg.max_tokens).kv.nbytes == 2 * 2 * size
+    cache = evaluation.Cache(family, 2, cfg.max_tokens)
+    assert (cache.kv.nbytes + cache.inputs.nbytes) / 2 + cache.states.nbytes == 2 * size
     enough = 2 ** 34
     longer = replace(cfg, max_tokens=7000)
     assert evaluation.slots_in(enough, config, cfg) > evaluation.slots_in(enough, config, longer)
@@ -261,7 +262,7 @@ def test_memory_is_arithmetic(family, monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (enough, enough))
     assert evaluation.fitting(family, cfg, 3) == 3
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2 ** 32, enough))
-    assert "0 of 3 trajectories of --max_tokens=700" in refusal(evaluation.fitting, family, cfg, 3)
+    assert "0 of 3 trajectories of --max_tokens=900" in refusal(evaluation.fitting, family, cfg, 3)
 
 
 def test_an_image_that_is_gone_is_one_line(policy, rows):
