@@ -442,7 +442,8 @@ def main(cfg):
         sft.saved_step(cfg)
     if not cfg.model:
         given = env.shared(cfg, env.EpisodeConfig)
-        given.update(seed=cfg.seed, data=cfg.data, image_root=cfg.image_root, out=f"{parent(cfg)}/sft")
+        given.update(seed=cfg.seed, data=cfg.data, image_root=cfg.image_root, tiny=cfg.tiny)
+        given.update(out=f"{parent(cfg)}/sft")
         imitation = sft.Config(**given)
         if rank == 0:
             sft.saved_step(imitation, f"the cold start goes beside --out: give --out={cfg.out}/rppo")
