@@ -149,7 +149,7 @@ def test_weights_logs_and_scores(ranks):
         weights, logs = [], []
         before, *outs = ranks[0]
         for run in (before, *[f"{out}/{stage}" for out in outs]):
-            policy = sft.load_policy(env.newest(run), "cpu")
+            policy = sft.load_policy(env.newest(run), "cpu", train=True)       # LoRA merged
             weights.append(torch.cat([p.detach().flatten().double() for p in policy.parameters()]))
             logs.append(sft.read_log(run))
         start, one, two = weights
