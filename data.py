@@ -128,7 +128,7 @@ def read_lines(path):
             return json.loads(text)
         return [json.loads(line) for line in text.split("\n") if line.strip()]
     except OSError as e:
-        raise UserError(f"{path}: {e.strerror}; run `python data.py` for scenes, or give --data=FOLDER")
+        raise UserError(f"{path}: {e.strerror}; run `python data.py`, or give --data=FOLDER")
     except (ValueError, RecursionError) as e:
         raise UserError(f"{path}: not JSON or JSON Lines ({e})")
 
@@ -142,7 +142,7 @@ def find_image(root, path, where, confined):
         raise UserError(f"{where}: image {path} lies outside {root}; mend the row or --image_root")
 
     if not os.path.exists(full):
-        raise UserError(f"{where}: no image {full}; paths are relative to the file or to --image_root")
+        raise UserError(f"{where}: no image {full}; mend the row or --image_root")
     return full
 
 
@@ -151,46 +151,47 @@ def is_text(value):
 
 
 def is_evidence(box):
-    """Is a value [x0, y0, x1, y1] in pixels? (What is compared with NaN is false.)"""
-    if not env.is_box(box) or max(map(abs, box)) > 1e6:
-        return False
-    return box[0] < box[2] and box[1] < box[3]
+    return env.is_box(box) and box[0] < box[2] and box[1] < box[3]
 
 
 # The lists that a row may have -> what each of their values has to be.
 OPTIONAL = {
-    "choices": (lambda option: not isinstance(option, (list, dict)), "texts"),
+    "choices": (is_text, "texts"),
     "turns": (is_text, "texts"),
     "boxes": (is_evidence, "[x0, y0, x1, y1] in pixels")}
 
 
 def check_row(row, where):
     """Raise UserError unless a row has what every row needs, and nothing else that is wrong."""
+    # 1. What it needs
     for key in ("images", "problem", "solution"):
         if not isinstance(row, dict) or row.get(key) in (None, "", []):
-            raise UserError(f"{where} has no `{key}`; a row needs images (a list of paths), problem and "
-                            "solution; conversations of other projects: `python tests/convert.py FILE`")
-    if not isinstance(row["images"], list) or len(row["images"]) != 1:
+            raise UserError(f"{where} has no `{key}`; a row needs images (a list of paths), problem, solution; "
+                            "conversations of other projects: `python tests/convert.py FILE`")
+    if not isinstance(row["images"], list) or len(row["images"]) > 1:
         raise UserError(f"{where}: `images` is not a list of one image; several images are not supported")
 
+    # 2. What it may have
     for key, (is_right, what) in OPTIONAL.items():
         values = row.get(key) or []
         if not isinstance(values, list) or not all(map(is_right, values)):
             raise UserError(f"{where}: `{key}` is not a list of {what}")
 
-    # Options have to hold the solution, and half a surrogate pair cannot be written or tokenized.
+    # 3. Options hold the solution.
     solution = row["solution"]
     if isinstance(solution, list):
         solution = solution[0]
     if row.get("choices") and not env.match(solution, row):
         raise UserError(f"{where}: its solution {solution!r} is none of its choices {row['choices']}")
+
+    # 4. Half a surrogate pair can be neither written nor tokenized.
     try:
         json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError as e:
         raise UserError(f"{where} has half a character: {e}")
 
 
-def ready(row, where, root, confined):
+def load_row(row, where, root, confined):
     """A checked row with the absolute path of its image, and with a name. Raises UserError."""
     check_row(row, where)
     image = find_image(root, str(row["images"][0]), where, confined)
@@ -205,7 +206,8 @@ def load_rows(path, image_root=""):
     root = image_root or os.path.dirname(path)
     rows = []
     for i, row in enumerate(read_lines(path)):
-        rows.append(ready(row, f"{path}: row {i}", root, confined=bool(image_root)))
+        rows.append(load_row(row, f"{path}: row {i}", root, confined=bool(image_root)))
+
     if not rows:
         raise UserError(f"{path}: no rows")
     return rows
@@ -220,21 +222,21 @@ def check_rows(rows, rank, world_size, proc, cfg):
     """
     paths = sorted({row["images"][0] for row in rows})[rank::world_size]
 
-    def measure(path):
-        """The tokens of an image, as the policy sees it."""
-        shown = env.start_episode({"images": [path]}, cfg).shown[0]
-        width, height = shown.size(proc.factor)
-        return width * height // proc.factor ** 2
+    def size(path):
+        """(width, height) of an image as the policy sees it."""
+        return env.start_episode({"images": [path]}, cfg).shown[0].size(proc.factor)
 
     with ThreadPoolExecutor(8) as pool:
-        bar = tqdm(pool.map(measure, paths), "images", len(paths), disable=rank > 0 or None, leave=False)
-        n_image = dict(zip(paths, bar))
+        bar = tqdm(pool.map(size, paths), "images", len(paths), disable=rank > 0 or None, leave=False)
+        sizes = dict(zip(paths, bar))
 
     for row in rows:
         path = row["images"][0]
-        if path in n_image:
-            n = len(env.prompt(proc, row, cfg)) - 1 + n_image[path]
-            env.check_prompt(n, row, cfg)
+        if path in sizes:
+            width, height = sizes[path]
+            n_image = width * height // proc.factor ** 2
+            n_text = len(env.prompt(proc, row, cfg)) - 1           # the prompt has the image as one token
+            env.check_prompt(n_text + n_image, row, cfg)
 
 
 # --- The built-in scenes: coloured boxes on a 4 x 4 grid, whose evidence can be seen in crops alone --------
@@ -860,7 +862,6 @@ def construct(cfg):
 # Rows as load_rows returns them, with `category`. Layouts: open-compass/VLMEvalKit, penghao-wu/vstar,
 # inclusionAI/ZoomBench, agents-x-project/TIR-Bench.
 
-LETTERS = string.ascii_uppercase
 # FORK: what a row needs -> the columns that benchmarks have it in; the first that is not empty counts.
 COLUMNS = {
     "problem": ("question", "query", "prompt", "text"),
@@ -884,39 +885,34 @@ def split_options(text):
     Nothing is guessed: without such lines from A on, or with others among or after them, there are no
     options."""
     text = text.partition("\nAnswer with the option")[0].rstrip()
-    question, *parts = re.split(r"\n *[(（]?([A-Z])[)）.:：] *", text)
-    letters = "".join(parts[::2])
-    options = parts[1::2]
+    options = env.options_of({"problem": text})
+    question, *lines = text.rsplit("\n", len(options))
 
-    in_order = len(letters) >= 2 and LETTERS.startswith(letters)
-    whole = "" not in options and "\n" not in "".join(options)
-    if not in_order or not whole:
-        return text, []
-    return question, options
+    alone = env.options_of({"problem": "\n".join(lines)}) == options
+    return (question, options) if alone else (text, [])
 
 
 def read_options(item, question, where):
     """(question, options) of a line: its columns A to Z, its list of lettered options, or its question's
     lines. Letters keep their place: UserError where an option is empty, as pandas writes "None" and "N/A"."""
-    lines = [""]
-    for letter in LETTERS:
+    lines = []
+    for letter in string.ascii_uppercase:
         if item.get(letter):
             lines.append(f"({letter}) {item[letter]}".replace("\n", " "))
-    if lines == [""]:
-        lines += values(item.get("multi-choice options"))
-    if lines == [""]:
+    lines = lines or values(item.get("multi-choice options"))
+    if not lines:
         return split_options(question)
 
-    options = split_options("\n".join(lines))[1]
-    if not options:
-        raise UserError(f"{where}: its options are not A, B and so on, each with a text, but {lines[1:]}")
+    options = env.options_of({"problem": "\n".join(lines)})
+    if len(options) < len(lines):
+        raise UserError(f"{where}: its options are not A, B and so on, each with a text, but {lines}")
     return question, options
 
 
 def bench_row(item, where):
     """The row of a line of a benchmark, {column: cell}; its images are as they stand there. Raises
     UserError."""
-    # 1. Its columns under our names.
+    # 1. Its columns under our names
     row = {}
     for key, columns in COLUMNS.items():
         cells = [item[column] for column in columns if item.get(column) not in (None, "")]
@@ -930,18 +926,17 @@ def bench_row(item, where):
     if part and part != row["category"]:
         row["category"] += "/" + part.lower()
 
-    # 2. The wording that all benchmarks get.
-    problem, row["choices"] = read_options(item, row["problem"], where)
+    # 2. The wording that all benchmarks get
+    problem, options = read_options(item, row["problem"], where)
+    if not options and "A" in item and row["solution"] in string.ascii_uppercase:
+        raise UserError(f"{where}: its options are empty")
     if item.get("hint"):
         problem = f"Hint: {item['hint']}\n{problem}"
-    for letter, option in zip(LETTERS, row["choices"]):
+    for letter, option in zip(string.ascii_uppercase, options):
         problem += f"\n{letter}. {option}"
-    if row["choices"]:
+    if options:
         problem += "\nAnswer with the letter of the right option."
-    elif "A" in item and row["solution"] in LETTERS:
-        raise UserError(f"{where}: its options are empty")
-    row["problem"] = problem
-    return row
+    return {**row, "problem": problem, "choices": options}
 
 
 def unpack(text, folder):
@@ -1012,7 +1007,7 @@ def read_bench(path, root):
         where = f"{path}: row {i}"
         try:
             row = bench_row(item, where)
-            rows.append(ready(row, where, root or beside, confined=False))
+            rows.append(load_row(row, where, root or beside, confined=False))
         except UserError as e:
             left_out.append(str(e))
     return rows, left_out
@@ -1058,11 +1053,8 @@ def read_benches(spec, image_root, limit):
 def foreign(folder, images=""):
     """Does a folder hold rows that are not of these photographs (default: not of the built-in scenes)?"""
     made = env.read_json(f"{folder}/config.json", {})
-    if made.get("images") == images:
-        return False
-    published = os.path.exists(f"{folder}/train.json")
-    written = any(Path(folder).glob("*.jsonl"))
-    return published or written
+    rows = [*Path(folder).glob("*.jsonl"), *Path(folder).glob("train.json")]
+    return bool(rows) and made.get("images") != images
 
 
 def main(cfg):

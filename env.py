@@ -686,7 +686,7 @@ NUMBER_WORDS = ("zero one two three four five six seven eight nine ten eleven tw
 for tens in "twenty thirty forty fifty sixty seventy eighty ninety".split():
     NUMBER_WORDS += [tens] + [f"{tens} {ones}" for ones in NUMBER_WORDS[1:10]]
 LETTERED = re.compile(r"\(?([A-Za-z])(?![\w/'])[ .):,(-]*(.+)")              # B. dark green
-OPTION_LINE = re.compile(r"^ *\(?([A-Z])[.):] *(\S.*)$", re.MULTILINE)       # such a line of a question
+OPTION_LINE = re.compile(r"^ *[(（]?([A-Z])[.):）：] *(\S.*)$", re.MULTILINE)       # such a line of a question
 
 
 def unwrap(text):
