@@ -222,19 +222,18 @@ def check_rows(rows, rank, world_size, proc, cfg):
     """
     paths = sorted({row["images"][0] for row in rows})[rank::world_size]
 
-    def size(path):
-        """(width, height) of an image as the policy sees it."""
-        return env.start_episode({"images": [path]}, cfg).shown[0].size(proc.factor)
+    def count(path):
+        """The tokens of an image as the policy sees it."""
+        width, height = env.start_episode({"images": [path]}, cfg).shown[0].size(proc.factor)
+        return width * height // proc.factor ** 2
 
     with ThreadPoolExecutor(8) as pool:
-        bar = tqdm(pool.map(size, paths), "images", len(paths), disable=rank > 0 or None, leave=False)
-        sizes = dict(zip(paths, bar))
+        bar = tqdm(pool.map(count, paths), "images", len(paths), disable=rank > 0 or None, leave=False)
+        counts = dict(zip(paths, bar))
 
     for row in rows:
-        path = row["images"][0]
-        if path in sizes:
-            width, height = sizes[path]
-            n_image = width * height // proc.factor ** 2
+        n_image = counts.get(row["images"][0])
+        if n_image:
             n_text = len(env.prompt(proc, row, cfg)) - 1           # the prompt has the image as one token
             env.check_prompt(n_text + n_image, row, cfg)
 
@@ -880,35 +879,6 @@ def values(cell):
     return [cell] if cell else []
 
 
-def split_options(text):
-    """(question, options) of a text that ends in lines "(A) red", "(B) blue" (or "A. red", "A: red").
-    Nothing is guessed: without such lines from A on, or with others among or after them, there are no
-    options."""
-    text = text.partition("\nAnswer with the option")[0].rstrip()
-    options = env.options_of({"problem": text})
-    question, *lines = text.rsplit("\n", len(options))
-
-    alone = env.options_of({"problem": "\n".join(lines)}) == options
-    return (question, options) if alone else (text, [])
-
-
-def read_options(item, question, where):
-    """(question, options) of a line: its columns A to Z, its list of lettered options, or its question's
-    lines. Letters keep their place: UserError where an option is empty, as pandas writes "None" and "N/A"."""
-    lines = []
-    for letter in string.ascii_uppercase:
-        if item.get(letter):
-            lines.append(f"({letter}) {item[letter]}".replace("\n", " "))
-    lines = lines or values(item.get("multi-choice options"))
-    if not lines:
-        return split_options(question)
-
-    options = env.options_of({"problem": "\n".join(lines)})
-    if len(options) < len(lines):
-        raise UserError(f"{where}: its options are not A, B and so on, each with a text, but {lines}")
-    return question, options
-
-
 def bench_row(item, where):
     """The row of a line of a benchmark, {column: cell}; its images are as they stand there. Raises
     UserError."""
@@ -926,17 +896,27 @@ def bench_row(item, where):
     if part and part != row["category"]:
         row["category"] += "/" + part.lower()
 
-    # 2. The wording that all benchmarks get
-    problem, options = read_options(item, row["problem"], where)
-    if not options and "A" in item and row["solution"] in string.ascii_uppercase:
-        raise UserError(f"{where}: its options are empty")
+    # 2. Its options: columns A to Z, a list, or lines of the question. A letter keeps its place: one whose
+    # cell is empty, as pandas writes the options "None" and "N/A", must not go to the next option.
+    lines = []
+    for letter in string.ascii_uppercase:
+        if item.get(letter):
+            lines.append(f"{letter}. {item[letter]}".replace("\n", " "))
+    lines = lines or values(item.get("multi-choice options"))
+    problem = row["problem"].partition("\nAnswer with the option")[0].rstrip()
+    row["choices"] = env.options_of({"problem": "\n".join(lines) or problem})
+
+    lettered = lines or "A" in item and row["solution"] in string.ascii_uppercase
+    if lettered and not row["choices"]:
+        raise UserError(f"{where}: its options are not A, B and so on, each with a text, but {lines}")
+
+    # 3. The wording that all benchmarks get
+    problem = "\n".join([problem, *lines])
     if item.get("hint"):
         problem = f"Hint: {item['hint']}\n{problem}"
-    for letter, option in zip(string.ascii_uppercase, options):
-        problem += f"\n{letter}. {option}"
-    if options:
+    if row["choices"]:
         problem += "\nAnswer with the letter of the right option."
-    return {**row, "problem": problem, "choices": options}
+    return {**row, "problem": problem}
 
 
 def unpack(text, folder):
@@ -991,10 +971,9 @@ def read_bench(path, root):
     """(rows, a line about each row left out) of a TSV, a file of our rows, V*Bench's folder, or any other
     JSON that has the columns above. Left out is what cannot be asked: no image, several images, an empty
     option."""
-    beside = os.path.dirname(path)
     if os.path.isdir(path):
         items = read_vstar(path)
-        beside = path
+        root = root or path
     elif path.endswith(".tsv"):
         items = read_tsv(path)
     else:
@@ -1007,7 +986,7 @@ def read_bench(path, root):
         where = f"{path}: row {i}"
         try:
             row = bench_row(item, where)
-            rows.append(load_row(row, where, root or beside, confined=False))
+            rows.append(load_row(row, where, root or os.path.dirname(path), confined=False))
         except UserError as e:
             left_out.append(str(e))
     return rows, left_out
@@ -1021,7 +1000,7 @@ def read_benches(spec, image_root, limit):
     or of one level. Of each there are at most `limit` rows (0: all). UserError for a path that does not
     exist, another layout, and where no row remains.
     """
-    # 1. Which files, and where their images are.
+    # 1. Which files, and where their images are
     entries = []
     for entry in spec.split(","):
         name, _, path = entry.partition(":")
@@ -1033,7 +1012,7 @@ def read_benches(spec, image_root, limit):
         if not levels:
             entries.append((name, path, image_root))
 
-    # 2. Their rows.
+    # 2. Their rows
     benches, left_out = {}, {}
     for name, path, root in entries:
         if name in benches:

@@ -61,7 +61,7 @@ ZOOM = {"images": ["a.png"], "response": "A", "question_type": "mcq", "bbox": [1
     ({**LINE, "B": "", "C": "green", "answer": "C"}, "its options are not A, B .*A. red.*C. green"),
     ({**LINE, "A": ""}, "its options are not A, B"),
     ({**LINE, "A": "", "B": "", "multi-choice options": "['(A) ', '(B) blue']"}, "its options are not A, B"),
-    ({**LINE, "A": "", "B": ""}, "its options are empty"),
+    ({**LINE, "A": "", "B": ""}, "its options are not A, B"),
     ({**LINE, "answer": "F"}, "its solution 'F' is none of its choices"),
     ({**LINE, "image": "['" + "a" * 90 + "', '" + "b" * 90 + "']"}, "several images are not supported"),
     ({**LINE, "image": "", "image_path": "b.png"}, "no image .*b.png"),
@@ -70,7 +70,7 @@ ZOOM = {"images": ["a.png"], "response": "A", "question_type": "mcq", "bbox": [1
     ({**TIR, "image_2": "a.png"}, "several images"),
     (ZOOM, dict(choices=["red", "blue", "green"], boxes=[[1, 2, 30, 40]], category="mcq")),
     ({**ZOOM, "query": "How many?", "response": "7"}, dict(choices=[], problem="How many?", solution="7")),
-    ({**ZOOM, "query": "Which?\nA. red\nB. blue\nWhy?"}, dict(problem="Which?\nA. red\nB. blue\nWhy?")),
+    ({**ZOOM, "query": "Which?\nB. red\nC. blue", "response": "red"}, dict(choices=[], solution="red")),
     ({**ZOOM, "response": ""}, "no `solution`")])
 def test_columns(tmp_path, item, expected):
     """A TSV or JSON is read by its columns. What cannot be asked is left out with its row and cause; letters
