@@ -853,8 +853,7 @@ def construct(cfg):
         write_rows(cfg.out, side, rows)
     card = {"proposals": fates, "files left out": others}
     env.write_text(f"{cfg.out}/data_card.json", json.dumps(card, indent=1))
-    print(f"{cfg.out}: {fates['kept']} questions of {len(proposals)} proposals; see data_card.json, and the "
-          f"page that `python eval.py --report={cfg.out}` writes")
+    print(f"{cfg.out}: {fates['kept']} questions of {len(proposals)} proposals; see data_card.json")
 
 
 # --- Published benchmarks ----------------------------------------------------------------------------------
@@ -1015,8 +1014,8 @@ def read_benches(spec, image_root, limit):
     # 2. Their rows
     benches, left_out = {}, {}
     for name, path, root in entries:
-        if name in benches:
-            raise UserError(f"--bench: {name} is given twice")
+        if name in benches or name in ("config", "weights", "seconds", "sampled", "greedy"):     # in eval.json
+            raise UserError(f"--bench: the name {name} is taken; give another")
 
         try:
             rows, left_out[name] = read_bench(path, root)

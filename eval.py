@@ -13,8 +13,7 @@ import os
 import re
 import textwrap
 import time
-import zlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -410,26 +409,36 @@ JUDGE = ("You grade a short answer to a question about an image that you do not 
          "word, yes or no.\n\n")
 
 
+def ask_judge(traj, cfg):
+    """Set the verdict of an answer: right, wrong, or failed, without a yes or no."""
+    # Quoted as JSON and cut, an answer can hardly talk to the judge.
+    row = traj.row
+    quoted = {"question": row["problem"], "accepted": row["solution"], "answer": traj.answer[:300]}
+    content = JUDGE + json.dumps(quoted, ensure_ascii=False)
+    try:
+        reply = data.chat(cfg.judge_url, cfg.judge_name, [{"role": "user", "content": content}])
+    except data.NoReply:
+        reply = ""
+
+    said = re.match(r"\W*(yes|no)\b", env.without_thoughts(reply).lower())
+    traj.verdict = "failed"
+    if said:
+        traj.verdict = "right" if said[1] == "yes" else "wrong"
+
+
 def judge(trajs, cfg):
-    """With --judge_url, set the verdict of answers to open questions (no options) that the rules do not accept.
-    Without a yes or no it has failed: counted, and left out of the gradient. UserError: see data.chat."""
-    def ask_about(traj):
-        row = traj.row
-        if row.get("choices") or not traj.answer or env.is_right(traj):
-            return
-        # Quoted as JSON and cut, an answer can hardly talk to the judge.
-        quoted = {"question": row["problem"], "accepted": row["solution"], "answer": traj.answer[:300]}
-        content = JUDGE + json.dumps(quoted, ensure_ascii=False)
-        try:
-            reply = data.chat(cfg.judge_url, cfg.judge_name, [{"role": "user", "content": content}])
-        except data.NoReply:
-            reply = ""
-        said = re.match(r"\W*(yes|no)\b", env.without_thoughts(reply).lower())
-        traj.verdict = {"yes": "right", "no": "wrong"}[said[1]] if said else "failed"
+    """With --judge_url, ask about the answers that the rules leave open: neither right by them nor another
+    option of the row. One that the judge fails to judge is counted, and left out of the gradient. UserError:
+    see data.chat."""
+    open_answers = []
+    for traj in trajs:
+        if traj.answer and not env.is_right(traj):
+            if env.choice(traj.answer, env.options_of(traj.row)) is None:
+                open_answers.append(traj)
 
     if cfg.judge_url:
         with ThreadPoolExecutor(16) as pool:
-            list(pool.map(ask_about, trajs))
+            list(pool.map(partial(ask_judge, cfg=cfg), open_answers))
 
 
 METRICS = {   # metric -> heading, as wide as its column; + over right answers, - over wrong ones
@@ -457,9 +466,10 @@ def measure(traj, eps):
     has_boxes = bool(traj.row.get("boxes"))
     covered = has_boxes and env.covers(traj)
 
-    overlaps = []                                # of each crop with the nearest earlier one
-    for i, box in enumerate(crops):
-        overlaps.append(max([env.iou(box, earlier) for earlier in crops[:i]], default=0))
+    overlaps = [0]                               # of each crop with the nearest earlier one
+    for i, box in enumerate(crops[1:], 1):
+        overlaps.append(max(env.iou(box, earlier) for earlier in crops[:i]))
+    repeats = sum(overlap >= 0.7 for overlap in overlaps)
     invalid = sum(env.calls_tool(turn.text) for turn in traj.turns if turn.error)
 
     return {
@@ -467,8 +477,8 @@ def measure(traj, eps):
         "crops_right": (right * len(crops), right),
         "crops_wrong": (wrong * len(crops), wrong),
         "redundancy_wrong": (several * env.redundancy(crops, eps), several),
-        "overlap_wrong": (wrong and max(overlaps, default=0) >= 0.5, wrong),
-        "repeat_rate": (sum(overlap >= 0.7 for overlap in overlaps), len(crops)),
+        "overlap_wrong": (wrong and max(overlaps) >= 0.5, wrong),
+        "repeat_rate": (repeats, len(crops)),
         "invalid_call_rate": (invalid, invalid + len(traj.shown) - 1),
         "unanswered_rate": (not answered, 1),
         "guess_rate": (has_boxes and answered and not covered, has_boxes),
@@ -481,9 +491,8 @@ def metrics(measures):
     some of them, older than the metric, lack it: then it was not measured."""
     means = {"n": len(measures)}
     for name in set().union(*measures):
-        values = [m.get(name, (np.nan, 1)) for m in measures]
-        total, count = np.sum(values, 0, dtype=float).tolist()
-        means[name] = total / count if count and total == total else None
+        total, count = np.sum([m.get(name, (0, np.nan)) for m in measures], 0, dtype=float).tolist()
+        means[name] = total / count if count > 0 else None         # NaN is not
     return means
 
 
@@ -540,10 +549,11 @@ def read_records(path, settings={}):
             entry = json.loads(text)
         except ValueError:
             continue                             # half a line of a killed run
-        if "metrics" in entry:
-            records[entry["index"], entry["sample"]] = entry
+        if "settings" in entry:
+            old.update(entry["settings"])
         else:
-            old = {**old, **entry["settings"]}
+            records[entry["index"], entry["sample"]] = entry
+
     for name, value in settings.items():
         if records and old.get(name) != value:
             raise env.UserError(
@@ -551,29 +561,24 @@ def read_records(path, settings={}):
     return records
 
 
-def is_done(records, i, k):
-    """Are there all k answers to row i, and none that the judge failed to judge?"""
-    for sample in range(k):
-        entry = records.get((i, sample))
-        if not entry or entry["metrics"]["judge_failed_rate"][0]:
-            return False
-    return True
-
-
 def evaluate(policy, rows, cfg, rank, world_size, k=1, greedy=False, done=None, path=None):
     """Answer rows k times each, shared out over the ranks: their records in order, on all ranks. `done` has
     those of an earlier run; the file `path` gets the new ones. All ranks must reach this."""
+    # 1. The rows that lack an answer, or a verdict that the judge failed to give.
     records = dict(done or {})
-    missing = [i for i in range(len(rows)) if not is_done(records, i, k)]
+    complete = Counter()
+    for entry in records.values():
+        complete[entry["index"]] += not entry["metrics"]["judge_failed_rate"][0]
+    missing = [i for i in range(len(rows)) if complete[i] < k]
+
     size = max(1, cfg.in_flight // k) * world_size
     for start in tqdm(range(0, len(missing), size), desc="eval", disable=rank > 0 or None, leave=False):
-        # 1. This rank's rows; it may have none, but ranks go together.
+        # 2. This rank's rows; it may have none, but ranks go together.
         chosen = missing[start + rank:start + size:world_size]
-        asked = [rows[i] for i in chosen]
-        trajs = sft.together(rollout, policy, asked, cfg, k, (cfg.seed, EVALUATION), chosen, greedy)
-        sft.together(judge, trajs, cfg)
+        trajs = rollout(policy, [rows[i] for i in chosen], cfg, k, (cfg.seed, EVALUATION), chosen, greedy)
+        judge(trajs, cfg)
 
-        # 2. Everybody's records.
+        # 3. Everybody's records.
         mine = [record(chosen[n // k], n % k, traj, cfg.eps) for n, traj in enumerate(trajs)]
         new = sum(sft.gather_objects(mine), [])
         for entry in new:
@@ -584,31 +589,25 @@ def evaluate(policy, rows, cfg, rank, world_size, k=1, greedy=False, done=None, 
     return [records[key] for key in sorted(records)]
 
 
-# Answers do not depend on these, or (with and without the tool) may be compared all the same.
-ELSEWHERE = ("out", "in_flight", "judge_url", "model", "data", "image_root", "bench", "limit", "image",
-             "question", "report", "max_crops")
-
-
 def score(policy, name, rows, cfg, rank, world_size, greedy):
     """Answer rows, greedily or k times each: the metrics of all and of each category. Of a benchmark without
     the tool, if --out has the answers with it, also the shares that the tool repairs and breaks."""
     # 1. What the answers depend on: rows and weights by their content, wherever they lie.
-    common = {key: value for key, value in vars(cfg).items() if key not in ELSEWHERE}
-    common["rows"] = zlib.crc32(json.dumps(rows).encode())
-    common["weights"] = policy.fingerprint
-    common["judged"] = bool(cfg.judge_url)
-    settings = {**common, "max_crops": cfg.max_crops}
+    settings = dict(
+        env.shared(cfg, env.EpisodeConfig), seed=cfg.seed, k=cfg.k, temperature=cfg.temperature, eps=cfg.eps,
+        judged=bool(cfg.judge_url), judge_name=cfg.judge_name,
+        rows=sft.checksum(rows), weights=policy.fingerprint)
 
     # 2. The answers of an earlier run, of benchmarks; other rows are cheap to answer again.
     with_tool = f"{cfg.out}/results-{name}-tool_on.jsonl"
     path = with_tool if cfg.max_crops else f"{cfg.out}/results-{name}-tool_off.jsonl"
-    done, tool = {}, {}
-    if cfg.bench:
-        done = read_records(path, settings)
-    if cfg.bench and not cfg.max_crops:
-        tool = read_records(with_tool, common)
+    done = read_records(path, settings) if cfg.bench else {}
     if rank == 0 and not done:
         env.write_text(path, json.dumps({"settings": settings}))
+    tool = {}
+    if cfg.bench and not cfg.max_crops:
+        del settings["max_crops"]
+        tool = read_records(with_tool, settings)
 
     # 3. All answers, and what they are worth.
     records = evaluate(policy, rows, cfg, rank, world_size, 1 if greedy else cfg.k, greedy, done, path)
@@ -627,46 +626,34 @@ def score(policy, name, rows, cfg, rank, world_size, greedy):
     return scores
 
 
-def scores_in(name, scores):
-    """All that has an accuracy in an eval.json, as pairs of label and metrics."""
-    if "accuracy" in scores:
-        yield name, scores
-    for key, part in scores.items():
-        if isinstance(part, dict):
-            yield from scores_in(f"{name} / {key}", part)
-
-
-# --- The page: one HTML file without scripts or network. All but the last three functions are pure -------
+# --- The page: one HTML file without scripts or network -------------------------------------------------
+HEAD = """<!DOCTYPE html>
+<html lang="en"><meta charset="utf-8"><meta name="generator" content="DRIM">"""      # our pages are known by it
 STYLE = """
-:root{color-scheme:light dark;--soft:light-dark(#f3f5f7,#23282e)}
-body{max-width:1100px;margin:auto;padding:8px 14px;font:15px/1.5 system-ui,sans-serif;overflow-wrap:anywhere}
-h2{margin:2em 0 .4em;border-bottom:1px solid #8888}
+<meta name="viewport" content="width=device-width"><title>DRIM</title><style>
+:root{color-scheme:light dark}
+body{max-width:1100px;margin:auto;padding:8px;font:15px/1.5 system-ui,sans-serif;overflow-wrap:anywhere}
 .right{color:light-dark(#13703a,#63d291)}
 .wrong,.out{color:light-dark(#b3261e,#ff8f85)}
-.scroll{overflow-x:auto}
-table{border-collapse:collapse;overflow-wrap:normal}
-th,td{padding:3px 14px 3px 0;border-bottom:1px solid #8885;text-align:right;white-space:nowrap}
+table{display:block;overflow-x:auto;border-spacing:14px 2px;text-align:right;white-space:nowrap}
 :is(th,td):first-child{text-align:left}
-.grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,330px),1fr));gap:14px}
-figure,article{margin:0;padding:10px;background:var(--soft);min-width:0;break-inside:avoid}
-figure span{display:inline-block;margin-right:1em}
-svg{display:block;max-width:440px}
-text{font-size:12px;fill:currentColor}
-polyline,rect{fill:none;stroke-width:2.5;stroke-linecap:round;vector-effect:non-scaling-stroke}
-.pairs{grid-template-columns:repeat(auto-fill,minmax(min(100%,400px),1fr))}
-.scene text{font-weight:700;paint-order:stroke;stroke:#fff;stroke-width:.25em}
+.grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,400px),1fr));gap:14px}
+figure,article{margin:0;padding:10px;background:#8881;break-inside:avoid}
+figure svg{width:100%;height:170px;overflow:visible}
+polyline,rect{fill:none;stroke-width:2.5;vector-effect:non-scaling-stroke}
+text{dominant-baseline:hanging;paint-order:stroke;stroke:#fff;stroke-width:.25em}
 ol{padding:0}
-summary{cursor:pointer;font-weight:700;margin:14px 0}
 li{display:flex;gap:10px;margin:8px 0}
 img{flex:none;align-self:start;width:90px;border:3px solid}
 @media print{
 :root{color-scheme:light}
-.pairs{grid-template-columns:1fr 1fr}
+.grid{grid-template-columns:1fr 1fr}
 details::details-content{content-visibility:visible;block-size:auto}
 }
+</style>
 """
-LEGEND = """Difference: after minus before, in percentage points, with a 95 % interval (normal approximation;
-each question is compared with itself). Evidence seen: a crop held it. Numbered boxes: crops; yellow: evidence."""
+LEGEND = """Difference of accuracies: in percentage points, with a 95 % interval, each question compared with
+itself. Evidence seen: a crop held it. Numbered boxes: crops; yellow: evidence."""
 # Charts: a title, and the logged number that it shows.
 CHARTS = [
     ("Held-out accuracy, from the cold start on", "held_out_accuracy"),
@@ -677,12 +664,13 @@ CHARTS = [
     ("Imitation: the loss", "loss")]
 PALETTE = ("#2f7ed8", "#e4572e", "#2a9d4a", "#a05bd0", "#c98500", "#0a9a9a", "#c2417c", "#8a6d3b")
 FACTS = "{date}, {seconds} s, threads: {threads}, commit {commit}: {command}"
-FATES = {                            # right, evidence seen
+FATES = {                            # right, evidence seen; None: a row without boxes
     (True, True): "right, evidence seen",
     (True, False): "right by a guess",
+    (True, None): "right",
+    (False, True): "wrong though evidence was seen",
     (False, False): "wrong without the evidence",
-    (False, True): "wrong though evidence was seen"}
-MARK = '<meta name="generator" content="DRIM">'      # by which a page of ours is known
+    (False, None): "wrong"}
 
 
 def table(rows):
@@ -693,7 +681,7 @@ def table(rows):
         text += "<tr>"
         for cell in row:
             text += f"<{tag}>{escape(str(cell))}</{tag}>"
-    return f'<div class="scroll"><table>{text}</table></div>\n'
+    return f"<table>{text}</table>\n"
 
 
 def chart(title, lines):
@@ -703,15 +691,11 @@ def chart(title, lines):
     last = points[:, 0].max()
     curves = legend = ""
     for (name, points), colour in zip(lines.items(), PALETTE * 9):
-        path = " ".join(f"{x:.0f},{high - y:.5g}" for x, y in points[::len(points) // 200 + 1])
-        curves += f'<polyline stroke="{colour}" points="{path} {path.split()[-1]}"/>'      # a point: a dot
-        legend += (f'<span><b style="color:{colour}">&#9632;</b> {escape(name)} '
-                   f'<b>{points[-1, 1]:.3g}</b></span>')
-    return (f'<figure><b>{title}</b><svg viewBox="0 0 440 204" role="img" aria-label="{title}">'
-            f'<text y="16">{high:.3g}</text><text y="182">{low:.3g}</text><text x="50" y="198">0</text>'
-            f'<text x="436" y="198" text-anchor="end">step {last:.0f}</text><svg x="50" y="12" width="386" '
-            f'height="170" viewBox="0 0 {last or 1} {high - low or 1:.5g}" preserveAspectRatio="none" '
-            f'overflow="visible">{curves}</svg></svg>{legend}</figure>\n')
+        path = [f"{x:.0f},{high - y:.5g}" for x, y in points[::len(points) // 200 + 1]]
+        curves += f'<polyline stroke="{colour}" points="{" ".join(path)} {path[-1]}"/>'      # a point: a dot
+        legend += f'<br><b style="color:{colour}">&#9632;</b> {escape(name)} <b>{points[-1, 1]:.3g}</b>'
+    return (f'<figure><b>{title}</b><br>{high:.3g}<svg viewBox="0 0 {last or 1} {high - low or 1:.5g}" '
+            f'preserveAspectRatio="none">{curves}</svg>{low:.3g}; steps 0 to {last:.0f}{legend}</figure>\n')
 
 
 def curves(logs):
@@ -729,22 +713,19 @@ def curves(logs):
 
 
 def fate(record):
-    """What became of a question; "" if nobody knows."""
-    covered, has_boxes = record["metrics"].get("evidence_coverage", (0, 0))
-    if record["right"] is None:
-        return ""
+    """What became of a question."""
     if record["status"] != "answered":
         return "out of turns or tokens"
-    if not has_boxes:
-        return "right" if record["right"] else "wrong"
-    return FATES[record["right"], bool(covered)]
+    covered, has_boxes = record["metrics"].get("evidence_coverage", (0, 0))
+    return FATES[record["right"], bool(covered) if has_boxes else None]
 
 
-def change_row(name, hits, k):
-    """A row of the table: the share of hits (answers, 2) before and after, and the difference. The k answers
-    to a question are averaged first, as they are not independent."""
-    pairs = 100 * np.reshape(hits, (-1, k, 2)).mean(1)
-    n, (old, new) = len(pairs), pairs.mean(0)
+def change_row(name, answers):
+    """A row of the table: the shares before and after, and the difference. answers: for each question the
+    pairs (before, after) of its samples; they are averaged first, as they are not independent."""
+    pairs = np.array([100 * np.mean(samples, 0) for samples in answers])
+    n = len(pairs)
+    old, new = pairs.mean(0)
     difference = f"{new - old:+.1f}"
     if n > 1:
         difference += f" \u00b1 {1.96 * np.diff(pairs).std(ddof=1) / n ** 0.5:.1f}"
@@ -758,64 +739,67 @@ def picture(image, side):
     return data.image_url(small)
 
 
-def frame(box, colour, number, size):
-    """A box on a scene, numbered in letters of `size` pixels."""
+def frame(box, colour, number):
+    """A box on a scene."""
     x0, y0, x1, y1 = box
-    return (f'<rect x="{x0}" y="{y0}" width="{x1 - x0}" height="{y1 - y0}" stroke="{colour}"/><text x="{x0}" '
-            f'y="{y0 + size}" style="font-size:{size}px;fill:{colour}">{number}</text>')
+    return (f'<rect x="{x0}" y="{y0}" width="{x1 - x0}" height="{y1 - y0}" stroke="{colour}"/>'
+            f'<text x="{x0}" y="{y0}" fill="{colour}">{number}</text>')
 
 
-def trajectory_html(record, title):
-    """One answered question: its image with numbered crop boxes, turns, outcome."""
+def trajectory_html(record, title, outcome):
+    """An answered question: its image with numbered crop boxes, the turns, the outcome."""
     try:
         image = env.open_image(record["images"][0])
     except env.UserError:                        # it has gone, or is on another machine
         image = Image.new("RGB", (64, 64))
-    size = max(image.size) // 16
     frames = turns = ""
     for box in record.get("boxes") or ():
-        frames += frame(box, "#ff0", "", size)
+        frames += frame(box, "#ff0", "")
+
     number = 0
     for turn in record["turns"]:
         crop = ""
-        if turn["box"] and not turn.get("frame"):
+        if turn["box"] and not turn["frame"]:
             colour = PALETTE[number % 8]
             number += 1
-            frames += frame(turn["box"], colour, number, size)
+            frames += frame(turn["box"], colour, number)
             crop = f'<img style="border-color:{colour}" src="{picture(image.crop(turn["box"]), 120)}">'
         turns += (f'<li>{crop}<div>{escape(env.thought_of(turn["text"]))} '
                   f'<b class="wrong">{escape(turn["error"] or "")}</b></div>')
-    outcome = fate(record)
-    return (f'<article><b>{title}</b> {escape(record["problem"])}<svg class="scene" '
-            f'viewBox="0 0 {image.width} {image.height}"><image width="{image.width}" height="{image.height}" '
-            f'href="{picture(image, 300)}"/>{frames}</svg><ol>{turns}</ol>Answer: '
-            f'{escape(str(record["answer"]))}; solution: {escape(str(record["solution"]))} '
+
+    width, height = image.size
+    answer = escape(f"Answer: {record['answer']}; solution: {record['solution']}")
+    return (f'<article><b>{title}</b> {escape(record["problem"])}<svg viewBox="0 0 {width} {height}" '
+            f'font-size="{max(width, height) // 16}"><image width="{width}" height="{height}" '
+            f'href="{picture(image, 300)}"/>{frames}</svg><ol>{turns}</ol>{answer} '
             f'<b class="{outcome[:5]}">{outcome}</b></article>\n')
 
 
 def section(name, before, after, n):
     """Table and n examples of each kind. before and after: (folder, records); of a run alone they are one."""
-    # 1. What became of the questions that are the same.
     (old_folder, old), (folder, new) = before, after
     keys = [key for key in sorted(new) if key in old and old[key]["problem"] == new[key]["problem"]]
-    rights, fates, kinds = defaultdict(list), [], defaultdict(list)
     if not keys:                                 # nothing to compare
         return section(name, after, after, n)
+
+    # 1. Which are right before and after, and what became of all.
+    kinds = defaultdict(list)
+    rights = defaultdict(lambda: defaultdict(list))        # row of the table -> question -> its samples
     for key in keys:
         right = old[key]["right"], new[key]["right"]
         kinds[right].append(key)
-        fates.append((fate(old[key]), fate(new[key])))
-        rights["Accuracy"].append(right)
+        rights["Accuracy"][key[0]].append(right)
         for level in levels(new[key]):
-            rights[f"Accuracy, {level}"].append(right)
+            rights[f"Accuracy, {level}"][key[0]].append(right)
+    was = Counter(fate(old[key]) for key in keys)
+    now = Counter(fate(new[key]) for key in keys)
 
     # 2. The table.
-    k = 1 + max(sample for _, sample in keys)
     rows = [["", "questions", "before", "after", "difference"]]
     for level in sorted(rights):
-        rows.append(change_row(level, rights[level], k))
-    for outcome in np.unique(fates):
-        rows.append(change_row(outcome.capitalize(), np.array(fates) == outcome, k))
+        rows.append(change_row(level, rights[level].values()))
+    for outcome in sorted({*was, *now}):
+        rows.append([outcome.capitalize(), "", was[outcome], now[outcome], f"{now[outcome] - was[outcome]:+}"])
     heading = f"{name.replace('-tool_', ', tool ')}: {folder}"
     if old is new:
         rows = [row[:3] for row in rows]
@@ -825,10 +809,11 @@ def section(name, before, after, n):
 
     # 3. Examples.
     for kind, right in ("repaired", (False, True)), ("broken", (True, False)), ("wrong", (False, False)):
-        html += f'<details><summary>{len(kinds[right])} {kind}: examples</summary><div class="grid pairs">'
+        html += f'<details><summary>{len(kinds[right])} {kind}: examples</summary><div class="grid">'
         for key in kinds[right][:n]:
-            html += trajectory_html(old[key], "Before:") if old is not new else ""
-            html += trajectory_html(new[key], "After:")
+            if old is not new:
+                html += trajectory_html(old[key], "Before:", fate(old[key]))
+            html += trajectory_html(new[key], "After:", fate(new[key]))
         html += "</div></details>\n"
     return html
 
@@ -842,62 +827,57 @@ def read_run(folder):
         for name, updates in (("cold_start", 0), ("held_out", 1)):
             if name in entry:
                 log.append(dict(step=entry["step"] + updates, held_out_accuracy=entry[name]["accuracy"]))
-    results = defaultdict(dict)
+
+    results = {}
     for path in Path(folder).glob("results-*.jsonl"):
         results[path.stem.removeprefix("results-")] = read_records(path)
-    if os.path.exists(f"{folder}/data_card.json"):         # 40 questions made from photographs
-        for i, row in enumerate(data.read_lines(f"{folder}/train.jsonl")[:40]):
-            row["images"] = [f"{folder}/{row['images'][0]}"]
-            row["turns"] = [dict(text="", error=None, box=box) for box in row["chain"]]
-            results["question"][i] = {**row, "answer": None, "right": None, "metrics": {}}
     return facts, log, results
+
+
+def write_page(out, body):
+    """Write a page to the file `out`, unless it is one that is not ours."""
+    if os.path.exists(out) and not Path(out).read_text(errors="replace").startswith(HEAD):
+        raise env.UserError(f"{out} is another file of that name; move it")
+    env.write_text(out, HEAD + STYLE + body)
+    print(f"see {out}")
 
 
 def write_report(folders, out):
     """Write the page of these runs to the file `out`. Answers are compared with those of the first run that
-    has answers under the same name."""
+    has answers under the same name. UserError if no folder is a run."""
     # 1. Read the runs. A damaged one is named, the others are shown.
-    logs, found, runs, asked = {}, defaultdict(list), "", ""
+    logs = {}
+    found = defaultdict(list)
+    runs = ""
     for folder in dict.fromkeys(folders):
         try:
             facts, logs[folder], results = read_run(folder)
         except (Exception, env.UserError) as e:
             runs += f"<p>{escape(folder)} is damaged: {escape(f'{e!r:.200}')}</p>"
             continue
-        if not facts:
-            continue                             # nothing is there, as yet
-        runs += f"<p><b>{escape(folder)}</b> {escape(FACTS.format_map(defaultdict(str, facts)))}</p>\n"
-        for record in results.pop("question", {}).values():
-            asked += trajectory_html(record, "")
+        if facts:                                # if not, nothing is there as yet
+            runs += f"<p><b>{escape(folder)}</b> {escape(FACTS.format_map(defaultdict(str, facts)))}</p>\n"
         for name, records in results.items():
             if records:
                 found[name].append((folder, records))
+    if not runs:
+        raise env.UserError(f"no run in {', '.join(folders)}")
 
     # 2. What changed, the sampled answers first.
-    sections = ""
+    body = "<h1>DRIM</h1>"
     for name in sorted(found, reverse=True):
         for after in found[name][1:] or found[name]:
-            sections += section(name, found[name][0], after, max(1, 4 // len(found[name])))
-
-    html = f"""<!DOCTYPE html>
-<html lang="en"><meta charset="utf-8">{MARK}
-<meta name="viewport" content="width=device-width,initial-scale=1">
-<title>DRIM</title><style>{STYLE}</style><h1>DRIM</h1>{asked}{sections}<p>{LEGEND}</p>
-<h2>Training</h2>{curves(logs)}<h2>Runs</h2>{runs}
-"""
-    env.write_text(out, html.encode(errors="replace").decode())      # half a surrogate pair cannot be written
+            body += section(name, found[name][0], after, max(1, 4 // len(found[name])))
+    body += f"<p>{LEGEND}</p><h2>Training</h2>{curves(logs)}<h2>Runs</h2>{runs}"
+    write_page(out, body)
 
 
 def refresh_report(parent, *folders):
     """write_report to report.html in the folder `parent`. That it fails is never the end of a run."""
-    out = f"{parent}/report.html"
     try:
-        if os.path.exists(out) and MARK not in Path(out).read_text(errors="replace"):
-            raise env.UserError("there is another file of that name; move it")
-        write_report(folders, out)
-        print(f"see {out}")
+        write_report(folders, f"{parent}/report.html")
     except (Exception, env.UserError) as e:
-        print(f"{out} was not written: {e!r:.200}")
+        print(f"{parent}/report.html was not written: {e!r:.200}")
 
 
 # --- The stage ------------------------------------------------------------------------------------------
@@ -918,25 +898,20 @@ def load(model, device="cpu", **flags):
 
 
 def ask(policy, cfg):
-    """--image and --question: answer greedily; print the trajectory and put it on the page."""
+    """--image and --question: answer greedily; print the trajectory and write its page."""
     row = {"images": [os.path.abspath(cfg.image)], "problem": cfg.question, "solution": ""}
     [traj] = rollout(policy, [row], cfg, greedy=True)
     print(show(traj, policy.proc))
-    answer = {**record(0, 0, traj, cfg.eps), "right": None}
-    env.write_text(f"{cfg.out}/results-question.jsonl", json.dumps(answer))
-    refresh_report(cfg.out, cfg.out)
-    return answer
+    write_page(f"{cfg.out}/question.html", trajectory_html(record(0, 0, traj, cfg.eps), "", ""))
 
 
 def report(folders):
     """--report: write the page of runs into the first folder. A main job's folder stands for its runs."""
     runs = []
     for folder in folders:
-        parts = [f"{folder}/{name}" for name in ("sft", "rppo", "eval/sft", "eval/rppo")]
-        runs += [folder] if os.path.exists(f"{folder}/config.json") else parts
-    if not any(map(os.path.isdir, runs)):
-        raise env.UserError(f"--report: no run in {', '.join(folders)}")
-    refresh_report(folders[0], *runs)
+        for part in ("", "sft", "rppo", "eval/sft", "eval/rppo"):
+            runs.append(str(Path(folder, part)))
+    write_report(runs, f"{folders[0]}/report.html")
 
 
 def read_tasks(cfg):
@@ -947,21 +922,24 @@ def read_tasks(cfg):
     return {"sampled": rows, "greedy": rows}, {}
 
 
-def print_scores(cfg, result):
+def print_scores(cfg, scores):
     """The table, under what the answers rest on."""
     episode = env.shared(cfg, env.EpisodeConfig)
     print(textwrap.fill(" ".join(f"{name}={value}" for name, value in episode.items()), 100))
     print(f"{'':37}n{HEADER}")
-    for label, means in scores_in(cfg.model, result):
-        print(f"{env.printable(label)[-32:]:32}{means['n']:6}{line(means)}")
-        for name in ("repaired", "broken", "judge_failed_rate", "left_out"):
-            if means.get(name):
-                print(f"    {name} {means[name]:.4g}")
+    for name, whole in scores.items():
+        for level, means in {"all": whole, **whole["categories"]}.items():
+            label = env.printable(f"{name} / {level}")
+            print(f"{label[-32:]:32}{means['n']:6}{line(means)}")
+        for extra in ("repaired", "broken", "judge_failed_rate", "left_out"):
+            if whole.get(extra):
+                print(f"    {extra} {whole[extra]:.4g}")
     print(f"answers: {cfg.out}/results-*.jsonl, numbers: {cfg.out}/eval.json")
 
 
 def main(cfg):
     """Measure a policy as cfg says; all ranks call it. Returns the contents of <out>/eval.json."""
+    # 1. A page, or one answer.
     rank, world_size, device = sft.setup()
     if cfg.report:
         return report(cfg.report.split(",")) if rank == 0 else None
@@ -977,28 +955,29 @@ def main(cfg):
     if cfg.image:
         return ask(policy, cfg) if rank == 0 else None
 
+    # 2. Many answers.
     tasks, left_out = read_tasks(cfg)
+    data.check_rows(sum(tasks.values(), []), rank, world_size, policy.proc, cfg)
+    started = time.time()
+    scores = {}
     for name, rows in tasks.items():
+        missing = left_out.get(name, [])
         if rank == 0:
             print(f"eval: {cfg.model} answers {len(rows)} questions, {name}; the bar says how long", flush=True)
-        if rank == 0 and left_out.get(name):
-            why = env.printable(left_out[name][0])
-            print(f"{name}: {len(left_out[name])} questions are left out, the first: {why}")
-    data.check_rows(sum(tasks.values(), []), rank, world_size, policy.proc, cfg)
+        if rank == 0 and missing:
+            print(f"{name}: {len(missing)} questions are left out, the first: {env.printable(missing[0])}")
+        greedy = cfg.k == 1 if cfg.bench else name == "greedy"
+        scores[name] = score(policy, name, rows, cfg, rank, world_size, greedy)
+        scores[name]["left_out"] = len(missing)
 
-    started = time.time()
-    result = {"config": vars(cfg), "weights": policy.fingerprint}
-    for name, rows in tasks.items():
-        greedy = name == "greedy" or name != "sampled" and cfg.k == 1
-        result[name] = score(policy, name, rows, cfg, rank, world_size, greedy)
-        result[name]["left_out"] = len(left_out.get(name, ()))
+    # 3. What they are worth.
+    result = {"config": vars(cfg), "weights": policy.fingerprint, **scores}
     if not cfg.bench:
-        result.update(result.pop("sampled"))
-        result["accuracy_greedy"] = result["greedy"]["accuracy"]
+        result.update(result.pop("sampled"), accuracy_greedy=scores["greedy"]["accuracy"])
     result["seconds"] = round(time.time() - started, 1)
     if rank == 0:
         env.write_text(f"{cfg.out}/eval.json", json.dumps(result, indent=1))
-        print_scores(cfg, result)
+        print_scores(cfg, scores)
         refresh_report(cfg.out, cfg.out)
     return result
 

@@ -162,6 +162,7 @@ def test_other_weights_are_refused(folder, asked, max_crops):
 
 @pytest.mark.parametrize("fields, words", [
     (dict(model=""), "no --model: .*--model=runs/rppo"),
+    (dict(bench="config:README.md"), "--bench: the name config is taken"),
     (dict(image="a.png"), "--image and --question go together"),
     (dict(question="what?"), "--image and --question go together")])
 def test_what_is_missing(folder, fields, words):
@@ -211,10 +212,11 @@ def test_judge(folder, asked):
 @pytest.mark.parametrize("row, answer, verdict", [
     ({"solution": "70"}, "the limit of that sign", "right"), ({"solution": "70"}, "the limit", "failed"),
     ({"solution": "70"}, "70", None),
+    ({"solution": "A", "choices": ["70", "71"]}, "the limit of that sign", "right"),
     ({"solution": "A", "choices": ["70", "71"]}, "B", None)])
 def test_who_is_judged(row, answer, verdict):
-    """Open answers that the rules do not accept, whose key may be a number. A judge that refuses one has failed, one
-    that has never answered ends the run."""
+    """Answers that the rules neither accept nor take for another option. A judge that refuses one has failed,
+    one that has never answered ends the run."""
     traj = env.start_episode({"images": [Image.new("RGB", (64, 64))], "problem": "q", **row}, env.EpisodeConfig())
     env.step(traj, f"<answer>{answer}</answer>", env.EpisodeConfig())
     with serving(lambda body: 422 if verdict == "failed" else "yes") as url:
@@ -228,7 +230,5 @@ def test_who_is_judged(row, answer, verdict):
 
 
 def test_a_question_about_an_image(folder, capsys):
-    answer = run(folder, image=f"{folder}/a.png", question="what?")
-    records = evaluation.read_records(f"{folder}/runs/eval/results-question.jsonl")
-    assert answer["right"] is None and records[0, 0]["problem"] == "what?"
-    assert "shown" in capsys.readouterr().out and "what?" in (folder / "runs/eval/report.html").read_text()
+    run(folder, image=f"{folder}/a.png", question="what?")
+    assert "shown" in capsys.readouterr().out and "what?" in (folder / "runs/eval/question.html").read_text()

@@ -9,8 +9,6 @@ from PIL import Image
 import env
 import eval as evaluation
 
-ROW = """{"images": ["scene.png"], "doc_id": "photo-0", "problem": "Which?", "solution": "A",
-"boxes": [[9, 9, 20, 20]], "chain": [[0, 0, 90, 90], [9, 9, 20, 20]], "solve_rate": 0.375}"""
 HOSTILE = '</p><script>alert("1")</script><img src=x onerror=alert(1)>&lt;'
 
 
@@ -74,7 +72,7 @@ def test_curves(tmp_path):
     facts, log, _ = evaluation.read_run(run)
     assert facts["seconds"] == 2
     found = Page(evaluation.curves({"rppo": log, "grpo": [dict(step=0, reward=0.375)]}))
-    assert {"0.75", "0.375", "0.625", "0.5"} <= set(found.texts) and len(found.find("figure")) == 2
+    assert {"0.75", "0.375", "0.625", "0.5; steps 0 to 1"} <= set(found.texts) and len(found.find("figure")) == 2
     points = [line["points"] for line in found.find("polyline")]
     assert points == ["0,0.125 1,0 1,0", "0,0.5 1,0 1,0", "0,0.375 0,0.375"]
     log = [{"step": step, "entropy": step % 7} for step in range(100_000)]
@@ -85,16 +83,16 @@ def test_crops_are_the_executed_boxes(image):
     """A box of another frame (of an image that a tool turned, say) is not drawn on the original."""
     shown = record(image, boxes=[[0, 0, 50, 50], [1, 2, 3, 4], [100, 20, 380, 190]])
     shown["turns"][1].update(frame=2, error="Error: no.")
-    found = Page(evaluation.trajectory_html(shown, "After:"))
+    found = Page(evaluation.trajectory_html(shown, "After:", "right"))
     drawn = []
     for rect in found.find("rect"):
         drawn.append([int(rect[name]) for name in ("x", "y", "width", "height")])
     assert drawn == [[5, 5, 4, 4], [0, 0, 50, 50], [100, 20, 280, 170]]      # the first is the evidence
-    assert len(found.find("img")) == 2 and {"2", "look 1", "Error: no.", "right, evidence seen"} <= set(found.texts)
+    assert len(found.find("img")) == 2 and {"2", "look 1", "Error: no.", "right"} <= set(found.texts)
 
 
 def test_what_changed(image):
-    """Accuracy and the fates of the same questions, with intervals worked out by hand, accuracy first."""
+    """Accuracy, with intervals worked out by hand, and the fates of the same questions."""
     before, after = [], []
     for i in range(4):                         # 0 repaired, 1 wrong, 2 broken, 3 right
         common = dict(difficulty=3 + i % 2, data_source="tiny")
@@ -105,11 +103,11 @@ def test_what_changed(image):
         "Accuracy": ["4", "50.0 %", "50.0 %", "+0.0 \u00b1 80.0"],           # 1.96 * sqrt((1 + 1) / 4 / 3)
         "Accuracy, 3 boxes": ["2", "50.0 %", "50.0 %", "+0.0 \u00b1 196.0"],
         "Accuracy, 4 boxes": ["2", "50.0 %", "50.0 %", "+0.0 \u00b1 0.0"],
-        "Out of turns or tokens": ["4", "0.0 %", "25.0 %", "+25.0 \u00b1 49.0"],
-        "Right by a guess": ["4", "25.0 %", "0.0 %", "-25.0 \u00b1 49.0"],
-        "Right, evidence seen": ["4", "25.0 %", "50.0 %", "+25.0 \u00b1 49.0"],
-        "Wrong though evidence was seen": ["4", "0.0 %", "25.0 %", "+25.0 \u00b1 49.0"],
-        "Wrong without the evidence": ["4", "50.0 %", "0.0 %", "-50.0 \u00b1 56.6"]}
+        "Out of turns or tokens": ["", "0", "1", "+1"],
+        "Right by a guess": ["", "1", "0", "-1"],
+        "Right, evidence seen": ["", "1", "2", "+1"],
+        "Wrong though evidence was seen": ["", "0", "1", "+1"],
+        "Wrong without the evidence": ["", "2", "0", "-2"]}
     assert list(Page(html).rows)[0] == "Accuracy"
     summaries = [text for text in Page(html).texts if "examples" in text]
     assert summaries == ["1 repaired: examples", "1 broken: examples", "1 wrong: examples"]
@@ -118,29 +116,31 @@ def test_what_changed(image):
     assert Page(evaluation.section("x", ("a", other), ("b", keyed(before[0])), 1)).rows["Accuracy"] == ["1", "0.0 %"]
 
 
-def test_samples_of_a_question_are_one(image):
-    pairs = [[False, True], [False, True], [False, False], [True, True]]     # two questions, two samples each
-    assert evaluation.change_row("x", pairs, 2) == ["x", 2, "25.0 %", "75.0 %", "+50.0 \u00b1 98.0"]
+def test_samples_of_a_question_are_one():
+    answers = [[(False, True), (False, True)], [(False, False), (True, True)]]
+    assert evaluation.change_row("x", answers) == ["x", 2, "25.0 %", "75.0 %", "+50.0 \u00b1 98.0"]
 
 
-def test_only_given_runs_and_a_damaged_one(image, tmp_path, capsys):
+def test_only_given_runs_and_a_damaged_one(image, tmp_path):
     """What lies beside them is not read, what is damaged is named; a page of somebody else stays."""
     runs = tmp_path / "runs"
     write_run(runs / "eval/sft", record(image, right=False))
     write_run(runs / "eval/rppo", record(image))
     write_run(runs / "old", record(image), name="old")
     write_run(runs / "sft", log=[dict(step=0, seconds=1.0, loss=2.0)])
-    evaluation.main(evaluation.Config(report=str(runs)))
+    evaluation.report([str(runs)])
     page = (runs / "report.html").read_text()
     assert Page(page).rows["Accuracy"][1:3] == ["0.0 %", "100.0 %"] and "old" not in Page(page).texts
     assert "threads: 3, commit c0ffee: rppo.py --lam=0" in page and "Imitation" in page
+
     (runs / "sft/config.json").write_text("{")
-    evaluation.main(evaluation.Config(report=str(runs)))
+    evaluation.report([str(runs)])
     page = (runs / "report.html").read_text()
     assert "sft is damaged" in page and Page(page).rows["Accuracy"][1:3] == ["0.0 %", "100.0 %"]
+
     (runs / "report.html").write_text("mine")
-    evaluation.main(evaluation.Config(report=str(runs)))
-    assert (runs / "report.html").read_text() == "mine" and "was not written" in capsys.readouterr().out
+    with pytest.raises(env.UserError, match="report.html is another file"):
+        evaluation.report([str(runs)])
     with pytest.raises(env.UserError, match="no run in nowhere"):
         evaluation.main(evaluation.Config(report="nowhere"))
 
@@ -155,14 +155,9 @@ def test_hostile_text_stays_text(image, tmp_path):
     assert HOSTILE not in html and "http" not in html and "<b>a" not in html
 
 
-def test_sizes_and_constructed_questions(image, tmp_path):
-    """Four runs with many answers, and the questions made from photographs, stay small."""
+def test_size(image, tmp_path):
+    """Four runs with many answers stay small."""
     many = [record(image, i, right=i % 2 == 0, boxes=[[0, 0, 399, 199]] * 4) for i in range(2000)]
     runs = [write_run(tmp_path / name, *many) for name in "abcd"]
     evaluation.refresh_report(tmp_path, *runs)
     assert (tmp_path / "report.html").stat().st_size < 2_000_000
-    (tmp_path / "train.jsonl").write_text(ROW.replace("\n", " ") + "\n")
-    (tmp_path / "data_card.json").write_text("{}")
-    (tmp_path / "config.json").write_text("{\"seed\": 0}")
-    evaluation.refresh_report(tmp_path, str(tmp_path))
-    assert len(Page((tmp_path / "report.html").read_text()).find("rect")) == 3
