@@ -86,8 +86,9 @@ def cache_shapes(text, slots, places):
 
 class Cache:
     """What the layers remember of the conversations in `slots` slots: token j of a conversation lies in place
-    j of its slot. kv (layers, 2, slots, heads, places + 1, head_dim) has keys and values, `inputs` and `states`
-    what linear layers go on from (see cache_shapes, sft.gated_delta_net); the last place is a bin. The next tokens (B, n) belong to `slots` (B,) and go to `places` (B, n); they attend to the places of
+    j of its slot. kv (layers, 2, slots, heads, places + 1, head_dim) has keys and values, `inputs` and
+    `states` what linear layers go on from (see cache_shapes, sft.gated_delta_net); the last place is a bin.
+    The next tokens (B, n) belong to `slots` (B,) and go to `places` (B, n); they attend to the places of
     their slot up to their own, and `end` bounds the places that are read at all.
 
     Two rules for whatever else a layer remembers: a token that goes into the bin (padding, a slot that waits)
@@ -134,7 +135,7 @@ class Cache:
         return kv[:, self.slots, :, :self.end].unbind()                  # views, if it is the first B
 
     def recall(self, layer):
-        """Called by a linear layer: its last inputs (B, 3, channels) and its states (B, heads, key size, value
+        """Called by a linear layer: its last inputs (B, 3, channels) and states (B, heads, key size, value
         size), 0 where a conversation begins."""
         at = self.number[layer], self.slots
         begins = (self.places[:, 0] == 0)[:, None, None]

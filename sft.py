@@ -256,14 +256,14 @@ def centred_rms_norm(self, x):
 def gated_delta_net(self, hidden_states, cache_params=None, **_):
     """A linear layer of Qwen3.5: Gated DeltaNet (arXiv 2412.06464). hidden_states (B, n, width) -> the same.
 
-    q, k, v are causal convolutions over the last 4 inputs. Each head has a state, a matrix S that learns online
-    to map keys to values, with step size 0 < b < 1, and forgets by a factor 0 < a < 1:
+    q, k, v are causal convolutions over the last 4 inputs. Each head has a state, a matrix S that learns
+    online to map keys to values, with step size 0 < b < 1, and forgets by a factor 0 < a < 1:
 
         S_t = a_t S_{t-1} (I - b_t k_t k_t^T) + b_t v_t k_t^T,        o_t = S_t q_t
 
-    With a cache (eval.Cache) it goes on from what was kept. Padding, which lies behind a row's tokens, must not
-    move a state: where the place is the bin, b = 0 and a = 1, and the inputs that are kept are the last ones
-    before it. Without a cache nothing is kept, and only padding sees padding.
+    With a cache (eval.Cache) it goes on from what was kept. Padding, which lies behind a row's tokens, must
+    not move a state: where the place is the bin, b = 0 and a = 1, and the inputs that are kept are the last
+    ones before it. Without a cache nothing is kept, and only padding sees padding.
     """
     from transformers.models.qwen3_5 import modeling_qwen3_5 as qwen
     cache = cache_params
@@ -328,7 +328,8 @@ FAMILIES = {   # by transformers' model_type
         mean=(0.48145466, 0.4578275, 0.40821073),
         std=(0.26862954, 0.26130258, 0.27577711)),
     "qwen3_5": Family(
-        forwards={"PatchEmbed": linear_patches, "RMSNorm": centred_rms_norm, "GatedDeltaNet": gated_delta_net},
+        forwards={"PatchEmbed": linear_patches, "RMSNorm": centred_rms_norm,
+                  "GatedDeltaNet": gated_delta_net},
         video="Qwen3VLVideoProcessor")}
 
 
