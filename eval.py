@@ -629,7 +629,7 @@ def score(policy, name, rows, cfg, rank, world_size, greedy):
 
 # --- The page: one HTML file without scripts or network -------------------------------------------------
 HEAD = """<!DOCTYPE html>
-<html lang="en"><meta charset="utf-8"><meta name="generator" content="DRIM">"""      # our pages are known by it
+<html lang="en"><meta charset="utf-8"><meta name="generator" content="DRIM">"""      # ours
 STYLE = """
 <meta name="viewport" content="width=device-width"><title>DRIM</title><style>
 :root{color-scheme:light dark}
@@ -690,6 +690,7 @@ def chart(title, lines):
     points = np.concatenate(list(lines.values()))
     low, high = points[:, 1].min(), points[:, 1].max()
     last = points[:, 0].max()
+
     curves = legend = ""
     for (name, points), colour in zip(lines.items(), PALETTE * 9):
         path = [f"{x:.0f},{high - y:.5g}" for x, y in points[::len(points) // 200 + 1]]
@@ -727,6 +728,7 @@ def change_row(name, answers):
     pairs = np.array([100 * np.mean(samples, 0) for samples in answers])
     n = len(pairs)
     old, new = pairs.mean(0)
+
     difference = f"{new - old:+.1f}"
     if n > 1:
         difference += f" \u00b1 {1.96 * np.diff(pairs).std(ddof=1) / n ** 0.5:.1f}"
@@ -760,7 +762,7 @@ def trajectory_html(record, title, outcome):
     number = 0
     for turn in record["turns"]:
         crop = ""
-        if turn["box"] and not turn["frame"]:
+        if turn["box"] and not turn.get("frame"):
             colour = PALETTE[number % 8]
             number += 1
             frames += frame(turn["box"], colour, number)
@@ -786,14 +788,15 @@ def section(name, before, after, n):
     # 1. Which are right before and after, and what became of all.
     kinds = defaultdict(list)
     rights = defaultdict(lambda: defaultdict(list))        # row of the table -> question -> its samples
+    was, now = Counter(), Counter()                        # fates
     for key in keys:
+        was[fate(old[key])] += 1
+        now[fate(new[key])] += 1
         right = old[key]["right"], new[key]["right"]
         kinds[right].append(key)
         rights["Accuracy"][key[0]].append(right)
         for level in levels(new[key]):
             rights[f"Accuracy, {level}"][key[0]].append(right)
-    was = Counter(fate(old[key]) for key in keys)
-    now = Counter(fate(new[key]) for key in keys)
 
     # 2. The table.
     rows = [["", "questions", "before", "after", "difference"]]
@@ -801,6 +804,7 @@ def section(name, before, after, n):
         rows.append(change_row(level, rights[level].values()))
     for outcome in sorted({*was, *now}):
         rows.append([outcome.capitalize(), "", was[outcome], now[outcome], f"{now[outcome] - was[outcome]:+}"])
+
     heading = f"{name.replace('-tool_', ', tool ')}: {folder}"
     if old is new:
         rows = [row[:3] for row in rows]
@@ -940,7 +944,7 @@ def print_scores(cfg, scores):
 
 def main(cfg):
     """Measure a policy as cfg says; all ranks call it. Returns the contents of <out>/eval.json."""
-    # 1. A page, or one answer.
+    # 1. A page needs no policy.
     rank, world_size, device = sft.setup()
     if cfg.report:
         return report(cfg.report.split(",")) if rank == 0 else None
@@ -949,6 +953,7 @@ def main(cfg):
     if bool(cfg.image) != bool(cfg.question):
         raise env.UserError("--image and --question go together; give both")
 
+    # 2. The policy, and one answer.
     policy = sft.load_policy(env.newest(cfg.model), device)
     if rank == 0:
         env.lock(cfg.out)
@@ -956,7 +961,7 @@ def main(cfg):
     if cfg.image:
         return ask(policy, cfg) if rank == 0 else None
 
-    # 2. Many answers.
+    # 3. Many answers.
     tasks, left_out = read_tasks(cfg)
     data.check_rows(sum(tasks.values(), []), rank, world_size, policy.proc, cfg)
     started = time.time()
@@ -971,7 +976,7 @@ def main(cfg):
         scores[name] = score(policy, name, rows, cfg, rank, world_size, greedy)
         scores[name]["left_out"] = len(missing)
 
-    # 3. What they are worth.
+    # 4. What they are worth.
     result = {"config": vars(cfg), "weights": policy.fingerprint, **scores}
     if not cfg.bench:
         result.update(result.pop("sampled"), accuracy_greedy=scores["greedy"]["accuracy"])
