@@ -144,7 +144,7 @@ def test_rollouts_gradients_and_skipped_steps(ranks):
 
 
 def test_weights_logs_and_scores(ranks):
-    """After three steps (in RPPO's last rank 0 has nothing to do) they are close; Muon computes in bf16."""
+    """After three steps (in RPPO's last rank 0 has nothing to do) they are close."""
     for stage in ("sft", "rppo"):
         weights, logs = [], []
         before, *outs = ranks[0]
