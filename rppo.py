@@ -1,21 +1,32 @@
 """rppo.py, file 5 of 5: the method. It rests on env.py, and samples with `rollout` of eval.py.
 
-    torchrun rppo.py                              # from nothing: scenes, tiny model, cold start, RPPO, scores
-    torchrun rppo.py --lam=0 --out=runs/grpo/rppo # plain GRPO, for comparison
+    python rppo.py                                # from nothing: scenes, tiny model, cold start, RPPO, scores
+    python rppo.py --lam=0 --out=runs/grpo/rppo   # plain GRPO, for comparison
     torchrun --nproc-per-node=8 rppo.py --model=runs/real/sft --data=data/mine
 
-For each of P prompts, G trajectories are sampled; trajectory i makes T_i crops with boxes b_1 .. b_T
-(DRIM, arXiv 2512.17306):
+The objective (DRIM, arXiv 2512.17306). In each step P prompts get G trajectories each; one of them makes T
+crops with boxes b_1 .. b_T, which is DRIM's T:
 
-    gamma     = -lam / T^2 * sum_{t<t'} max(0, IoU(b_t, b_t') - eps)                      env.redundancy
-    reward    = accuracy + 1{accuracy = 0 and T > 1} * gamma                              env.rewards
-    advantage = reward - mean_group(reward)          optionally / std_group(reward)       group_advantages
-    ratio     = exp(logp - old_logp)                                                      policy_loss
-    loss      = - sum_{i,t} mask * min(ratio * advantage, clip(ratio) * advantage) / n_tokens
+    gamma      = -lam / T^2 * sum_{t<t'} max(0, IoU(b_t, b_t') - eps)                  env.redundancy
+    reward     = accuracy + 1{accuracy = 0 and T > 1} * gamma                          env.rewards
+    advantage  = reward - mean of its group        optionally / std of its group       group_advantages
+    ratio      = exp(logp - old_logp)              of each sampled token               policy_loss
+    clipped    = ratio, kept within [1 - clip_low, 1 + clip_high]
+    loss       = -sum min(ratio * advantages, clipped * advantages) / n_tokens
 
-clip(ratio) lies in [1 - clip_low, 1 + clip_high]. mask is 1 on sampled tokens only; n_tokens is its sum over
-all trajectories of the step on all ranks. There is no KL term. Related methods are settings: lam=0 is GRPO,
-tool_bonus is DeepEyes', mask_over_turns is Mini-o3's.
+The sum is over the n tokens that the policy has sampled itself, each with its trajectory's advantage;
+n_tokens is their number in the whole step, on all ranks. There is no KL term.
+
+Shapes in the code: P prompts, G samples of each, b trajectories of a micro-batch, T tokens of the longest of
+them, n trained tokens.
+
+What is ours, not the paper's, whose code and numbers are not published:
+1. The formula of gamma and reward is that of a reading note of the paper. All numbers of Config are ours.
+2. T counts crops that were made. A call that is malformed or refused has no box.
+3. A trajectory without an answer is wrong. After max_crops tool turns it has one turn, only to answer.
+4. Advantages are not divided by the std (norm_std), and clip_high is wider than clip_low.
+5. A group with an answer that the judge failed to judge is not learned from.
+Related methods are settings: lam=0 is GRPO, tool_bonus is DeepEyes', mask_over_turns is Mini-o3's.
 
 Reads <data>/train.jsonl. Writes <out>/{config.json, log.jsonl, checkpoints/<step>/, last, best.json}; the
 main job also ../eval/{sft,rppo}/, ../summary.json and ../report.html.
@@ -61,11 +72,21 @@ class Config(sft.TrainConfig, evaluation.RolloutConfig, env.RewardConfig):
 
 
 REAL = dict(
-    env.REAL_EPISODE, in_flight=64,
-    steps=200, prompts=32, samples=8, micro_batch=1,
-    lr=1e-6, lora_lr=1e-5, decay=0.0,
-    eval_every=20, eval_rows=64, save_every=20, save_minutes=30.0, show_every=5, n_score=0,
-    recompute=True, shard=True)
+    env.REAL_EPISODE,
+    in_flight=64,
+    steps=200,
+    prompts=32,
+    micro_batch=1,
+    lr=1e-6,
+    lora_lr=1e-5,
+    decay=0.0,
+    eval_every=20,
+    eval_rows=64,
+    save_minutes=30.0,
+    show_every=5,
+    n_score=0,
+    recompute=True,
+    shard=True)
 
 
 # --- The objective. FORK: the algorithm, in the next four functions -------------------------------------
@@ -76,12 +97,12 @@ def group_advantages(rewards, norm_std):
     1. Computed in float64.
     """
     rewards = torch.as_tensor(rewards).double()
-    centred = rewards - rewards.mean(1, keepdim=True)
+    advantages = rewards - rewards.mean(1, keepdim=True)
     if norm_std and rewards.shape[1] > 1:
-        centred = centred / rewards.std(1, keepdim=True).clamp_min(1e-12)
+        advantages = advantages / rewards.std(1, keepdim=True)
 
-    flat = rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True)
-    return centred.masked_fill(flat, 0.0)
+    flat = (rewards == rewards[:, :1]).all(1, keepdim=True)       # (P, 1)
+    return advantages.masked_fill(flat, 0.0)
 
 
 def policy_loss(logp, old_logp, advantages, clip_low, clip_high, n_tokens=None):
@@ -100,8 +121,6 @@ def policy_loss(logp, old_logp, advantages, clip_low, clip_high, n_tokens=None):
 
 def counts(sample, cfg):
     """Do the trajectory's tokens count in the divisor of the loss?"""
-    if sample.traj.verdict == "failed":          # the judge: nobody knows what it is worth
-        return False
     return sample.traj.status == "answered" or not cfg.mask_over_turns
 
 
@@ -128,21 +147,23 @@ def collect(policy, rows, streams, step, cfg):
     A row's trajectories stand together. `streams` has for each row the number of its random stream.
     """
     G = cfg.samples
-    trajs = evaluation.rollout(policy, rows, cfg, G, seed=(cfg.seed, step), streams=streams)
+    trajs = evaluation.rollout(
+        policy, rows, cfg, G,
+        seed=(cfg.seed, step),
+        streams=streams)
     evaluation.judge(trajs, cfg)
 
     parts = []
     for i in range(0, len(trajs), G):
         parts += env.rewards(trajs[i:i + G], cfg)
-    rewards = torch.tensor([p["total"] for p in parts], dtype=torch.float64).view(-1, G)      # (P, G)
+    rewards = np.array([p["total"] for p in parts]).reshape(-1, G)        # (P, G)
+    advantages = group_advantages(rewards, cfg.norm_std)                  # (P, G)
 
-    # What the judge failed to judge has no reward. At the mean of its group it changes no advantage.
-    failed = torch.tensor([traj.verdict == "failed" for traj in trajs]).view(-1, G)
-    known = rewards.masked_fill(failed, torch.nan).nanmean(1, keepdim=True)                   # (P, 1)
-    rewards = torch.where(failed, known, rewards)
-
-    advantages = group_advantages(rewards, cfg.norm_std).flatten().tolist()                   # P * G
-    return list(map(Sample, trajs, parts, advantages))
+    # Where the judge failed nobody knows the group's mean: such a group counts as a flat one.
+    for i, traj in enumerate(trajs):
+        if traj.verdict == "failed":
+            advantages[i // G] = 0.0
+    return list(map(Sample, trajs, parts, advantages.flatten().tolist()))
 
 
 def length(sample):
@@ -155,21 +176,25 @@ def micro_batches(samples, size):
     None has more tokens, padding included, than the larger of its share and the longest trajectory.
     Neighbours in length stand together, so that little is padding.
     """
+    if not samples:
+        return []
     samples = sorted(samples, key=length, reverse=True)
     tokens = sum(map(length, samples))
-    out = []
-    for sample in samples:
-        room = max(size * tokens / len(samples), length(samples[0]))
-        if not out or (len(out[-1]) + 1) * length(out[-1][0]) > room:
-            out.append([])
-        out[-1].append(sample)
-    return out
+    room = max(size * tokens / len(samples), length(samples[0]))
+
+    micro = []
+    while samples:
+        n = int(room // length(samples[0]))
+        micro.append(samples[:n])
+        samples = samples[n:]
+    return micro
 
 
 def idle(samples):
     """The shortest trajectory with mask 0: it passes through the model, but no token of it is trained."""
     shortest = min(samples, key=length)
-    return replace(shortest, traj=replace(shortest.traj, mask=[0] * length(shortest)))
+    untrained = replace(shortest.traj, mask=[0] * length(shortest))
+    return replace(shortest, traj=untrained)
 
 
 def token_advantages(chosen, trained):
@@ -179,20 +204,19 @@ def token_advantages(chosen, trained):
 
 
 def update(policy, optimizers, samples, cfg, reference=None):
-    """`updates` passes over one rollout. Returns what the log says of it. All ranks must reach this.
-
-    `reference` is for a fork with a KL term: a Policy that stays as it is.
-    """
+    """`updates` passes over one rollout: what the log says of it. All ranks must reach this. `reference` is
+    for a fork with a KL term: a Policy that stays as it is."""
     # 1. This rank's micro-batches, and the divisor: the tokens of all trajectories of all ranks
-    micro = micro_batches([s for s in samples if has_gradient(s, cfg)], cfg.micro_batch)
+    learned = [s for s in samples if has_gradient(s, cfg)]
+    micro = micro_batches(learned, cfg.micro_batch)
     tokens = sum(sum(s.traj.mask) for s in samples if counts(s, cfg))
     n_tokens, n_micro = sft.all_sum(tokens, len(micro))
     if policy.sharded:                   # ranks gather weights from each other: they must pass equally often
         most = max(sft.gather_objects(len(micro)))
         micro += [[idle(samples)]] * (most - len(micro))
 
-    old = [None] * len(micro)            # (n,) log-probabilities before the first optimizer step
-    sums = np.zeros(4)                   # over tokens: 1, entropy, |old - sampled|, clipped
+    old_logps = []                       # of each micro-batch (n,), from before the first optimizer step
+    sums = np.zeros(4)                   # over trained tokens: 1, entropy, |old - sampled|, is it clipped
     skipped = 0
     policy.train()
     for k in range(cfg.updates):
@@ -203,56 +227,96 @@ def update(policy, optimizers, samples, cfg, reference=None):
             with policy.autocast():
                 logp, entropy = policy(batch, cfg.temperature)
             if k == 0:
-                old[j] = logp.detach()
+                old_logps.append(logp.detach())
 
-            # 3. Loss
+            # 3. Loss and gradient
+            old_logp = old_logps[j]
             trained = batch["mask"][:, 1:] > 0                                # (b, T-1), on the CPU
-            advantages = token_advantages(chosen, trained).to(policy.device)
-            loss = policy_loss(logp, old[j], advantages, cfg.clip_low, cfg.clip_high, n_tokens)
+            advantages = token_advantages(chosen, trained).to(policy.device)  # (n,)
+            loss = policy_loss(logp, old_logp, advantages, cfg.clip_low, cfg.clip_high, n_tokens)
             # FORK: add another term here: a sum over the same tokens, divided by n_tokens
             loss.backward()
             loss_sum += loss.item()
 
             # 4. For the log
-            sampled = batch["logp"][:, 1:][trained].to(policy.device)
-            ratio = (logp.detach() - old[j]).exp()
+            sampled_logp = batch["logp"][:, 1:][trained].to(policy.device)
+            gap = (old_logp - sampled_logp).abs()
+            ratio = (logp.detach() - old_logp).exp()
             clipped = (ratio < 1 - cfg.clip_low) | (ratio > 1 + cfg.clip_high)
-            gap = (old[j] - sampled).abs()
-            sums += [len(logp), entropy.sum().item(), gap.sum().item(), clipped.sum().item()]
+            sums += [
+                len(logp),
+                entropy.sum().item(),
+                gap.sum().item(),
+                clipped.sum().item()]
 
         # 5. Step. After flat groups alone, the optimizers' momentum would still move the weights.
         _, norm, skip = sft.optimizer_step(policy, optimizers, loss_sum, cfg, rest=n_micro == 0)
         skipped += skip
 
-    trained, entropy, gap, clipped = sft.all_sum(*sums.tolist())
-    trained = trained or np.nan          # after flat groups alone the three are not logged
+    n, entropy, gap, clipped = sft.all_sum(*sums.tolist())
+    n = n or np.nan                      # after flat groups alone the three are not logged
     return dict(
         tokens=n_tokens,
-        entropy=entropy / trained,
-        log_ratio=gap / trained,
-        clip_share=clipped / trained,
+        entropy=entropy / n,
+        log_ratio=gap / n,
+        clip_share=clipped / n,
         grad_norm=norm,
         skipped=skipped)
+
+
+def update_bytes(config, cfg):
+    """An estimate of the memory that one trajectory of max_tokens takes in the update, on CUDA: in bf16, with
+    recomputation, by itself. The factors are counted from what PyTorch keeps of a block; what the allocator
+    cannot use, and the vision tower, are left out."""
+    text = config.get_text_config()
+    heads = text.num_attention_heads * evaluation.head_dim(text)
+    width = text.hidden_size
+    n = cfg.max_tokens
+
+    kept = 2 * n * width * (text.num_hidden_layers + 2)           # inputs of the blocks
+    block = 2 * n * (8 * heads + 7 * text.intermediate_size + 8 * width)      # within one of them
+    logits = 8 * 4 * 2 ** 26                                      # fp32, of a part: see Policy.forward
+    return kept + max(block, logits)
+
+
+def check_memory(policy, first, cfg):
+    """UserError if an update can hardly fit on the GPU, before the first rollout takes its minutes."""
+    needed = update_bytes(policy.vlm.config, cfg)
+    each = 4 if first else 12            # of a parameter: gradient; moments, unless the checkpoint had them
+    for p in policy.parameters():
+        if p.requires_grad:
+            part = p.to_local() if policy.sharded else p          # what this rank holds
+            needed += each * part.numel()
+
+    torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info()[0]
+    if needed > free:
+        raise env.UserError(
+            f"an update takes about {needed / 2 ** 30:.1f} GiB, and {free / 2 ** 30:.1f} are free; "
+            "lower --max_tokens, or use more GPUs / --lora")
 
 
 # --- The log --------------------------------------------------------------------------------------------
 def summarise(samples, cfg):
     """What a step's log entry says of all ranks' trajectories. All ranks must reach this."""
-    mine = [(evaluation.measure(s.traj, cfg.eps), s.parts) for s in samples]
+    mine = []
+    for s in samples:
+        mine.append((evaluation.measure(s.traj, cfg.eps), s.parts))
     everyone = sum(sft.gather_objects(mine), [])
     measures, parts = zip(*everyone)
+
     means = {}
-    for name in sorted(set().union(*parts)):                                  # 0 where a branch sets no part
-        means[name] = float(np.mean([p.get(name, 0.0) for p in parts]))
-    totals = np.array([p["total"] for p in parts]).reshape(-1, cfg.samples)   # (P, G)
-    flat = totals.max(1) == totals.min(1)                                     # (P,)
-    [failed] = sft.all_sum(sum(s.traj.verdict == "failed" for s in samples))
+    for name in sorted(set().union(*parts)):
+        values = [p.get(name, 0.0) for p in parts]                # 0 where a branch sets no part
+        means[name] = float(np.mean(values))
+
+    rewards = np.reshape([p["total"] for p in parts], (-1, cfg.samples))      # (P, G)
+    flat = rewards.max(1) == rewards.min(1)                                   # (P,)
     return dict(
         reward=means["total"],
         **evaluation.metrics(measures),
         parts=means,
-        flat_groups=float(flat.mean()),
-        judge_failed=failed)
+        flat_groups=float(flat.mean()))
 
 
 def mark_best(out):
@@ -260,8 +324,8 @@ def mark_best(out):
     log. Returns its step, None without one."""
     best = dict(step=None, accuracy=-1.0)
     for entry in sft.read_log(out):
-        step = entry["step"] + 1
         accuracy = entry.get("held_out", best)["accuracy"]
+        step = entry["step"] + 1
         if accuracy > best["accuracy"] and os.path.exists(f"{out}/checkpoints/{step}"):
             best = dict(step=step, accuracy=accuracy)
     env.write_text(f"{out}/best.json", json.dumps(best))
@@ -276,10 +340,8 @@ def print_step(entry, samples, proc, first, cfg):
     text = f"step {step:5d} {entry['reward']:6.3f}{evaluation.line(entry)}"
     seconds = entry["rollout_s"] + entry["update_s"]
     text += f" {entry['entropy']:5.2f} {entry['grad_norm']:5.2f} {seconds:5.1f} "
-    if entry["judge_failed"]:
-        text += f"failed {entry['judge_failed']}"        # answers without a verdict: they have no gradient
-    else:
-        text += sft.eta(entry, first, cfg)
+    failed = entry["judge_failed_rate"]                  # of the answers that the judge was asked about
+    text += f"failed {failed:.1%}" if failed else sft.eta(entry, first, cfg)
     print(text, flush=True)
 
     for name in ("cold_start", "held_out"):
@@ -295,9 +357,10 @@ def prompts_of(step, cfg, n):
     """Row numbers of a step: pieces of a permutation of the n rows that is drawn anew for each pass over
     them."""
     chosen = []
-    for at in range(step * cfg.prompts, (step + 1) * cfg.prompts):
-        order = np.random.default_rng([cfg.seed, 11, at // n]).permutation(n)
-        chosen.append(int(order[at % n]))
+    for p in range(cfg.prompts):
+        again, place = divmod(step * cfg.prompts + p, n)
+        order = np.random.default_rng([cfg.seed, 11, again]).permutation(n)
+        chosen.append(int(order[place]))
     return chosen
 
 
@@ -305,7 +368,8 @@ def hold_out(rows, n):
     """(rows to train on, the last n rows). Rows that share an image with the last n are on neither side."""
     held_out = rows[max(len(rows) - n, 0):]
     images = {row["images"][0] for row in held_out}
-    return [row for row in rows if row["images"][0] not in images], held_out
+    others = [row for row in rows if row["images"][0] not in images]
+    return others, held_out
 
 
 def score_held_out(policy, held_out, cfg, rank, world_size):
@@ -315,7 +379,11 @@ def score_held_out(policy, held_out, cfg, rank, world_size):
 
 
 def train(policy, optimizers, preset, rows, held_out, first, cfg, rank, world_size, reference=None):
-    """The steps from `first` on. A UserError or a signal ends them when what has been learned is saved."""
+    """The steps from `first` on. A signal, or a UserError of a rollout, ends them when what has been learned
+    is saved. One of an evaluation leaves the last checkpoint.
+
+    preset: saved with checkpoints; rows, held_out: to train on, to evaluate; reference: see `update`.
+    """
     def save(step):
         sft.save_checkpoint(step, policy, optimizers, cfg, preset)
         if rank == 0:
@@ -324,18 +392,18 @@ def train(policy, optimizers, preset, rows, held_out, first, cfg, rank, world_si
 
     mine = list(range(rank, cfg.prompts, world_size))      # this rank's prompts of a step
     started = saved = time.time()
-    with sft.deferred_signals() as asked:
+    with sft.deferred_signals() as signals:
         for step in range(first, cfg.steps):
             entry = dict(step=step)
-            error = None
             if step == 0 and cfg.eval_rows:
                 entry["cold_start"] = score_held_out(policy, held_out, cfg, rank, world_size)
 
             # 1. Collect: G trajectories of each prompt, rewarded and compared within their group
             clock = time.time()
-            chosen = [rows[i] for i in prompts_of(step, cfg, len(rows))]
+            chosen = prompts_of(step, cfg, len(rows))
+            asked = [rows[chosen[p]] for p in mine]
             try:
-                samples = sft.together(collect, policy, [chosen[p] for p in mine], mine, step, cfg)
+                samples = sft.together(collect, policy, asked, mine, step, cfg)
             except env.UserError:        # e.g. an image that cannot be read, a judge that refuses
                 if step > first:
                     save(step)
@@ -352,10 +420,7 @@ def train(policy, optimizers, preset, rows, held_out, first, cfg, rank, world_si
             done = step + 1 == cfg.steps
             evaluates = cfg.eval_rows and ((step + 1) % cfg.eval_every == 0 or done)
             if evaluates:
-                try:
-                    entry["held_out"] = score_held_out(policy, held_out, cfg, rank, world_size)
-                except env.UserError as e:
-                    error = e
+                entry["held_out"] = score_held_out(policy, held_out, cfg, rank, world_size)
 
             # 4. Log
             entry.update(summarise(samples, cfg), seconds=time.time() - started)
@@ -365,12 +430,10 @@ def train(policy, optimizers, preset, rows, held_out, first, cfg, rank, world_si
             del samples                  # with their images' features, before the next are sampled
 
             # 5. Save
-            stopped, is_due = sft.due(step + 1, asked, saved, cfg)
+            stopped, is_due = sft.due(step + 1, signals, saved, cfg)
             if is_due or evaluates:
                 save(step + 1)
                 saved = time.time()
-            if error:
-                raise error
             if stopped:
                 sft.stop(step + 1, rank)
 
@@ -396,59 +459,70 @@ def make_scenes(cfg):
     """Draw the built-in rows, unless cfg.data has them or is a folder of somebody's own."""
     if not data.foreign(cfg.data):
         say(0, f"1 of 4: scenes into {cfg.data}")
-        data.main(data.Config(seed=cfg.seed, out=cfg.data, task=cfg.task, max_crops=cfg.max_crops))
+        data.main(data.Config(
+            seed=cfg.seed,
+            out=cfg.data,
+            task=cfg.task,
+            max_crops=cfg.max_crops))
 
 
 def read_rows(cfg):
     """(rows to train on, held-out rows) of <data>'s train split. Raises UserError."""
     path = data.split_path(cfg.data, "train")
-    rows, held_out = hold_out(data.load_rows(path, cfg.image_root), cfg.eval_rows)
+    everything = data.load_rows(path, cfg.image_root)
+    rows, held_out = hold_out(everything, cfg.eval_rows)
     if not rows:
         raise env.UserError(f"{path}: too few rows for --eval_rows={cfg.eval_rows}; lower it")
-    if cfg.n_score and not os.path.exists(data.split_path(cfg.data, "test")):
-        raise env.UserError(f"{cfg.data} has no test.jsonl to score at the end; add one or give --n_score=0")
+
+    test = data.split_path(cfg.data, "test")
+    if cfg.n_score and not os.path.exists(test):         # better known now than at the end
+        raise env.UserError(f"{test}: not there to score at the end; add it, or give --n_score=0")
     return rows, held_out
 
 
-def compare(cfg, start, seconds, rank):
+def cold_start(cfg):
+    """The sft.Config of the imitation that comes first where no model is given."""
+    given = env.shared(cfg, env.EpisodeConfig)
+    for name in ("seed", "data", "image_root", "tiny"):
+        given[name] = getattr(cfg, name)
+    return sft.Config(**given, out=f"{parent(cfg)}/sft")
+
+
+def compare(cfg, start, rank, started):
     """Score the cold start and the final policy on the test rows; print the table and write summary.json."""
     summary = {}
-    for name, model in (("sft", start), ("rppo", env.newest(cfg.out))):
+    models = dict(sft=start, rppo=env.newest(cfg.out))
+    for name, model in models.items():
         given = env.shared(cfg, evaluation.Config)
         given.update(model=model, out=f"{parent(cfg)}/eval/{name}", limit=cfg.n_score)
         summary[name] = evaluation.main(evaluation.Config(**given))
-        seconds[f"eval_{name}"] = summary[name]["seconds"]
     if rank > 0:
         return
 
-    seconds["total"] = sum(seconds.values())
-    summary["seconds"] = {name: round(value, 1) for name, value in seconds.items()}
+    summary["seconds"] = round(time.time() - started, 1)
     env.write_text(f"{parent(cfg)}/summary.json", json.dumps(summary, indent=1))
     refresh_report(cfg)
     print(f"\n{'':10} greedy {evaluation.HEADER}")
-    for label, name in (("cold start", "sft"), ("RPPO" if cfg.lam else "GRPO", "rppo")):
-        print(f"{label:10} {summary[name]['accuracy_greedy']:6.3f} {evaluation.line(summary[name])}")
-    print(f"{seconds['total']:.0f} s in all. Next: open {parent(cfg)}/report.html", flush=True)
+    for name in models:
+        print(f"{name:10} {summary[name]['accuracy_greedy']:6.3f} {evaluation.line(summary[name])}")
+    print(f"{summary['seconds']:.0f} s in all. Next: open {parent(cfg)}/report.html", flush=True)
 
 
 def main(cfg):
+    """RPPO as cfg says, and without a model all that comes before it; all ranks call it. Returns a Policy."""
     rank, world_size, device = sft.setup()
     if cfg.prompts % world_size:
         raise env.UserError(f"--prompts={cfg.prompts} is not a multiple of the {world_size} ranks")
+    started = time.time()
 
     # 1. Rows. Folders with other settings are refused before anything is made.
-    clock = time.time()
+    imitation = cold_start(cfg)
     if rank == 0:
         sft.saved_step(cfg)
-    if not cfg.model:
-        given = env.shared(cfg, env.EpisodeConfig)
-        given.update(seed=cfg.seed, data=cfg.data, image_root=cfg.image_root, tiny=cfg.tiny)
-        given.update(out=f"{parent(cfg)}/sft")
-        imitation = sft.Config(**given)
-        if rank == 0:
-            sft.saved_step(imitation, f"the cold start goes beside --out: give --out={cfg.out}/rppo")
-            make_scenes(cfg)
-        sft.barrier()
+    if rank == 0 and not cfg.model:
+        sft.saved_step(imitation, f"the cold start goes beside --out: give --out={cfg.out}/rppo")
+        make_scenes(cfg)
+    sft.barrier()
     rows, held_out = read_rows(cfg)
 
     # 2. What it starts from: the given model, or the tiny one after its cold start
@@ -457,21 +531,20 @@ def main(cfg):
         say(rank, f"2 of 4: cold start by imitation, {imitation.steps} steps, into {imitation.out}")
         sft.main(imitation)
         start = env.newest(imitation.out)
-    seconds = dict(start=time.time() - clock)
 
     # 3. RL
     say(rank, f"3 of 4: RL from {start}, {cfg.prompts} prompts x {cfg.samples} a step, into {cfg.out}")
-    clock = time.time()
     first = sft.open_run(cfg, rank, rows + held_out)      # the step to go on from, or 0
-    policy, optimizers, preset = sft.load_trainable(cfg, start, first, device, (0.9, 0.95))
+    policy, optimizers, preset = sft.load_trainable(cfg, start, first, device, betas=(0.9, 0.95))
+    if device.type == "cuda":
+        sft.together(check_memory, policy, first, cfg)
     data.check_rows(rows + held_out, rank, world_size, policy.proc, cfg)
     train(policy, optimizers, preset, rows, held_out, first, cfg, rank, world_size)
-    seconds["rppo"] = time.time() - clock
 
     # 4. Scores of both
     if cfg.n_score:
         say(rank, f"4 of 4: scores on {cfg.n_score} test rows into {parent(cfg)}/eval")
-        compare(cfg, start, seconds, rank)
+        compare(cfg, start, rank, started)
     return policy
 
 

@@ -67,31 +67,44 @@ SHAPES = {"qwen3-vl-2b": (2048, 6144, 28, 16, 8, 151936, True, 1024, 4096, 24, 1
           "qwen2.5-vl-7b": (3584, 18944, 28, 28, 4, 152064, False, 1280, 3420, 32, 16, (7, 15, 23, 31))}
 
 
+def make_config(cfg, tok):
+    """The transformers configuration of a true shape, divided by cfg.shrink, with the special ids of a tokenizer."""
+    three = cfg.shape.startswith("qwen3")
+    width, mlp, layers, heads, kv, vocab, tied, v_width, v_mlp, blocks, v_heads, marks = SHAPES[cfg.shape]
+
+    def less(n, least=1):
+        return max(least, n // cfg.shrink)
+    scale, v_scale, depth = less(heads) / heads, less(v_heads) / v_heads, less(blocks, 4)
+    marks = sorted({i * depth // blocks for i in marks})
+    text = dict(hidden_size=int(width * scale), intermediate_size=int(mlp * scale), num_hidden_layers=less(layers, 4),
+                num_attention_heads=less(heads), num_key_value_heads=less(kv), vocab_size=less(vocab),
+                tie_word_embeddings=tied, bos_token_id=None, eos_token_id=tok.convert_tokens_to_ids("<|im_end|>"))
+    vision = dict(hidden_size=int(v_width * v_scale), intermediate_size=int(v_mlp * v_scale), depth=depth,
+                  num_heads=less(v_heads), spatial_merge_size=2, temporal_patch_size=2, out_hidden_size=text["hidden_size"])
+    if three:
+        text |= dict(head_dim=128, rope_parameters=dict(
+            rope_type="default", rope_theta=5e6, mrope_section=[24, 20, 20], mrope_interleaved=True))
+        vision |= dict(patch_size=16, num_position_embeddings=2304, deepstack_visual_indexes=marks)
+    else:
+        text["rope_parameters"] = dict(rope_type="default", rope_theta=1e6, mrope_section=[16, 24, 24])
+        vision |= dict(patch_size=14, window_size=112, fullatt_block_indexes=marks)
+    names = dict(image="image_pad", video="video_pad", vision_start="vision_start", vision_end="vision_end")
+    ids = {f"{key}_token_id": tok.convert_tokens_to_ids(f"<|{name}|>") for key, name in names.items()}
+    kind = transformers.Qwen3VLConfig if three else transformers.Qwen2_5_VLConfig
+    return kind(text_config=text, vision_config=vision, tie_word_embeddings=tied, **ids)
+
+
 def make_policy(cfg, rows, device):
     """The tiny policy of sft.py, or a random one of a true shape, made on the device, with the tiny one's tokenizer."""
     tiny = sft.make_tiny(rows, cfg.seed)
     if cfg.shape not in SHAPES:
         return tiny.to(device)
-    tok, three, less = tiny.proc.tokenizer, cfg.shape.startswith("qwen3"), lambda n, least=1: max(least, n // cfg.shrink)
-    width, mlp, layers, heads, kv, vocab, tied, v_width, v_mlp, blocks, v_heads, marks = SHAPES[cfg.shape]
-    scale, v_scale, depth = less(heads) / heads, less(v_heads) / v_heads, less(blocks, 4)
-    marks = sorted({i * depth // blocks for i in marks})
-    text = dict(hidden_size=int(width * scale), intermediate_size=int(mlp * scale), num_hidden_layers=less(layers, 4),
-                num_attention_heads=less(heads), num_key_value_heads=less(kv), vocab_size=less(vocab), tie_word_embeddings=tied,
-                bos_token_id=None, eos_token_id=tiny.proc.end, **({"head_dim": 128} if three else {}),
-                rope_parameters=dict(rope_type="default", rope_theta=5e6, mrope_section=[24, 20, 20], mrope_interleaved=True)
-                if three else dict(rope_type="default", rope_theta=1e6, mrope_section=[16, 24, 24]))
-    vision = dict(hidden_size=int(v_width * v_scale), intermediate_size=int(v_mlp * v_scale), depth=depth, num_heads=less(v_heads),
-                  spatial_merge_size=2, temporal_patch_size=2, out_hidden_size=text["hidden_size"], patch_size=16 if three else 14,
-                  **(dict(num_position_embeddings=2304, deepstack_visual_indexes=marks) if three else
-                     dict(window_size=112, fullatt_block_indexes=marks)))
-    ids = {f"{k}_token_id": tok.convert_tokens_to_ids(f"<|{n}|>") for k, n in dict(
-        image="image_pad", video="video_pad", vision_start="vision_start", vision_end="vision_end").items()}
-    kind = "Qwen3VL" if three else "Qwen2_5_VL"
-    config = getattr(transformers, kind + "Config")(text_config=text, vision_config=vision, tie_word_embeddings=tied, **ids)
+    config = make_config(cfg, tiny.proc.tokenizer)
+    three = config.model_type == "qwen3_vl"
+    kind = transformers.Qwen3VLForConditionalGeneration if three else transformers.Qwen2_5_VLForConditionalGeneration
     with torch.device(device):
-        vlm = getattr(transformers, kind + "ForConditionalGeneration")(config)
-    return sft.make_policy(vlm, tok).to(device)
+        vlm = kind(config)
+    return sft.make_policy(vlm, tiny.proc.tokenizer).to(device)
 
 
 def without_patches(vlm):

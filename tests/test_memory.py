@@ -1,0 +1,227 @@
+"""Do the README's commands for real models fit? Their allocations, replayed by the rules of torch's CUDA allocator
+(allocator.py): weights, two RL steps with prompts of unequal length, an evaluation with one sample a row.
+
+The sizes are those of the published configurations; what is alive together follows sft.py, eval.py and rppo.py.
+"""
+import functools
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import bench
+import numpy as np
+import pytest
+from allocator import MB, Allocator, OutOfMemory
+
+import env
+import eval as evaluation
+import rppo
+
+CONTEXT = 0.6e9                          # bytes of a card that CUDA and NCCL take themselves
+REPEATS = 2                              # blocks whose passing tensors are replayed; others take the same places
+CARDS = {"80 GB": 84.7e9, "24 GB": 24.4e9}
+
+
+@functools.cache
+def config_of(shape):
+    """The transformers configuration of a published model."""
+    ids = SimpleNamespace(convert_tokens_to_ids=lambda token: 1)
+    return bench.make_config(bench.Config(shape=shape), ids)
+
+
+def parameters(config):
+    """Numbers of parameters: of each matrix of a text block, of embeddings and head, of the tower."""
+    text = config.text_config
+    width = text.hidden_size
+    heads = text.num_attention_heads * evaluation.head_dim(text)
+    kv = text.num_key_value_heads * evaluation.head_dim(text)
+    attention = [width * heads, width * kv, width * kv, heads * width]
+    mlp = [width * text.intermediate_size] * 3
+    ends = [text.vocab_size * width] * (1 if config.tie_word_embeddings else 2)
+
+    vision = config.vision_config
+    side = vision.hidden_size
+    gated = config.model_type != "qwen3_vl"                  # three matrices in an MLP, no deepstack mergers
+    block = 4 * side ** 2 + (2 + gated) * side * vision.intermediate_size
+    merger = (4 * side) ** 2 + 4 * side * width
+    mergers = 1 if gated else 1 + len(vision.deepstack_visual_indexes)
+    return attention + mlp, ends, vision.depth * block + mergers * merger
+
+
+class Job:
+    """A rank of a run: what it holds on its card, and what comes and goes."""
+
+    def __init__(self, shape, card, lora=0, ranks=1, **settings):
+        self.config = config_of(shape)
+        self.cfg = rppo.Config(**{**rppo.REAL, **settings})
+        self.card = Allocator(card - CONTEXT)
+        self.lora = lora
+        self.ranks = ranks
+        self.layers = self.config.text_config.num_hidden_layers
+        self.rng = np.random.default_rng(0)
+        self.moments = None              # AdamW's, from the first step on
+
+        # Weights: with LoRA all of them in bf16 and fp32 adapters; else this rank's part of all in fp32.
+        block, ends, tower = parameters(self.config)
+        matrices = block * self.layers + ends
+        for size in [*matrices, tower]:
+            self.card.malloc(2 * size if lora else 4 * size / ranks)
+        if lora:
+            self.trained = [lora * 4096] * 14 * self.layers
+            for size in self.trained:
+                self.card.malloc(4 * size)
+        else:
+            self.trained = [size / ranks for size in matrices]
+
+        # What fp32 weights have copies of in bf16: a block, and all the rest.
+        self.block = 0 if lora else sum(block)
+        self.rest = 0 if lora else sum(ends) + tower
+
+    @contextmanager
+    def held(self, *sizes):
+        """Tensors of so many bytes, while the `with` lasts."""
+        blocks = [self.card.malloc(size) for size in sizes]
+        yield
+        for block in blocks:
+            self.card.release(block)
+
+    def pass_by(self, *sizes):
+        """Tensors that are alive together for a moment."""
+        with self.held(*sizes):
+            pass
+
+    def check(self):
+        """As rppo.check_memory."""
+        needed = rppo.update_bytes(self.config, self.cfg) + 12 * sum(self.trained)
+        self.card.empty_cache()
+        if needed > self.card.free:
+            raise env.UserError("too little memory for an update")
+
+    def prefill(self, rows, n, end):
+        """`rows` rows of n tokens over `end` places of the cache: tower, then text."""
+        text = self.config.text_config
+        vision = self.config.vision_config
+        tokens = rows * n
+        patches = 4 * tokens
+        side = 2 * patches * vision.hidden_size
+        with self.held(4 * 1536 * patches, 2 * side):        # pixels, states
+            for _ in range(REPEATS):
+                self.pass_by(*[side] * 8, *[2 * patches * vision.intermediate_size] * 2)
+
+        width = 4 * tokens * text.hidden_size
+        heads = 2 * tokens * text.num_attention_heads * evaluation.head_dim(text)
+        mlp = 2 * tokens * text.intermediate_size
+        mask = rows * n * end
+        with self.held(mask, width, width):
+            for _ in range(REPEATS):
+                self.pass_by(2 * mask, *[heads] * 5, width, width)
+                self.pass_by(*[mlp] * 4, width, width)
+
+    def rollout(self, wanted):
+        """As eval.rollout. Returns the slots; UserError for none."""
+        with self.held(*[2 * self.block] * self.layers, 2 * self.rest):
+            self.card.empty_cache()
+            most = evaluation.slots_in(self.card.free, self.config, self.cfg)
+            slots = min(wanted, self.cfg.in_flight, most)
+            if not slots:
+                raise env.UserError("too little memory for a rollout")
+
+            logits = slots * self.config.text_config.vocab_size
+            with self.held(slots * evaluation.row_bytes(self.config, self.cfg)):
+                for _ in range(4):
+                    n = int(self.rng.integers(2350, 2450))             # prompts, then observations
+                    self.prefill(max(1, min(evaluation.PREFILL // n, slots)), n, n)
+                    self.prefill(max(1, min(evaluation.PREFILL // 8000, slots)), 560, 8000)
+                    self.pass_by(*[4 * logits] * 5, *[8 * logits] * 2)
+        self.card.empty_cache()
+        return slots
+
+    def update(self):
+        """As rppo.update: trajectories one by one, then AdamW's step."""
+        text = self.config.text_config
+        with self.held(*[4 * size for size in self.trained]):          # gradients
+            for _ in range(3):
+                n = int(self.rng.integers(4000, self.cfg.max_tokens))
+                width = 2 * n * text.hidden_size
+                heads = 2 * n * text.num_attention_heads * evaluation.head_dim(text)
+                mlp = 2 * n * text.intermediate_size
+                with self.held(2 * self.rest, *[width] * (self.layers + 2)):     # inputs of the blocks
+                    self.pass_by(*[4 * 2 ** 26] * 8)                   # logits of a part, and their gradients
+                    for _ in range(REPEATS):
+                        weights = [4 * self.block, 2 * self.block, 4 * self.block]
+                        self.pass_by(*weights, *[heads] * 8, *[mlp] * 7, *[width] * 8)
+
+            if not self.moments:
+                self.moments = [self.card.malloc(4 * size) for size in 2 * self.trained]
+            for size in self.trained:
+                self.pass_by(4 * size, 4 * size)
+
+    def run(self, samples):
+        """Two steps and an evaluation: the slots of each rollout."""
+        self.check()
+        slots = []
+        for _ in range(2):
+            slots.append(self.rollout(samples))
+            self.update()
+        return [*slots, self.rollout(64)]
+
+
+@pytest.mark.parametrize("shape, card, lora, ranks", [
+    ("qwen3-vl-4b", "80 GB", 16, 1),
+    ("qwen3-vl-8b", "80 GB", 16, 1),
+    ("qwen2.5-vl-7b", "80 GB", 16, 1),
+    ("qwen3-vl-2b", "24 GB", 16, 1),
+    ("qwen3-vl-4b", "24 GB", 16, 1),
+    ("qwen2.5-vl-3b", "24 GB", 16, 1),
+    ("qwen3-vl-4b", "80 GB", 0, 8),
+    ("qwen3-vl-8b", "80 GB", 0, 8),
+    ("qwen2.5-vl-7b", "80 GB", 0, 8),
+    ("qwen3-vl-4b", "80 GB", 0, 1)])
+def test_training_fits(shape, card, lora, ranks):
+    """Two RL steps and an evaluation, with several trajectories at a time."""
+    slots = Job(shape, CARDS[card], lora=lora, ranks=ranks).run(256 // ranks)
+    assert min(slots) >= 4
+
+
+@pytest.mark.parametrize("shape", ["qwen3-vl-8b", "qwen2.5-vl-7b"])
+def test_a_small_card_is_refused(shape):
+    """8B and 7B with LoRA on 24 GB: one line before the first step, never out of memory midway."""
+    with pytest.raises(env.UserError, match="memory for an update"):
+        Job(shape, CARDS["24 GB"], lora=16).run(256)
+
+
+@pytest.mark.parametrize("shape", ["qwen3-vl-2b", "qwen3-vl-8b", "qwen2.5-vl-7b"])
+def test_long_trajectories_fit(shape):
+    """eval.py --k=32 --max_tokens=32768 on one card: a group is cut."""
+    job = Job(shape, CARDS["80 GB"], lora=1, max_tokens=32768)
+    assert min(job.rollout(64 * 32) for _ in range(3)) >= 2
+
+
+def test_a_cache_that_is_not_given_back_does_not_fit():
+    """The rules bite: with 80 % of the free memory a rollout, nothing given back, and the prompts' cache beside it,
+    the next cache finds no place."""
+    job = Job("qwen3-vl-4b", CARDS["80 GB"], lora=16)
+    card = job.card
+    row = evaluation.row_bytes(job.config, job.cfg)
+    with pytest.raises(OutOfMemory):
+        for n in (2350, 2449, 2400, 2430):
+            free = card.free + card.reserved - card.allocated
+            slots = int(0.8 * free / row)
+            prompts = card.malloc(slots // 8 * row * n / job.cfg.max_tokens)
+            cache = card.malloc(slots * row)
+            job.prefill(4, n, n)
+            card.release(cache)
+            card.release(prompts)
+
+
+def test_allocator_rules():
+    """Best fit, splitting, and a segment that is partly in use is not given back."""
+    card = Allocator(100 * MB)
+    first = card.malloc(30 * MB)
+    card.release(first)
+    part = card.malloc(20 * MB)                      # of the same segment
+    assert card.reserved == 30 * MB
+    with pytest.raises(OutOfMemory):
+        card.malloc(80 * MB)
+    card.release(part)
+    card.malloc(80 * MB)                             # the whole segment went back
+    assert card.reserved == 80 * MB
