@@ -18,7 +18,6 @@ of the original, those in a call 0 to 1000. The method is DRIM (arXiv 2512.17306
 choice" marks what is not published.
 """
 import argparse
-import errno
 import fcntl
 import inspect
 import json
@@ -52,12 +51,10 @@ class ToolError(Exception):
     """A mistake of the policy: the key of what it reads next, in ERRORS."""
 
 
-def setting(default, least=None, free=False):
-    """A config field with a smallest value of its own (else integers begin at 1, other numbers at 0), or one
-    that is free to change when a run goes on."""
-    if least is None:
-        least = int(type(default) is int)
-    return field(default=default, metadata=dict(least=least, free=free))
+def setting(default, **metadata):
+    """A config field with `least`, a smallest value of its own (else integers begin at 1, other numbers at 0),
+    or with `free=True`: it may change when a run goes on."""
+    return field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -286,13 +283,7 @@ def without_thoughts(text):
     before, closed, after = text.partition("</think>")
     if closed and "<think>" not in before:
         text = after
-
-    kept = ""
-    while text:
-        outside, opened, text = text.partition("<think>")
-        kept += outside
-        text = text.partition("</think>")[2]
-    return kept
+    return re.sub(r"(?s)<think>.*?(</think>|\Z)", "", text)
 
 
 def calls_tool(text):
@@ -302,9 +293,8 @@ def calls_tool(text):
 
 def thought_of(text):
     """What a turn says before its action, without tags: for people to read."""
-    thought, closed, said = text.rpartition("</think>")
-    said = said.partition("<tool_call>")[0].partition("<answer>")[0]
-    return (thought + said).replace("<think>", "").replace("</think>", "").strip()
+    said = re.split("<tool_call>|<answer>", text)[0]
+    return re.sub("</?think>", "", said).strip()
 
 
 def parse_action(text):
@@ -318,19 +308,19 @@ def parse_action(text):
     """
     # 1. Exactly one action is asked for.
     text = without_thoughts(text)
-    calls, answers = text.count("<tool_call>"), text.count("<answer>")
-    if calls + answers == 0:
+    tags = re.findall("<tool_call>|<answer>", text)
+    if not tags:
         return Action("none", error="no action")
-    if calls + answers > 1:
+    if len(tags) > 1:
         return Action("malformed", error="more than one action")
 
     # 2. It is closed, and not empty.
-    tag = "tool_call" if calls else "answer"
-    body, closed, _ = text.partition(f"<{tag}>")[2].partition(f"</{tag}>")
+    [tag] = tags
+    body, closed, _ = text.partition(tag)[2].partition(tag.replace("<", "</"))
     body = body.strip()
     if not closed or not body:
-        return Action("malformed", error=f"<{tag}> is empty or not closed")
-    if answers:
+        return Action("malformed", error=f"{tag} is empty or not closed")
+    if tag == "<answer>":
         return Action("answer", answer=body)
 
     # 3. A call is JSON that one of the tools understands.
@@ -386,7 +376,7 @@ CHAT_TEMPLATE = r"""
   {%- endif %}
   {{- '<|im_start|>' + ('user' if m.role == 'tool' else m.role) + '\n' + text }}
   {%- for call in m.tool_calls or [] %}
-    {%- set f = call.function or call %}
+    {%- set f = call.function %}
     {%- set arguments = f.arguments if f.arguments is string else f.arguments | tojson %}
     {{- '\n' if not loop.first or text and text[-1] != '\n' }}
     {{- '<tool_call>\n{"name": "' + f.name + '", "arguments": ' + arguments + '}\n</tool_call>' }}
@@ -422,10 +412,10 @@ def to_rgb(image):
 
     if image.mode == "F" or image.mode.startswith("I"):
         pixels = np.asarray(image, dtype=np.float64)
-        if not np.isfinite(pixels).all() or pixels.min() < 0:
+        brightest = pixels.max()
+        if not 0 <= pixels.min() <= brightest < math.inf:        # also for NaN
             raise ValueError("it has pixels below 0, or that are not finite")
 
-        brightest = pixels.max()
         white = 1 if brightest <= 1 else 2.0 ** max(8, int(brightest).bit_length()) - 1
         image = Image.fromarray((pixels / white * 255).clip(0, 255).astype(np.uint8))
 
@@ -462,7 +452,6 @@ class Processor:
         self.image = tokenizer.convert_tokens_to_ids("<|image_pad|>")
         self.ends = {self.end, *ends}
         self.cache = {}                      # text of the format -> ids
-        self.patterns = {}                   # special tokens that are kept -> where to cut the others
 
     def encode(self, text):
         """Ids of a piece of the format: special tokens are special."""
@@ -472,13 +461,12 @@ class Processor:
 
     def encode_data(self, text, keep=()):
         """Ids of text that is data: a special token written in it stays text, unless it is listed in keep."""
-        if keep not in self.patterns:
-            special = [t for t in self.tokenizer.get_added_vocab() if t.startswith("<") and t not in keep]
-            self.patterns[keep] = re.compile("(?<=<)(?=" + "|".join(re.escape(t[1:]) for t in special) + ")")
-
         text = text.encode(errors="replace").decode()        # JSON may hold half a surrogate pair
+
+        # Cut behind its "<", a special token is not recognised.
+        special = [re.escape(t[1:]) for t in self.tokenizer.get_added_vocab() if t[0] == "<" and t not in keep]
         ids = []
-        for piece in self.patterns[keep].split(text):    # cut behind its "<", it is not recognised
+        for piece in re.split("(?<=<)(?=" + "|".join(special) + ")", text):
             ids += self.tokenizer.encode(piece, add_special_tokens=False)
         return ids
 
@@ -668,12 +656,12 @@ def render(proc, row, turns, cfg):
 
 
 # --- Is an answer right by the rules? They know a letter, the words, a number; the rest is the judge's ---
-STYLED = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\{([^{}]*)\}")
 BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
 LEAD_IN = re.compile(
     r"^(?:(?:so|thus|therefore),? )?"
     r"(?:(?:(?:it is|it's|(?:the )?(?:correct |best |right |final )?(?:answer|option|choice)(?: is)?)\b"
     r"|故?选[择项]?|(?:正确)?答案[是为]?):? ?)+(?=.)", re.IGNORECASE)
+UNITS = "$€£%"
 OUTER = " .,;:!?\"'`*()[]。"
 # Full-width letters, digits and signs are the ASCII ones, at a fixed distance.
 PLAIN = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
@@ -685,18 +673,17 @@ NUMBER_WORDS = ("zero one two three four five six seven eight nine ten eleven tw
                 "fifteen sixteen seventeen eighteen nineteen").split()       # a word's place is its value
 for tens in "twenty thirty forty fifty sixty seventy eighty ninety".split():
     NUMBER_WORDS += [tens] + [f"{tens} {ones}" for ones in NUMBER_WORDS[1:10]]
-LETTERED = re.compile(r"\(?([A-Za-z])(?![\w/'])[ .):,(-]*(.+)")              # B. dark green
+LETTERED = re.compile(r"\(?([A-Za-z])(?![\w/'])([ .):,(-]*)(.+)")           # B. dark green
+DENIAL = re.compile(r"\b(not?|wrong|incorrect|false)\b|n't")
 OPTION_LINE = re.compile(r"^ *[(（]?([A-Z])[.):）：] *(\S.*)$", re.MULTILINE)       # such a line of a question
 
 
 def unwrap(text):
     """The answer in a text: its last LaTeX box, without a lead-in, with plain letters, spaces and quotes."""
-    text = STYLED.sub(r"\1", str(text))
+    text = str(text).translate(PLAIN).replace("**", "")
     boxed = BOXED.findall(text)
     if boxed:
         text = boxed[-1]
-
-    text = text.translate(PLAIN).replace("**", "")
     return LEAD_IN.sub("", " ".join(text.split()))
 
 
@@ -707,40 +694,34 @@ def normalise(text):
     words = re.sub(r"(?<![\w.])\.(?=[0-9])", "0.", words)
     words = re.sub(r"(?<=[0-9]) ?([/-]) ?(?=[0-9])", r"\1", words)
     words = re.sub(r"(?<=[^\W\d])-(?=[^\W\d])", " ", words)
-    words = words.strip(OUTER)
+    words = words.replace(" percent", "%").strip(OUTER)
     return re.sub(r"^(the|a|an) ", "", words) or str(text).strip()
 
 
-def number(text):
-    """(value, unit) of a number as people write it, or None; unit is a currency sign, "%" or ""."""
-    words = normalise(text).replace(" percent", "%")
-    before, words, after = re.fullmatch(r"(?s)([$€£]?) ?(.*?) ?([$€£%]?)", words).groups()
-    unit = before or after
+def number(words):
+    """Value of a number as people write it, or None: 3,000.5 or 1/2 or twelve, and $5 or 12 % without the unit."""
+    words = words.strip(UNITS + OUTER)
     if words in NUMBER_WORDS:
-        return NUMBER_WORDS.index(words), unit
+        return NUMBER_WORDS.index(words)
 
     found = NUMBER.fullmatch(words)
     if not found:
         return None
-    return float(found[1].replace(",", "")) / int(found[2] or 1), unit
+    return float(found[1].replace(",", "")) / int(found[2] or 1)
 
 
 def same_answer(answer, solution):
     """The same words, or the same number; one of the two may lack the unit. A number that is given twice,
     "3 (three)", has to be right twice."""
-    if normalise(answer) == normalise(solution):
+    answer, solution = normalise(answer), normalise(solution)
+    if answer == solution:
         return True
 
     right = number(solution)
-    first, given_twice, second = unwrap(answer).rstrip(" .)").partition(" (")
-    for part in (first, second) if given_twice else (answer,):
-        said = number(part)
-        if not right or not said or said[0] != right[0]:
-            return False
-        if said[1] and right[1] and said[1] != right[1]:
-            return False
-
-    return True
+    units = set(UNITS) & set(answer + solution)
+    if right is None or len(units) > 1:
+        return False
+    return all(number(part) == right for part in answer.split(" ("))
 
 
 def worded(text, options):
@@ -749,6 +730,16 @@ def worded(text, options):
     found = [i for i, option in enumerate(options) if normalise(option) == words]
     found = found or [i for i, option in enumerate(options) if same_answer(text, option)]
     return found[0] if len(found) == 1 else None
+
+
+def contradicts(text, options, index):
+    """Does what follows a letter deny something, or name an option other than its own, the one at index?"""
+    words = normalise(text)
+    for i, (letter, option) in enumerate(zip(string.ascii_uppercase, options)):
+        if i != index and (normalise(option) in words or re.search(rf"\b{letter}\b", text)):
+            return True
+
+    return bool(DENIAL.search(words))
 
 
 def choice(text, options):
@@ -761,14 +752,19 @@ def choice(text, options):
     if len(alone) == 1 and alone in letters:
         return letters.index(alone)
 
-    # 2. Words, or a letter and words: "B. dark green"
+    # 2. Words, or neither
     index = worded(text, options)
     lettered = LETTERED.fullmatch(text)
-    if index is None and lettered:
-        index = worded(lettered[2], options)
-        if index is not None and index != letters.find(lettered[1].upper()):
-            return None
-    return index
+    if index is not None or not lettered:
+        return index
+
+    # 3. A letter and its words, "B dark green"; or, after a mark, what does not contradict it: "B. The green."
+    index = letters.find(lettered[1].upper())
+    said = worded(lettered[3], options)
+    marked = lettered[2].startswith((". ", ") ", ": "))
+    if said is None and marked and not contradicts(lettered[3], options, index):
+        said = index
+    return index if said == index >= 0 else None
 
 
 def options_of(row):
@@ -867,21 +863,20 @@ def newest(folder):
         return folder
 
     step = last.read_text(errors="replace").strip()
-    checkpoint = f"{folder}/checkpoints/{step}"
-    if not step.isdecimal() or not os.path.isdir(checkpoint):
-        there = sorted(path.name for path in Path(folder, "checkpoints").glob("*") if path.name.isdecimal())
-        raise UserError(f"{last} names no checkpoint ({step!r:.40}); write the number of one into it: "
-                        + (", ".join(there) or "there is none; remove the folder"))
-    return checkpoint
+    there = [path.name for path in Path(folder, "checkpoints").glob("*") if path.name.isdecimal()]
+    if step not in there:
+        raise UserError(f"{last} names no checkpoint ({step!r:.40}); write one into it, or remove the folder: "
+                        + ", ".join(sorted(there)))
+    return f"{folder}/checkpoints/{step}"
 
 
 def find_model(path):
-    """A --model as `newest` gives it. UserError for a folder that is not there: only OWNER/NAME, its first
-    part no folder of ours, can be a model of the hub."""
-    owner, slash, name = path.partition("/")
-    hub = name and "/" not in name and owner not in ("", ".", "..", "~", "runs", "data")
-    if not os.path.exists(path) and (not hub or os.path.isdir(owner)):
-        raise UserError(f"--model={path}: no such folder; give a run, a checkpoint, or OWNER/NAME of the hub")
+    """A --model as `newest` gives it. UserError for what is neither a folder nor can be a name of the hub:
+    OWNER/NAME, its owner no folder of ours."""
+    owner, _, name = path.rpartition("/")
+    local = not owner or not name or "/" in owner or owner == "runs" or os.path.isdir(owner)
+    if local and not os.path.exists(path):
+        raise UserError(f"{path}: there is no such folder, and it is no hub id; check --model")
     return newest(path)
 
 
@@ -897,10 +892,8 @@ def lock(folder):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f"{folder} is in use by {Path(path).read_text()[:-1]}; end it, or give another --out")
-    except OSError as e:
-        if e.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK):
-            raise
-        print(f"{folder}: its file system knows no locks ({e.strerror}); start no second process there")
+    except OSError as e:                         # as of network file systems
+        print(f"{folder} cannot be locked ({e.strerror}); start no second process there")
 
     file.truncate(0)
     print(f"process {os.getpid()} on {os.uname().nodename} since {time.ctime()}", file=file, flush=True)
@@ -995,11 +988,8 @@ def configure(cls, real, argv=None):
         if isinstance(value, str):
             setattr(cfg, name, value.replace("{seed}", str(cfg.seed)).rstrip("/") or value)
 
-    # 3. What could only fail later
     if isinstance(cfg, EpisodeConfig) and cfg.max_crop_pixels < cfg.min_crop_pixels:
         raise UserError(f"--max_crop_pixels={cfg.max_crop_pixels} is below --min_crop_pixels")
-    if "out" in values and (not cfg.out or os.path.isfile(cfg.out)):
-        raise UserError(f"--out={cfg.out}: not a folder; give the name of one")
     return cfg
 
 
@@ -1008,8 +998,8 @@ def command(main, cls, real):
     try:
         main(configure(cls, real))
     except Exception as e:
-        named = isinstance(e, OSError) and e.filename
-        if not named and "No space left" not in str(e):      # also an error of safetensors
+        of_a_file = getattr(e, "filename", None) is not None
+        if not of_a_file and "No space left" not in str(e):      # also an error of safetensors
             raise
         raise UserError(f"cannot read or write ({e}); make room, or give another --out")
 

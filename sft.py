@@ -369,9 +369,7 @@ def read_config(path):
     rollout is right under sdpa only. UserError for what would be sampled and trained differently, or
     would hang a load."""
     from transformers import AutoConfig, PretrainedConfig
-    parent, _, name = path.rpartition("/")
-    if not os.path.isdir(path) and (not name or "/" in parent or os.path.isdir(parent) or parent == "runs"):
-        raise UserError(f"{path}: there is no such folder, and it is no hub id; check --model")
+    env.find_model(path)
     raw, _ = PretrainedConfig.get_config_dict(path)
     family = raw.get("model_type")
     if not family:

@@ -114,12 +114,12 @@ def hostile_text(rng):
 
 
 def test_hostile_texts():
-    """200,000 texts: the parser never raises, and what it takes for a crop is refused by name or ends in
+    """50,000 texts: the parser never raises, and what it takes for a crop is refused by name or ends in
     whole pixels inside the image, with the least side and a ratio of at most 100, through three zooms."""
     rng, outcomes = random.Random(0), collections.Counter()
     worlds = [images_of(640, 480, (100, 100, 400, 300), (150, 120, 170, 290), (150, 120, 153, 123)),
               images_of(2000, 20, (1990, 0, 2000, 20)), images_of(7, 9)]
-    for i in range(200_000):
+    for i in range(50_000):
         action = parse_action(hostile_text(rng))
         outcomes[action.kind] += 1
         if action.kind != "crop":
@@ -484,23 +484,22 @@ def test_lock(tmp_path, monkeypatch, capsys):
     def flock(file, flags):
         raise error
     monkeypatch.setattr(env.fcntl, "flock", flock)
-    for number in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
-        error = OSError(number, "none")
-        env.lock(f"{tmp_path}/{number}")
-        assert "knows no locks" in capsys.readouterr().out
-    for error, raised in ((BlockingIOError(), env.UserError), (OSError(errno.EIO, "broken"), OSError)):
-        with pytest.raises(raised):
-            env.lock(f"{tmp_path}/b")
+    error = OSError(errno.ENOLCK, "no locks")
+    env.lock(f"{tmp_path}/a")
+    assert "cannot be locked (no locks)" in capsys.readouterr().out
+    error = BlockingIOError()
+    with pytest.raises(env.UserError, match="b is in use"):
+        env.lock(f"{tmp_path}/b")
 
 
 @pytest.mark.parametrize("flags, line", [
-    (["--model=runs/nothing"], "--model=runs/nothing: no such folder"),
+    (["--model=runs/nothing"], "runs/nothing: there is no such folder.*--model"),
     (["--model=/nothing"], "no such folder"),
     (["--model=./nothing"], "no such folder"),
     (["--model=nothing"], "no such folder"),
     (["--model=tests/nothing"], "no such folder"),
-    (["--out="], "--out=: not a folder"),
-    (["--out=README.md"], "--out=README.md: not a folder"),
+    (["--out="], "cannot read or write .*--out"),
+    (["--out=README.md"], "cannot read or write .*README.md.*--out"),
     (["--out=README.md/x"], "cannot read or write .*README.md/x"),
     (["--out=/proc/x"], "cannot read or write .*/proc/x"),
     (["--steps=" + "9" * 400], "flags: steps is 9{20,40}; it has to"),

@@ -18,18 +18,20 @@ ANSWERS = {
          " | the dark green | \"dark green\" | The answer is B | the answer is b | Answer: (B)."
          " | Answer:B | **Answer:** B"
          " | Option B | Option “B” | Answer: option B: dark green | The answer is dark green | \\boxed{B}"
-         " | The answer is $\\boxed{\\text{B}}$. | \\boxed{A} or \\boxed{B}",
+         " | B. green | B) Green, as on the sign. | B: the sign is dark | (B) a dark shade of green"
+         " | The answer is $\\boxed{B}$. | \\boxed{A} or \\boxed{B}",
     "D": "A.M. | a.m. | D. A.M.",
-    "E": "a big car | A big car | big car | E. a big car",
+    "E": "E. coli bacteria | a big car | A big car | big car | E. a big car",
     "F": "F | 12 percent | twelve percent | 12 | F. 12 % | F: twelve percent",
     # Others, several, or none; a letter and words that contradict each other.
     None: "A red car | A red car is there | A truck is on the left | A Nissan | A) or B)"
           " | A. B. C. D. | A.B.C.D. | B or C | B/C | A\nB | A B | ABCD | red or blue | \\boxed{A or B}"
           " | B. red | A. dark green | red (B) | B is right, A is not | green | answer | G |  | ..."
           " | The answer is not B | not red | reddish"
-          " | infra-red | It isn't B | B is wrong | The answer is not (B) | Not B | It isn't red"
+          " | (B) is wrong | B. No, not green | B. Red, I think | B) or C) | B. green, A. red | B. It isn't green"
+         " | infra-red | It isn't B | B is wrong | The answer is not (B) | Not B | It isn't red"
           " | vitamin B-12 | I cannot say"
-          " | E. coli bacteria | Answers: A | Optional | 不选A | 12% or 13% | $12",
+          "  | Answers: A | Optional | 不选A | 12% or 13% | $12",
 }
 
 
@@ -69,7 +71,7 @@ def test_options(options, answer, index):
 
 
 @pytest.mark.parametrize("solution, accepted, refused", [
-    ("red", 'red |  The RED.  | "red" | **red** | Answer: red | \\boxed{\\text{red}}'
+    ("red", 'red |  The RED.  | "red" | **red** | Answer: red | \\boxed{red}'
            ' | The answer is red. | ｒｅｄ',
      "reddish |  | not red | It isn't red | red (B) | A. red"),
     ("Apple\n  pie", "an apple pie | The apple pie | apple-pie", "pie | theapple pie"),
