@@ -52,8 +52,8 @@ class ToolError(Exception):
 
 
 def setting(default, **metadata):
-    """A config field with `least`, a smallest value of its own (else integers begin at 1, other numbers at 0),
-    or with `free=True`: it may change when a run goes on."""
+    """A config field with `least`, a smallest value of its own (else integers begin at 1, other numbers at
+    0), or with `free=True`: it may change when a run goes on."""
     return field(default=default, metadata=metadata)
 
 
@@ -464,7 +464,8 @@ class Processor:
         text = text.encode(errors="replace").decode()        # JSON may hold half a surrogate pair
 
         # Cut behind its "<", a special token is not recognised.
-        special = [re.escape(t[1:]) for t in self.tokenizer.get_added_vocab() if t[0] == "<" and t not in keep]
+        added = self.tokenizer.get_added_vocab()
+        special = [re.escape(token[1:]) for token in added if token[0] == "<" and token not in keep]
         ids = []
         for piece in re.split("(?<=<)(?=" + "|".join(special) + ")", text):
             ids += self.tokenizer.encode(piece, add_special_tokens=False)
@@ -699,7 +700,7 @@ def normalise(text):
 
 
 def number(words):
-    """Value of a number as people write it, or None: 3,000.5 or 1/2 or twelve, and $5 or 12 % without the unit."""
+    """Value of a number as people write it, or None: 3,000.5, 1/2, twelve; $5 and 12 % without the unit."""
     words = words.strip(UNITS + OUTER)
     if words in NUMBER_WORDS:
         return NUMBER_WORDS.index(words)
