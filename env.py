@@ -759,7 +759,7 @@ def choice(text, options):
     if index is not None or not lettered:
         return index
 
-    # 3. A letter and its words, "B dark green"; or, after a mark, what does not contradict it: "B. The green."
+    # 3. A letter and its words, "B dark green"; or, after a mark, what does not contradict it: "B. Green."
     index = letters.find(lettered[1].upper())
     said = worded(lettered[3], options)
     marked = lettered[2].startswith((". ", ") ", ": "))
@@ -866,7 +866,7 @@ def newest(folder):
     step = last.read_text(errors="replace").strip()
     there = [path.name for path in Path(folder, "checkpoints").glob("*") if path.name.isdecimal()]
     if step not in there:
-        raise UserError(f"{last} names no checkpoint ({step!r:.40}); write one into it, or remove the folder: "
+        raise UserError(f"{last} names no checkpoint ({step!r:.40}); write one into it, or remove the run: "
                         + ", ".join(sorted(there)))
     return f"{folder}/checkpoints/{step}"
 
