@@ -30,9 +30,11 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
-import numpy as np
-import torch
-from PIL import Image, ImageOps
+# Before torch loads OpenMP: on busy cores threads that spin while they wait make a step ten times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image, ImageOps  # noqa: E402
 
 
 def printable(text):

@@ -21,6 +21,7 @@ from html import escape
 from itertools import accumulate, groupby
 from pathlib import Path
 
+import env  # before torch: see there
 import numpy as np
 import torch
 from PIL import Image
@@ -28,7 +29,6 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import data
-import env
 import sft
 
 

@@ -36,11 +36,11 @@ import os
 import time
 from dataclasses import dataclass, replace
 
+import env  # before torch: see there
 import numpy as np
 import torch
 
 import data
-import env
 import eval as evaluation
 import sft
 

@@ -31,6 +31,7 @@ from datetime import timedelta
 from pathlib import Path
 from types import MethodType
 
+import env  # before torch: see there
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -39,7 +40,6 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import data
-import env
 from env import UserError
 
 

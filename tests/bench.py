@@ -29,14 +29,14 @@ from dataclasses import dataclass
 from statistics import median
 from unittest.mock import patch
 
-import numpy as np
-import torch
-import transformers
-from PIL import Image
-
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import env  # noqa: E402, before torch: see there
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from PIL import Image  # noqa: E402
+
 import data  # noqa: E402
-import env  # noqa: E402
 import eval as evaluation  # noqa: E402
 import rppo  # noqa: E402
 import sft  # noqa: E402

@@ -7,15 +7,15 @@ import sys
 import threading
 from contextlib import contextmanager, suppress
 
-import pytest
-import torch
-from PIL import Image
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "tests")]
+import env  # noqa: E402, before torch: see there
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil  # noqa: E402
+
 import data  # noqa: E402
-import env  # noqa: E402
 import sft  # noqa: E402
 
 torch.set_num_threads(1)   # the models are tiny: on busy cores a second thread makes the tests several times slower

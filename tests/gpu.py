@@ -23,14 +23,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
-import numpy as np
-import torch
-from PIL import Image
-
 sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[:2]]
+import env  # noqa: E402, before torch: see there
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
+
 import bench  # noqa: E402
 import data  # noqa: E402
-import env  # noqa: E402
 import eval as evaluation  # noqa: E402
 import rppo  # noqa: E402
 import sft  # noqa: E402

@@ -20,13 +20,13 @@ import sys
 import time
 from dataclasses import replace
 
-import numpy as np
-import torch
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+import env  # noqa: E402, before torch: see there
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
 import torch.nn.functional as F
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 import data
-import env
 
 SEED = 9
 ASKED = [f"One {colour} box" for colour in data.COLOURS] + ["dots", "sign", "bars", "code"]

@@ -29,11 +29,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
-import numpy as np
-import torch
+import env  # noqa: E402, before torch: see there
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
 
 import data
-import env
 import eval as evaluation
 import rppo
 import sft

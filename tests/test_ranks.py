@@ -14,12 +14,12 @@ import sys
 import zlib
 from pathlib import Path
 
-import pytest
-import torch
-
 sys.path.insert(0, str(Path(__file__).parent.parent))        # torchrun knows no conftest
+import env  # noqa: E402, before torch: see there
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
 import data  # noqa: E402
-import env  # noqa: E402
 import eval as evaluation  # noqa: E402
 import rppo  # noqa: E402
 import sft  # noqa: E402

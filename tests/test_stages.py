@@ -14,6 +14,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 import zlib
 from dataclasses import asdict, fields, replace
@@ -398,6 +399,27 @@ def test_imports():
             if modules and node.col_offset:        # in a function: loaded when it is called
                 allowed |= {"transformers", "tokenizers", "safetensors"}
             assert {module.split(".")[0] for module in modules} <= allowed
+
+
+BEFORE_TORCH = """
+import os, sys
+class Finder:
+    def find_spec(name, *_):
+        if name == "torch":
+            print(os.environ.get("OMP_WAIT_POLICY"), flush=True)
+            os._exit(0)
+sys.meta_path.insert(0, Finder)
+__import__(sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize("name", [*FILES, "conftest", "bench", "gpu", "probe", "study"])
+def test_threads_wait_without_spinning(name):
+    """OpenMP reads how its threads are to wait when torch loads it."""
+    outside = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
+    outside["PYTHONPATH"] = f"{ROOT}:{ROOT}/tests"
+    child = subprocess.run([sys.executable, "-c", BEFORE_TORCH, name], env=outside, capture_output=True, text=True)
+    assert child.stdout == "PASSIVE\n", child.stderr
 
 
 def test_two_threads_add_in_one_order(policy, monkeypatch):
