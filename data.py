@@ -23,6 +23,7 @@ same command goes on, and pays for nothing twice) and data_card.json (what becam
 import ast
 import base64
 import csv
+import functools
 import hashlib
 import io
 import json
@@ -267,7 +268,7 @@ GIVE_UP = 0.3                        # probability that it guesses after an empt
 AGAIN = 0.3                          # probability that it looks at an empty box again, a little shifted
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Task:
     """A built-in task. Lengths are pixels of the scene."""
     size: int                        # of the scene
@@ -298,6 +299,7 @@ def cell_name(cell):
     return f"{chr(65 + cell % GRID)}{cell // GRID + 1}"
 
 
+@functools.lru_cache
 def halftone(kind, value, base, task):
     """A mark in dots: int16 (tile, tile, 3 or 1), to be added to a square of colour `base`. It has mean 0."""
     # 1. Where there are dots: everywhere, or in the form of a text.
@@ -326,7 +328,7 @@ def draw_box(rng, pixels, cell, colour, kind, value, task):
     width = task.size // GRID
     side = width * 3 // 4
     corner = corner_of(cell, width) + rng.integers(0, width - side + 1, 2)
-    base = np.array(COLOURS[colour]) // 32 * 24 + 36
+    base = tuple(channel // 32 * 24 + 36 for channel in COLOURS[colour])
     square(pixels, corner, side)[:] = base
 
     # 2. The mark anywhere in it, its dots in line with the scene.
@@ -520,19 +522,38 @@ def seconds_told(headers):
 
 def turn_of(message):
     """A message as one text in the form of env.py: thoughts and calls that a server took out are put back."""
+    pieces = []
+    thought = message.get("reasoning_content") or message.get("reasoning")
+    if thought:
+        pieces.append(f"<think>{thought.strip()}</think>")
+
     content = message.get("content") or ""
     if isinstance(content, list):
         content = "".join(part.get("text", "") for part in content)
+    if content.strip():
+        pieces.append(content.strip())
 
-    pieces = [content.strip()]
-    thought = message.get("reasoning_content") or message.get("reasoning")
-    if thought:
-        pieces.insert(0, f"<think>{thought.strip()}</think>")
     for call in message.get("tool_calls") or []:
         name, arguments = call["function"]["name"], call["function"]["arguments"]
         pieces.append(f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>')
-    text = "\n".join(filter(None, pieces))
-    return text.encode(errors="replace").decode()            # no half surrogate pair
+    return "\n".join(pieces).encode(errors="replace").decode()       # no half surrogate pair
+
+
+def ask(url, body):
+    """One request: (HTTP status, text of the reply or what is wrong, seconds to wait before another one). A
+    failure that may pass has status 500."""
+    try:
+        status, headers, said = post(url, body)
+        if status != 200:
+            return status, f"HTTP {status}: {said[:300]}", seconds_told(headers)
+
+        choice = json.loads(said)["choices"][0]
+        text = turn_of(choice["message"])
+        if not text or choice.get("finish_reason") == "length":
+            return 422, "the reply is empty, or cut at max_tokens", 0
+        return 200, text, 0
+    except Exception as e:                   # besides errors of the network, whatever a reply can cause
+        return 500, f"{type(e).__name__}: {e}", 0
 
 
 def chat(url, name, messages, temperature=0.0, max_tokens=2048):
@@ -548,27 +569,16 @@ def chat(url, name, messages, temperature=0.0, max_tokens=2048):
     model = url, name
     waits, patience = [1, 2, 4, 8, 16, 32], PATIENCE
     while True:
-        # 1. Ask. OpenAI's models that think refuse temperature and top_p, too.
+        # 1. OpenAI's models that think refuse temperature and top_p, too.
         body = dict(model=name, messages=messages)
         if model in thinking:
             body.update(max_completion_tokens=max_tokens)
         else:
             body.update(max_tokens=max_tokens, temperature=temperature, top_p=1)
-        told = 0
-        try:
-            status, headers, said = post(url.rstrip("/") + "/chat/completions", body)
-            if status == 200:
-                choice = json.loads(said)["choices"][0]
-                text = turn_of(choice["message"])
-                if text and choice.get("finish_reason") != "length":
-                    answering.add(model)
-                    return text
-                said = f"the reply is empty, or cut at {max_tokens} tokens"
-            else:
-                said = f"HTTP {status}: {said[:300]}"
-                told = seconds_told(headers)
-        except Exception as e:               # besides errors of the network, whatever a reply can cause
-            status, said = 500, f"{type(e).__name__}: {e}"
+        status, said, told = ask(url.rstrip("/") + "/chat/completions", body)
+        if status == 200:
+            answering.add(model)
+            return said
 
         # 2. Ask again: by the other name; after the wait that it asks for; or after one of our own.
         if "Use 'max_completion_tokens'" in said and "max_tokens" in body:

@@ -143,7 +143,7 @@ def test_a_reply_becomes_a_turn(talk, message, text):
     ([404], True, env.UserError, "404"), ([400], False, env.UserError, "400"), ([400], True, data.NoReply, "400"),
     ([413], True, data.NoReply, "413"), ([(422, {}, ["\x1b[31mlong"])], True, data.NoReply, r"\\x1b\[31mlong"),
     ([{"message": {"content": ""}}], True, data.NoReply, "empty"),
-    ([{"message": {"content": "I am"}, "finish_reason": "length"}], True, data.NoReply, "cut at 9 tokens"),
+    ([{"message": {"content": "I am"}, "finish_reason": "length"}], True, data.NoReply, "cut at max_tokens"),
     ([500] * 7, False, env.UserError, "500"), ([CUT] * 7, True, data.NoReply, "JSON"),
     ([(200, {}, ["x" * 2000])] * 7, True, data.NoReply, "does not end"),
     ([(200, {}, (Event().wait(0.02) or " " for _ in range(9))) for _ in range(7)], True, data.NoReply, "not end|timed"),
