@@ -627,7 +627,11 @@ class Job:
     def __init__(self, cfg):
         self.cfg = cfg
         self.episode = env.EpisodeConfig(**{**env.REAL_EPISODE, "max_pixels": cfg.max_pixels})
+        self.models = {                      # address, name there, pixels a side of an image token
+            "annotator": (cfg.annotator, cfg.annotator_name, cfg.annotator_factor),
+            "policy": (cfg.policy, cfg.policy_name, cfg.policy_factor)}
         self.stopped = False                 # after an error: ask nothing more
+
         self.lock = threading.Lock()
         self.answers = {}                    # key of a turn -> its text
         self.log = open(f"{cfg.out}/answers.jsonl", "a+", buffering=1)
@@ -637,8 +641,9 @@ class Job:
                 self.answers.setdefault(*json.loads(line))
             except ValueError:               # empty, or the half line that a killed run leaves
                 pass
+
         if self.answers:                     # the settings are right: what is refused now is one request
-            answering.update({(cfg.annotator, cfg.annotator_name), (cfg.policy, cfg.policy_name)})
+            answering.update(model[:2] for model in self.models.values())
 
 
 def image_url(image):
@@ -668,17 +673,20 @@ def messages_of(traj, episode, factor):
 
 def next_turn(job, who, episode, traj, sample):
     """The assistant's next turn (text) in a conversation, the `sample`-th of its kind, recorded or new."""
-    cfg, row = job.cfg, traj.row
-    address, name, factor = [getattr(cfg, who + field) for field in ("", "_name", "_factor")]
+    row = traj.row
+    address, name, factor = job.models[who]
+
     # What decides the answer, and no more: a new setting must not make those that were paid for worthless.
-    request = [who, name, factor, cfg.seed, env.SYSTEM, episode.max_crops, episode.max_pixels,
+    request = [who, name, factor, job.cfg.seed, env.SYSTEM, episode.max_crops, episode.max_pixels,
                row["doc_id"], row["images"][0].size, row["problem"], sample, len(traj.turns)]
     key = hashlib.sha256(json.dumps(request).encode()).hexdigest()
+
     if key not in job.answers:
         if job.stopped:
             raise NoReply("stopped")
+
         messages = messages_of(traj, episode, factor)
-        text = chat(address, name, messages, temperature=1.0, max_tokens=cfg.max_tokens)
+        text = chat(address, name, messages, temperature=1.0, max_tokens=job.cfg.max_tokens)
         with job.lock:                       # newline first: the line before may be cut
             job.log.write("\n" + json.dumps([key, text]))
             job.answers.setdefault(key, text)              # a copy of the photograph may have been faster
@@ -800,8 +808,9 @@ def demonstrate(job, row):
 STEPS = (open_photo, propose, read_question, verify, grade, demonstrate)
 
 
-def build(job, path, n):
-    """What the n-th proposal of a photograph leads to: "kept" or what dropped it, its side, and its rows."""
+def build(job, proposal):
+    """What a proposal, the n-th of a photograph, leads to: "kept" or what dropped it, its side, its rows."""
+    path, n = proposal
     row = {"images": [path], "doc_id": n, "data_source": "photographs"}
     for step in STEPS:
         try:
@@ -842,8 +851,7 @@ def find_photos(folder):
 def construct(cfg):
     """Rows and cold-start trajectories from the photographs of cfg.images."""
     paths, others = find_photos(cfg.images)
-    if others:
-        print(f"{cfg.images}: files left out: {dict(others)}; read are {', '.join(env.IMAGE_FORMATS)}")
+    print(f"{cfg.images}: {len(paths)} photographs; other files, left out: {dict(others)}")
     if not paths:
         raise UserError(f"--images={cfg.images}: no images there; give a folder of photographs")
 
@@ -852,7 +860,7 @@ def construct(cfg):
     fates, sides = Counter(), {"sft": [], "train": [], "test": []}
     with ThreadPoolExecutor(cfg.parallel) as pool:
         try:                                 # results come in the order of the proposals
-            results = pool.map(lambda proposal: build(job, *proposal), proposals)
+            results = pool.map(functools.partial(build, job), proposals)
             for fate, side, rows in tqdm(results, total=len(proposals), desc="proposals", disable=None):
                 fates[fate] += 1
                 sides[side] += rows
