@@ -167,7 +167,7 @@ def check_row(row, where):
     # 1. What it needs
     for key in ("images", "problem", "solution"):
         if not isinstance(row, dict) or row.get(key) in (None, "", []):
-            raise UserError(f"{where} has no `{key}`; a row needs images (a list of paths), problem, solution; "
+            raise UserError(f"{where} has no `{key}`; a row needs images (a list), problem and solution; "
                             "conversations of other projects: `python tests/convert.py FILE`")
     if not isinstance(row["images"], list) or len(row["images"]) > 1:
         raise UserError(f"{where}: `images` is not a list of one image; several images are not supported")
@@ -221,15 +221,18 @@ def check_rows(rows, rank, world_size, proc, cfg):
 
     proc: the policy's Processor; cfg: its EpisodeConfig.
     """
-    paths = sorted({row["images"][0] for row in rows})[rank::world_size]
+    paths = sorted({row["images"][0] for row in rows})
+    paths = paths[rank::world_size]
 
     def count(path):
         """The tokens of an image as the policy sees it."""
-        width, height = env.start_episode({"images": [path]}, cfg).shown[0].size(proc.factor)
+        traj = env.start_episode({"images": [path]}, cfg)
+        width, height = traj.shown[0].size(proc.factor)
         return width * height // proc.factor ** 2
 
     with ThreadPoolExecutor(8) as pool:
-        bar = tqdm(pool.map(count, paths), "images", len(paths), disable=rank > 0 or None, leave=False)
+        found = pool.map(count, paths)
+        bar = tqdm(found, "images", len(paths), leave=False, disable=rank > 0 or None)
         counts = dict(zip(paths, bar))
 
     for row in rows:
@@ -246,17 +249,26 @@ def check_rows(rows, rank, world_size, proc, cfg):
 
 GRID = 4
 # Every channel is 12 more than a multiple of 24: what a dot adds, the pixels around it give back unrounded.
-COLOURS = {"red": (204, 36, 36), "green": (36, 180, 60), "blue": (36, 84, 204),
-           "yellow": (204, 204, 36), "purple": (156, 36, 204), "cyan": (36, 204, 204)}
+COLOURS = {
+    "red": (204, 36, 36),
+    "green": (36, 180, 60),
+    "blue": (36, 84, 204),
+    "yellow": (204, 204, 36),
+    "purple": (156, 36, 204),
+    "cyan": (36, 204, 204)}
 BLACK = 36
 GREY = 156
 CODES = ["".join(letters) for letters in product("ACEFHKLMNPRTUVWXY3479", repeat=3)]
 # What is asked for -> the question, what the look-alikes bear, the possible answers.
 KINDS = {
-    "colour": ("One {} box bears coloured dots, the others black. Which colour?", "black", list(COLOURS)),
-    "shape": ("One {} box bears a dotted sign, the others a dash. Which?", "dash", ["cross", "plus", "ring"]),
-    "count": ("One {} box bears several dotted bars, the others one. How many?", "1", ["2", "3", "4", "5"]),
-    "text": ("One {} box bears a dotted code, the others a dash. What is the code?", "dash", CODES)}
+    "colour": ("One {} box bears coloured dots, the others black. Which colour?",
+               "black", list(COLOURS)),
+    "shape": ("One {} box bears a dotted sign, the others a dash. Which?",
+              "dash", ["cross", "plus", "ring"]),
+    "count": ("One {} box bears several dotted bars, the others one. How many?",
+              "1", ["2", "3", "4", "5"]),
+    "text": ("One {} box bears a dotted code, the others a dash. What is the code?",
+             "dash", CODES)}
 # How a mark is printed, unless it is a colour or a code.
 SIGNS = {"cross": "X", "plus": "+", "ring": "O", "dash": "-",
          "1": "I", "2": "II", "3": "III", "4": "IIII", "5": "IIIII"}
@@ -285,8 +297,10 @@ SQUARE = np.pad(np.ones((2, 2)) * 4 / 3, 1) - 1 / 3
 POINT = np.outer((-0.5, 1, -0.5), (-0.5, 1, -0.5))
 # FORK: the built-in tasks. Another one is an entry here and, with a new kind of question, one in KINDS.
 TASKS = {
-    "tiny": Task(size=192, blotch=6, dot=SQUARE, tile=24, label=False, kinds=("colour",)),
-    "large": Task(size=4096, blotch=3, dot=POINT, tile=192, label=True, kinds=("shape", "count", "text"))}
+    "tiny": Task(size=192, blotch=6, dot=SQUARE, tile=24, label=False,
+                 kinds=("colour",)),
+    "large": Task(size=4096, blotch=3, dot=POINT, tile=192, label=True,
+                  kinds=("shape", "count", "text"))}
 
 
 def corner_of(cell, side):
@@ -374,7 +388,9 @@ def make_scene(rng, task):
 
     # 4. Noise over all.
     n = task.size // task.blotch + 1
-    noise = rng.choice(NOISE, (n, n, 3)).repeat(task.blotch, axis=0).repeat(task.blotch, axis=1)
+    noise = rng.choice(NOISE, (n, n, 3))
+    noise = noise.repeat(task.blotch, axis=0)
+    noise = noise.repeat(task.blotch, axis=1)
     pixels += noise[:task.size, :task.size]
     return Image.fromarray(pixels.astype(np.uint8)), questions
 
@@ -662,7 +678,9 @@ def messages_of(traj, episode, factor):
 
     system = env.SYSTEM if episode.max_crops else env.SYSTEM_NO_TOOL
     question = [part(traj.shown[0]), part(traj.row["problem"])]
-    messages = [dict(role="system", content=system), dict(role="user", content=question)]
+    messages = [
+        dict(role="system", content=system),
+        dict(role="user", content=question)]
     for turn in traj.turns:
         seen = turn.shown or env.ERRORS[turn.error]
         response = [part(env.RESPONSE_BEFORE), part(seen), part(env.RESPONSE_AFTER)]
@@ -734,7 +752,9 @@ def propose(job, row):
     outer = traj.shown[0].box
     limit = job.cfg.evidence_share * env.area(outer)
     for box in traj.crops:
-        if env.intersection(box, outer) < env.area(box) or env.area(box) * FINER ** 2 > env.area(outer):
+        leaves = env.intersection(box, outer) < env.area(box)
+        finer = env.area(box) * FINER ** 2 <= env.area(outer)
+        if leaves or not finer:
             return "a zoom leaves the crop before it, or is hardly finer"
         outer = box
     if env.area(outer) > limit:
@@ -857,7 +877,8 @@ def construct(cfg):
 
     proposals = list(product(paths, range(cfg.per_image)))
     job = Job(cfg)
-    fates, sides = Counter(), {"sft": [], "train": [], "test": []}
+    fates = Counter()
+    sides = {"sft": [], "train": [], "test": []}
     with ThreadPoolExecutor(cfg.parallel) as pool:
         try:                                 # results come in the order of the proposals
             results = pool.map(functools.partial(build, job), proposals)
@@ -954,9 +975,11 @@ def read_tsv(path):
     _local.tsv, which VLMEvalKit writes for a file above 1 GB, has the column `image_path` in its place.
     """
     csv.field_size_limit(2 ** 31 - 1)
-    items, files = [], {}
+    items = []
+    files = {}                               # index of a line -> its image, unpacked
     with open(path, newline="", encoding="utf-8-sig") as f:
-        for i, item in enumerate(tqdm(csv.DictReader(f, delimiter="\t"), desc=path, disable=None)):
+        lines = csv.DictReader(f, delimiter="\t")
+        for i, item in enumerate(tqdm(lines, desc=path, disable=None)):
             image = item.get("image") or ""
             if len(image) > 64 and not image.startswith("["):
                 image = item["image"] = unpack(image, path + ".images")
@@ -1025,7 +1048,8 @@ def read_benches(spec, image_root, limit):
             raise UserError(f"--bench: {entry!r} is not NAME:PATH, a word and a file or folder that exists")
         levels = sorted(Path(os.path.abspath(path)).rglob("val.json"))
         for level in levels:                 # of VisualProbe, relative to the folder of its levels
-            entries.append((level.parent.name.lower(), str(level), str(level.parent.parent)))
+            folder = level.parent
+            entries.append((folder.name.lower(), str(level), str(folder.parent)))
         if not levels:
             entries.append((name, path, image_root))
 
