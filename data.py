@@ -1056,7 +1056,8 @@ def read_benches(spec, image_root, limit):
     # 2. Their rows
     benches, left_out = {}, {}
     for name, path, root in entries:
-        if name in benches or name in ("config", "weights", "seconds", "sampled", "greedy"):     # in eval.json
+        # The names after the first are keys of eval.json.
+        if name in benches or name in ("config", "weights", "seconds", "sampled", "greedy"):
             raise UserError(f"--bench: the name {name} is taken; give another")
 
         try:
