@@ -83,8 +83,19 @@ class Config(TrainConfig):
     log_every: int = env.setting(25, free=True)  # steps between printed lines; log.jsonl has every step
 
 
-REAL = dict(env.REAL_EPISODE, steps=1000, batch=32, micro_batch=1, lr=1e-5, lora_lr=1e-4, muon_lr=0.0,
-            save_every=200, save_minutes=30.0, train_vision=False, recompute=True, shard=True)
+REAL = dict(
+    env.REAL_EPISODE,
+    steps=1000,
+    batch=32,
+    micro_batch=1,
+    lr=1e-5,
+    lora_lr=1e-4,
+    muon_lr=0.0,
+    save_every=200,
+    save_minutes=30.0,
+    train_vision=False,
+    recompute=True,
+    shard=True)
 
 
 DTYPE = {"cuda": torch.bfloat16, "cpu": torch.float32}     # of matrix products; trained weights stay fp32
@@ -201,8 +212,15 @@ class Policy(torch.nn.Module):
             x = x.masked_scatter(at[..., None], own)
             if deepstack:
                 extra = dict(visual_pos_masks=at, deepstack_visual_embeds=deepstack)
-        return self.vlm.model.language_model(inputs_embeds=x, position_ids=pos, attention_mask=mask, **extra,
-                                             past_key_values=cache, use_cache=bool(cache)).last_hidden_state
+
+        out = self.vlm.model.language_model(
+            inputs_embeds=x,
+            position_ids=pos,
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=bool(cache),
+            **extra)
+        return out.last_hidden_state
 
     def logits(self, h, temperature):
         """Logits of the sampling distribution in fp32: divided by the temperature, banned ids at -inf."""
@@ -339,9 +357,15 @@ def make_policy(vlm, tokenizer):
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
     vision = vlm.config.vision_config
     family = FAMILIES[vlm.config.model_type]
-    images = Qwen2VLImageProcessorPil(do_resize=False, do_convert_rgb=False, patch_size=vision.patch_size,
-                                      temporal_patch_size=2, merge_size=vision.spatial_merge_size,
-                                      image_mean=list(family.mean), image_std=list(family.std))
+    images = Qwen2VLImageProcessorPil(
+        do_resize=False,
+        do_convert_rgb=False,
+        patch_size=vision.patch_size,
+        temporal_patch_size=2,
+        merge_size=vision.spatial_merge_size,
+        image_mean=list(family.mean),
+        image_std=list(family.std))
+
     ends = vlm.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
     ends = [i for i in ends if type(i) is int and 0 <= i < len(tokenizer)]
@@ -405,8 +429,12 @@ def load_policy(path, device, train=False):
 
     try:
         vlm, found = AutoModelForImageTextToText.from_pretrained(
-            path, config=read_config(path), dtype=torch.float32 if train or merged else dtype,
-            attn_implementation="sdpa", use_safetensors=True, trust_remote_code=False,
+            path,
+            config=read_config(path),
+            dtype=torch.float32 if train or merged else dtype,
+            attn_implementation="sdpa",
+            use_safetensors=True,
+            trust_remote_code=False,
             output_loading_info=True)
         if found["missing_keys"]:                # transformers would leave them random
             raise ValueError(f"no weights of {sorted(found['missing_keys'])[:3]}")
@@ -430,33 +458,51 @@ def damaged(path, error):
 
 
 # --- The tiny model -------------------------------------------------------------------------------------
-SPECIAL = ("<|endoftext|> <|im_start|> <|im_end|> <|vision_start|> <|vision_end|> <|vision_pad|> "
-           "<|image_pad|> <|video_pad|>").split()              # their ids are 0 to 7
+SPECIAL = [                                            # their ids are 0 to 7
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>"]
 
 
 def make_tokenizer(rows):
     """A tokenizer for cold-start rows. Words, system prompt and constant parts of calls are tokens."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
+
+    # 1. Texts that are one token each
     frames = []
     for name, tool in env.TOOLS.items():
         call = env.call_text(tool.example, name).replace("<tool_call>", "").replace("</tool_call>", "")
         frames += [piece for piece in call.split("0") if len(piece) > 2]
     whole = [*env.TAGS, env.SYSTEM, *frames]
+
+    # 2. What lies between them, to learn words from
     texts = [*env.ERRORS.values(), env.SYSTEM_NO_TOOL, "user\n", "assistant\n", "system\n", "\n"] * 50
     for row in rows:
         texts += [row["problem"], *row.get("turns", [])]
     pieces = []
     for text in texts:
         pieces += re.split("|".join(map(re.escape, whole)), text)
+
+    # 3. Byte pairs within words
     tokenizer = Tokenizer(models.BPE())
     words = pre_tokenizers.Split(Regex(r"\s*</?\w+>|,? ?\w+|[^\w<]+|<"), "isolated")
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, to_bytes])
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=1200, min_frequency=20, special_tokens=SPECIAL,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=1200,
+        min_frequency=20,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False)
     tokenizer.train_from_iterator(pieces, trainer)
+
     tokenizer.add_tokens([AddedToken(text, normalized=False) for text in whole])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=SPECIAL[2], pad_token=SPECIAL[0])
 
@@ -465,11 +511,25 @@ def tiny_config(name, tokenizer):
     """The configuration of a tiny model. A patch is 8 x 8 pixels, a token 16 x 16."""
     from transformers import Qwen3_5Config, Qwen3VLConfig
     rope = dict(rope_theta=10000.0, mrope_interleaved=True)
-    text = dict(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, tie_word_embeddings=True,
-                hidden_size=96, intermediate_size=256, num_attention_heads=3, num_key_value_heads=3,
-                head_dim=32, rope_parameters=rope)
-    vision = dict(depth=2, hidden_size=64, intermediate_size=192, num_heads=2, patch_size=8,
-                  out_hidden_size=96, num_position_embeddings=64)
+    text = dict(
+        vocab_size=len(tokenizer),
+        eos_token_id=tokenizer.eos_token_id,
+        tie_word_embeddings=True,
+        hidden_size=96,
+        intermediate_size=256,
+        num_attention_heads=3,
+        num_key_value_heads=3,
+        head_dim=32,
+        rope_parameters=rope)
+    vision = dict(
+        depth=2,
+        hidden_size=64,
+        intermediate_size=192,
+        num_heads=2,
+        patch_size=8,
+        out_hidden_size=96,
+        num_position_embeddings=64)
+
     if name == "tiny":
         config = Qwen3VLConfig
         text.update(num_hidden_layers=3)
@@ -477,12 +537,23 @@ def tiny_config(name, tokenizer):
         vision.update(deepstack_visual_indexes=[0])
     else:
         config = Qwen3_5Config
-        text.update(num_hidden_layers=4, layer_types=["linear_attention", "full_attention"] * 2,
-                    linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=24,
-                    linear_value_head_dim=32)
+        text.update(
+            num_hidden_layers=4,
+            layer_types=["linear_attention", "full_attention"] * 2,
+            linear_num_key_heads=2,
+            linear_num_value_heads=4,
+            linear_key_head_dim=24,
+            linear_value_head_dim=32)
         rope.update(mrope_section=[3, 3, 2], partial_rotary_factor=0.5)
-    return config(text_config=text, vision_config=vision, tie_word_embeddings=True, image_token_id=6,
-                  video_token_id=7, vision_start_token_id=3, vision_end_token_id=4)
+
+    return config(
+        text_config=text,
+        vision_config=vision,
+        tie_word_embeddings=True,
+        image_token_id=6,
+        video_token_id=7,
+        vision_start_token_id=3,
+        vision_end_token_id=4)
 
 
 def make_tiny(rows, seed, name="tiny"):
@@ -714,7 +785,7 @@ def restore(policy, optimizers, folder, start, cfg):
     from torch.distributed.checkpoint import state_dict
     options = state_dict.StateDictOptions(full_state_dict=True, strict=False)
     state = state_dict.get_optimizer_state_dict(policy.vlm, optimizers)         # for its param_groups
-    state["state"] = {}
+    state["state"] = {}                          # torch 2.13 fails to load it flat
 
     try:
         if cfg.lora:
@@ -1039,8 +1110,6 @@ def print_step(entry, first, cfg):
     text = f"step {entry['step']} loss {entry['loss']:.4f} norm {entry['grad_norm']:.3f}"
     for name in ("left_out", "refused", "skipped"):
         text += f" {name} {entry[name]}"
-    if entry["step"] == first and torch.cuda.is_available():
-        text += f" peak memory {torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
     with tqdm.external_write_mode():       # above the bar
         print(text, eta(entry, first, cfg), flush=True)
 
@@ -1109,17 +1178,23 @@ def main(cfg):
         raise UserError("--max_crops=0: there would be no call to imitate; leave it, or set it above 0")
     if cfg.tiny not in ("tiny", "tiny3_5"):
         raise UserError(f"--tiny={cfg.tiny}: give tiny or tiny3_5")
-    if rank == 0 and not cfg.model and not os.path.exists(f"{cfg.data}/{cfg.tiny}"):
+
+    # 1. rows, run folder
+    start = cfg.model or f"{cfg.data}/{cfg.tiny}"
+    if rank == 0 and not cfg.model and not os.path.exists(start):
         save_tiny(cfg.data, cfg.seed, cfg.tiny)
     barrier()
     rows = load_demonstrations(cfg)
     first = open_run(cfg, rank, rows)                 # the step to go on from, or 0
+
+    # 2. policy
     muon_lr = 0.0 if cfg.lora or cfg.shard else cfg.muon_lr
     if muon_lr != cfg.muon_lr and rank == 0:
         print("--muon_lr: AdamW trains all, as Muon needs whole matrices and --lora or --shard is given")
-    start = cfg.model or f"{cfg.data}/{cfg.tiny}"
     policy, optimizers, preset = load_trainable(cfg, start, first, device, (0.9, 0.98), muon_lr)
     data.check_rows(rows, rank, world_size, policy.proc, cfg)
+
+    # 3. training
     train(policy, optimizers, rows, first, preset, cfg, rank, world_size)
 
 
