@@ -13,9 +13,9 @@ import os
 import re
 import textwrap
 import time
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from html import escape
 from itertools import accumulate, groupby
@@ -25,7 +25,6 @@ import env  # before torch: see there
 import numpy as np
 import torch
 from PIL import Image
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import data
@@ -59,65 +58,56 @@ class Config(RolloutConfig):
 
 
 # --- The rollout: a cache of slots, decoding in all of them, and slots that are refilled ------------------
-def head_dim(text):
-    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-
-
-def is_linear(text):
-    """Of each layer of a text model (its config): is it linear, or does it have full attention?"""
+def kept(text, places):
+    """What each layer of a text model (its config) keeps of a slot, as two shapes: keys and values; a linear
+    layer the last inputs of its convolution and its state, which do not grow with the places."""
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    kv = (text.num_key_value_heads, places + 1, head_dim)
     kinds = getattr(text, "layer_types", None) or [""] * text.num_hidden_layers
-    return [kind == "linear_attention" for kind in kinds]
-
-
-def cache_shapes(text, slots, places):
-    """What a cache holds. Of layers with full attention: keys and values. Of linear ones: the last inputs of
-    their convolutions, and their states, which do not grow with the places."""
-    linear = is_linear(text).count(True)
-    full = text.num_hidden_layers - linear
-    kv = (full, 2, slots, text.num_key_value_heads, places + 1, head_dim(text))
-    if not linear:
-        return kv, (0, slots), (0, slots)
+    if "linear_attention" not in kinds:
+        return [(kv, kv)] * len(kinds)
 
     heads, key, value = text.linear_num_value_heads, text.linear_key_head_dim, text.linear_value_head_dim
     channels = 2 * text.linear_num_key_heads * key + heads * value
-    inputs = (linear, slots, text.linear_conv_kernel_dim - 1, channels)
-    return kv, inputs, (linear, slots, heads, key, value)
+    inputs = (text.linear_conv_kernel_dim - 1, channels)
+    return [(inputs, (heads, key, value)) if kind == "linear_attention" else (kv, kv) for kind in kinds]
 
 
 class Cache:
     """What the layers remember of the conversations in `slots` slots: token j of a conversation lies in place
-    j of its slot. kv (layers, 2, slots, heads, places + 1, head_dim) has keys and values, `inputs` and
-    `states` what linear layers go on from (see cache_shapes, sft.gated_delta_net); the last place is a bin.
-    The next tokens (B, n) belong to `slots` (B,) and go to `places` (B, n); they attend to the places of
-    their slot up to their own, and `end` bounds the places that are read at all.
+    j of its slot; the last place is a bin. Keys and values are (slots, heads, places + 1, head_dim); linear
+    layers (see sft.gated_delta_net) go on from inputs and states. The next tokens (B, n) belong to `slots`
+    (B,) and go to `places` (B, n); they attend to the places of their slot up to their own, and `end` bounds
+    the places that are read at all.
 
     Two rules for whatever else a layer remembers: a token that goes into the bin (padding, a slot that waits)
     leaves no trace, and one that goes into place 0 begins a conversation: what the slot held is forgotten.
     Slots are copied in `copy` alone."""
 
     def __init__(self, policy, slots, places):
-        text = policy.vlm.config.get_text_config()
-        kv, inputs, states = cache_shapes(text, slots, places)
-        dtype = torch.bfloat16 if policy.device.type == "cuda" else torch.float32
-        self.kv = torch.zeros(kv, device=policy.device, dtype=dtype)      # what the mask hides must be finite
-        self.inputs = torch.zeros(inputs, device=policy.device, dtype=dtype)
-        self.states = torch.zeros(states, device=policy.device)           # fp32: errors would add up
-        linear = is_linear(text)
-        self.number = [linear[:i].count(kind) for i, kind in enumerate(linear)]  # of a layer among its kind
-        self.all = torch.arange(slots, device=policy.device)
+        zeros = partial(torch.zeros, device=policy.device)      # what the mask hides must be finite
+        dtype = sft.DTYPE[policy.device.type]
+        self.layers = []
+        for first, second in kept(policy.vlm.config.get_text_config(), places):
+            wide = torch.float32 if first != second else dtype            # in a state errors would add up
+            self.layers.append((zeros(slots, *first, dtype=dtype), zeros(slots, *second, dtype=wide)))
         self.bin = places
         self.end = 0
+
+    def nbytes(self):
+        return sum(first.nbytes + second.nbytes for first, second in self.layers)
 
     def expect(self, places, end, slots=None):
         """The next tokens, (B, n), go to these places of `slots` (default: the first B), read up to `end`."""
         self.places, self.end = places, end
         self.slots = slice(len(places)) if slots is None else slots
+        self.rows = torch.arange(len(places), device=places.device) if slots is None else slots
 
     def copy(self, source, slots):
         """Copy a slot into others (a list)."""
-        self.kv[:, :, slots] = self.kv[:, :, source, None]
-        self.inputs[:, slots] = self.inputs[:, source, None]
-        self.states[:, slots] = self.states[:, source, None]
+        for store in sum(self.layers, ()):
+            for slot in slots:
+                store[slot] = store[source]
 
     def mask(self):
         """Boolean (B, 1, n, end): each new token sees its slot's places up to its own."""
@@ -128,24 +118,22 @@ class Cache:
 
     def update(self, k, v, layer, *_, **__):
         """Called by transformers: enter k, v (B, heads, n, d); returns all (B, heads, end, d)."""
-        kv = self.kv[self.number[layer]]
-        slots = self.all[self.slots, None]
-        for store, new in zip(kv, (k, v)):
-            store[slots, :, self.places] = new.transpose(1, 2).to(store.dtype)
-        return kv[:, self.slots, :, :self.end].unbind()                  # views, if it is the first B
+        for store, new in zip(self.layers[layer], (k, v)):
+            store[self.rows[:, None], :, self.places] = new.transpose(1, 2).to(store.dtype)
+        return [store[self.slots, :, :self.end] for store in self.layers[layer]]    # views of the first B
 
     def recall(self, layer):
         """Called by a linear layer: its last inputs (B, 3, channels) and states (B, heads, key size, value
         size), 0 where a conversation begins."""
-        at = self.number[layer], self.slots
+        inputs, states = self.layers[layer]
         begins = (self.places[:, 0] == 0)[:, None, None]
-        return self.inputs[at].masked_fill(begins, 0), self.states[at].masked_fill(begins[..., None], 0)
+        inputs = inputs[self.slots].masked_fill(begins, 0)
+        return inputs, states[self.slots].masked_fill(begins[..., None], 0)
 
-    def keep(self, layer, inputs, states):
-        """Called by a linear layer: what it goes on from."""
-        at = self.number[layer], self.slots
-        self.inputs[at] = inputs
-        self.states[at] = states
+    def keep(self, layer, *new):
+        """Called by a linear layer: the inputs and states that it goes on from."""
+        for store, part in zip(self.layers[layer], new):
+            store[self.slots] = part.to(store.dtype)
 
 
 def uniforms(seed, prompt, sample, n):
@@ -164,33 +152,9 @@ def draw(logp, u):
     return ids.clamp_max(logp.shape[1] - 1)      # of NaN the search goes past the end; `act` sees it
 
 
-def prefill(policy, cache, slots, seats):
-    """Feed what is new in these seats into their slots, ragged: one forward pass. Returns the hidden states
-    (B, width) of the last tokens."""
-    proc, device = policy.proc, policy.device
-    ids, places, pos, images = [], [], [], []
-    for seat in seats:
-        traj, start = seat.traj, seat.fed
-        new = torch.tensor(traj.ids[start:])
-        ids.append(new)
-        places.append(torch.arange(start, len(traj.ids)))
-        pos.append(torch.from_numpy(traj.pos[:, start:].T))
-        runs = int((new == proc.image).int().diff().eq(1).sum())  # a run of image tokens is an image
-        images += traj.shown[len(traj.shown) - runs:]
-    last = [len(new) - 1 for new in ids]
-    end = max(len(seat.traj.ids) for seat in seats)
-
-    ids = pad_sequence(ids, batch_first=True, padding_value=proc.end).to(device)            # (B, n)
-    pos = pad_sequence(pos, batch_first=True).permute(2, 0, 1).to(device)                   # (3, B, n)
-    places = pad_sequence(places, batch_first=True, padding_value=cache.bin).to(device)
-    cache.expect(places, end, torch.tensor(slots, device=device))
-    images, feature = sft.pack(images, proc)
-    h = policy.hidden(ids, pos, policy.see(images), feature.to(device), cache.mask(), cache)
-    return h[torch.arange(len(h)), last]
-
-
 EVALUATION = 2 ** 31   # in the place of a step, in the random streams
-STEPS = 8              # decoding steps after which ended turns are acted on
+STEPS = 4              # of decoding, after which it is seen who has ended;
+SHARE = 0.25           # once so many of the slots have, their turns are acted on together
 STRIDE = {"cuda": 128, "cpu": 16}    # a step reads the cache up to a multiple of so many places,
 WIDTH = 8                            # and of so many slots
 PREFILL = 2 ** 14                    # slots x places of a prefill, at most
@@ -210,94 +174,126 @@ class Seat:
     prompt: Future                   # of env.reset; the samples of a group share it
     stream: tuple                    # (seed, step), prompt, sample: they name its random numbers
     traj: env.Trajectory | None = None
+    u: torch.Tensor | None = None    # (turns, turn_tokens) its random numbers
     fed: int = 0                     # how many of its tokens have been fed
+
+    def rest(self, image):
+        """The tokens that have not been fed, as a trajectory: a run of image tokens is an image."""
+        traj, start = self.traj, self.fed
+        is_image = np.equal(traj.ids[start:], image).astype(int)
+        runs = int((np.diff(is_image) == 1).sum())
+        return replace(traj, shown=traj.shown[len(traj.shown) - runs:], ids=traj.ids[start:],
+                       mask=traj.mask[start:], logp=traj.logp[start:], pos=traj.pos[:, start:])
 
 
 class Engine:
     """Samples trajectories in the slots of one cache. The life of a slot:
-    1. refill: the next sample that waits takes it;
-    2. prefill: tokens that are given, a prompt or an observation, are fed in one pass;
-    3. decode: a token a step, until the turn ends; then the slot idles, its tokens go into bins;
-    4. act: every few steps all turns that have ended are acted on; an open trajectory goes on with 2;
-    5. leave: an ended one makes room. The last slot moves into the gap: those in use are the first.
+    1. prefill: tokens that are given, a prompt or an observation, are fed in one pass, and a turn begins;
+    2. decode: a token a step, until the turn ends; then the slot idles, its tokens go into the bin;
+    3. act: once a share of the turns has ended they are acted on; an open trajectory goes on with 1;
+    4. leave: the next sample takes the place of an ended one. If none waits, the last slot moves into the
+       gap: those in use are the first.
 
     What a step changes lies in tensors that are written in place, so that CUDA replays it as a graph."""
 
     def __init__(self, policy, cfg, slots, greedy):
-        self.policy, self.cfg, self.greedy, self.slots = policy, cfg, greedy, slots
-        self.live = []                           # the Seat in each slot in use
+        self.policy, self.cfg, self.slots, self.greedy = policy, cfg, slots, greedy
         self.cache = Cache(policy, slots, cfg.max_tokens)
         self.ends = torch.tensor(sorted(policy.proc.ends), device=policy.device)
         self.graphs = {}                         # (slots, places) that a step reads -> CUDAGraph
         self.graph_pool = None                   # their memory
 
         # Of each slot: the turn's first place, the tokens that it has and may have, M-RoPE position less
-        # place, is it idle; the last token's hidden state; the turn's uniform numbers, ids and
-        # log-probabilities, with a bin behind them.
-        numbers = torch.ones(slots, 5, dtype=torch.long, device=policy.device)
-        hidden = torch.zeros(slots, policy.vlm.lm_head.in_features, device=policy.device)
+        # place, is it idle; the last token's hidden state.
+        self.numbers = torch.ones(slots, 5, dtype=torch.long, device=policy.device)
+        self.hidden = torch.zeros(slots, policy.vlm.lm_head.in_features, device=policy.device)
+
+        # The turn's uniform numbers, ids and log-probabilities; an idle slot writes behind its last token.
         turn = torch.zeros(slots, cfg.turn_tokens + 1, device=policy.device)
-        self.state = numbers, hidden, turn.double(), turn.long(), turn
+        self.u, self.tokens, self.logps = turn.double(), turn.long(), turn
 
     def run(self, seats, threads):
         """Sample the trajectories of the seats."""
-        waiting = list(seats)
-        while waiting or self.live:
-            while waiting and len(self.live) < self.slots:
-                seat = waiting.pop(0)
-                seat.traj = seat.prompt.result().fork()
-                self.live.append(seat)
+        self.live = seats[:self.slots]           # the Seat in each slot in use
+        waiting = deque(seats[self.slots:])
+        while self.live:
             self.prefill()
-            self.decode()
-            self.act(threads)
+            ended = self.decode()
+            self.act(ended, threads)
+            for slot in reversed(ended):
+                if self.live[slot].traj.status != "open":
+                    self.leave(slot, waiting)
 
     def copy(self, source, slots):
         """Copy a slot into others (a list)."""
         self.cache.copy(source, slots)
-        for tensor in self.state:
-            tensor[slots] = tensor[source].clone()
+        for tensor in (self.numbers, self.hidden, self.u, self.tokens, self.logps):
+            for slot in slots:
+                tensor[slot] = tensor[source]
 
     def prefill(self):
         """Feed what was given, in parts that bound the memory, and begin turns. Of a group's samples that
         enter together one is fed; the others get copies."""
+        # 1. Who has something new
         groups = defaultdict(list)
         for slot, seat in enumerate(self.live):
+            if not seat.traj:
+                seat.traj = seat.prompt.result().fork()
+                turns = self.cfg.max_crops + 1
+                seat.u = uniforms(*seat.stream, turns * self.cfg.turn_tokens).view(turns, -1)
             if seat.fed < len(seat.traj.ids):
                 groups[slot if seat.fed else seat.prompt].append(slot)
-        groups = sorted(groups.values(), key=lambda slots: self.live[slots[0]].fed)       # prompts first
+        if not groups:
+            return
+        groups = sorted(groups.values(), key=lambda slots: self.live[slots[0]].fed)      # prompts first
         longest = max(len(seat.traj.ids) for seat in self.live)
         size = max(1, PREFILL // longest)
 
+        # 2. It is fed.
         for i in range(0, len(groups), size):
-            part = groups[i:i + size]
-            firsts = [slots[0] for slots in part]
-            h = prefill(self.policy, self.cache, firsts, [self.live[slot] for slot in firsts])
-            self.state[1][firsts] = h.float()
-            for first, *others in part:
-                if others:
-                    self.copy(first, others)
-                for slot in (first, *others):
-                    self.begin(slot)
+            self.feed([slots[0] for slots in groups[i:i + size]])
+        for first, *others in groups:
+            if others:
+                self.copy(first, others)
+        self.begin(sum(groups, []))
 
-    def begin(self, slot):
-        """A turn begins."""
-        numbers, _, u, *_ = self.state
-        seat, n = self.live[slot], self.cfg.turn_tokens
-        start = seat.fed = len(seat.traj.ids)
-        budget = min(n, self.cfg.max_tokens - 1 - start)
-        shift = int(seat.traj.pos[0, -1]) + 1 - start
-        numbers[slot] = torch.tensor([start, 0, budget, shift, 0])
-        u[slot, :n] = uniforms(*seat.stream, (len(seat.traj.turns) + 1) * n)[-n:]
+    def feed(self, slots):
+        """Feed what is new in these slots, ragged: one forward pass. Keeps the last tokens' hidden states."""
+        policy, cache = self.policy, self.cache
+        seats = [self.live[slot] for slot in slots]
+        batch = sft.collate([seat.rest(policy.proc.image) for seat in seats], policy.proc)
+        ids, pos, feature = (batch[name].to(policy.device) for name in ("ids", "pos", "feature"))
+
+        starts = torch.tensor([seat.fed for seat in seats])
+        ends = torch.tensor([len(seat.traj.ids) for seat in seats])
+        places = starts[:, None] + torch.arange(ids.shape[1])                                   # (B, n)
+        places = places.where(places < ends[:, None], cache.bin).to(policy.device)
+        cache.expect(places, int(ends.max()), torch.tensor(slots, device=policy.device))
+
+        h = policy.hidden(ids, pos, policy.see(batch["images"]), feature, cache.mask(), cache)
+        self.hidden[slots] = h[torch.arange(len(h)), ends - starts - 1].float()
+
+    def begin(self, slots):
+        """Turns begin in these slots."""
+        numbers, u = [], []
+        for slot in slots:
+            seat = self.live[slot]
+            start = seat.fed = len(seat.traj.ids)
+            budget = min(self.cfg.turn_tokens, self.cfg.max_tokens - 1 - start)
+            shift = int(seat.traj.pos[0, -1]) + 1 - start
+            numbers.append([start, 0, budget, shift, 0])
+            u.append(seat.u[len(seat.traj.turns)])
+        self.numbers[slots] = torch.tensor(numbers, device=self.policy.device)
+        self.u[slots, :-1] = torch.stack(u).to(self.policy.device)
 
     def step(self, n, end):
         """Each of the first n slots samples a token and is fed it; places are read up to `end`."""
-        numbers, hidden, u, tokens, logps = [tensor[:n] for tensor in self.state]
-        start, used, budget, shift, idle = numbers.unbind(1)
-        at = torch.where(idle > 0, self.cfg.turn_tokens, used)[:, None]       # the bin, or the next
+        start, used, budget, shift, idle = self.numbers[:n].unbind(1)
+        hidden, at = self.hidden[:n], used[:, None]
         logp = self.policy.logits(hidden, self.cfg.temperature).log_softmax(-1)          # (n, V)
-        token = logp.argmax(-1) if self.greedy else draw(logp, u.gather(1, at)[:, 0])
-        tokens.scatter_(1, at, token[:, None])
-        logps.scatter_(1, at, logp.gather(1, token[:, None]))
+        token = logp.argmax(-1) if self.greedy else draw(logp, self.u[:n].gather(1, at)[:, 0])
+        self.tokens[:n].scatter_(1, at, token[:, None])
+        self.logps[:n].scatter_(1, at, logp.gather(1, token[:, None]))
 
         place = start + used
         pos = (place + shift)[:, None].expand(3, -1, 1)
@@ -308,53 +304,64 @@ class Engine:
         idle.logical_or_(torch.isin(token, self.ends) | (used >= budget))
 
     def decode(self):
-        """A few steps: the first of a kind as it is, then as a graph."""
+        """Steps until a share of the turns has ended: returns their slots. The first step of a kind is computed
+        as it is, then as a graph."""
         device, live = self.policy.device, len(self.live)
         stride = STRIDE[device.type]
-        last = int(self.state[0][:live, :2].sum(1).max()) + STEPS
         n = min(-(-live // WIDTH) * WIDTH, self.slots)
-        end = min(-(-last // stride) * stride, self.cache.bin)
-        for _ in range(STEPS):
-            if (n, end) in self.graphs:
-                self.graphs[n, end].replay()
-                continue
-            self.step(n, end)
-            if device.type == "cuda":
-                graph = self.graphs[n, end] = capture(partial(self.step, n, end), self.graph_pool)
-                self.graph_pool = graph.pool()
+        while True:
+            start, used, *_, idle = self.numbers[:live].cpu().unbind(1)          # waits for the device
+            ended = idle.nonzero()[:, 0].tolist()
+            if len(ended) >= SHARE * live:
+                return ended
 
-    def act(self, threads):
-        """Act on the turns that have ended."""
-        idle = self.state[0][:, 4]
-        ended = idle[:len(self.live)].nonzero()[:, 0].tolist()
-        list(threads.map(self.end_turn, ended))
-        for slot in reversed(ended):
-            if self.live[slot].traj.status != "open":
-                last = self.live.pop()
-                if slot < len(self.live):
-                    self.copy(len(self.live), [slot])
-                    self.live[slot] = last
-                idle[len(self.live)] = 1
+            last = int((start + used).max()) + STEPS
+            end = min(-(-last // stride) * stride, self.cache.bin)
+            for _ in range(STEPS):
+                if (n, end) in self.graphs:
+                    self.graphs[n, end].replay()
+                    continue
+                self.step(n, end)
+                if device.type == "cuda":
+                    graph = self.graphs[n, end] = capture(partial(self.step, n, end), self.graph_pool)
+                    self.graph_pool = graph.pool()
 
-    def end_turn(self, slot):
-        """Append what was sampled, run the tool, enter the observation."""
-        numbers, _, _, tokens, logps = self.state
-        seat, proc = self.live[slot], self.policy.proc
-        n = int(numbers[slot, 1])
-        logp = logps[slot, :n].tolist()
-        if not all(map(math.isfinite, logp)):
+    def act(self, slots, threads):
+        """Act on the turns in these slots, which have ended."""
+        seats = [self.live[slot] for slot in slots]
+        used = self.numbers[slots, 1].tolist()
+        list(threads.map(self.end_turn, seats, used, self.tokens[slots].tolist(), self.logps[slots].tolist()))
+
+    def end_turn(self, seat, n, ids, logp):
+        """Append the n tokens that were sampled, run the tool, enter the observation."""
+        if not all(map(math.isfinite, logp[:n])):
             *_, step = seat.stream[0]
             where = "evaluation" if step == EVALUATION else f"rollout of step {step}"
             raise env.UserError(f"{where}: logits are not finite; lower --lr or take an older checkpoint")
         seat.fed += n
-        text = env.respond(seat.traj, proc, tokens[slot, :n].tolist(), logp)
-        env.step(seat.traj, text, self.cfg, proc)
+        text = env.respond(seat.traj, self.policy.proc, ids[:n], logp[:n])
+        env.step(seat.traj, text, self.cfg, self.policy.proc)
+
+    def leave(self, slot, waiting):
+        """An ended trajectory makes room."""
+        if waiting:
+            self.live[slot] = waiting.popleft()
+            return
+
+        last = self.live.pop()
+        if slot < len(self.live):
+            self.copy(len(self.live), [slot])
+            self.live[slot] = last
+        self.numbers[len(self.live), 4] = 1      # idle
 
 
 def row_bytes(config, cfg):
     """What a trajectory of max_tokens takes in the cache, on CUDA: states are fp32, all else is bf16."""
-    kv, inputs, states = cache_shapes(config.get_text_config(), 1, cfg.max_tokens)
-    return 2 * math.prod(kv) + 2 * math.prod(inputs) + 4 * math.prod(states)
+    size = 0
+    for first, second in kept(config.get_text_config(), cfg.max_tokens):
+        width = 2 if first == second else 4
+        size += 2 * math.prod(first) + width * math.prod(second)
+    return size
 
 
 def slots_in(free, config, cfg):
@@ -572,7 +579,7 @@ def evaluate(policy, rows, cfg, rank, world_size, k=1, greedy=False, done=None, 
         complete[entry["index"]] += not entry["metrics"]["judge_failed_rate"][0]
     missing = [i for i in range(len(rows)) if complete[i] < k]
 
-    size = max(1, cfg.in_flight // k) * world_size
+    size = max(1, 4 * cfg.in_flight // k) * world_size    # slots are refilled
     for start in tqdm(range(0, len(missing), size), desc="eval", disable=rank > 0 or None, leave=False):
         # 2. This rank's rows; it may have none, but ranks go together.
         chosen = missing[start + rank:start + size:world_size]

@@ -280,7 +280,7 @@ def parts_of(rollout, policy):
             spent[name] += clock(policy.device) - t
             return out
         return run
-    with patch.object(evaluation, "prefill", timed("prefill", evaluation.prefill)), \
+    with patch.object(evaluation.Engine, "feed", timed("prefill", evaluation.Engine.feed)), \
          patch.object(policy, "see", timed("vision", policy.see)), \
          patch.object(evaluation.Engine, "decode", timed("decode", evaluation.Engine.decode)):
         timed("python", rollout)()

@@ -133,7 +133,7 @@ class Checks:
         """The device's greedy tokens are the CPU's, without autocast and with a cache in fp32."""
         def make(cache, *args):
             init(cache, *args)
-            cache.kv = cache.kv.float()
+            cache.layers = [(first.float(), second.float()) for first, second in cache.layers]
         init = evaluation.Cache.__init__
         with patch.object(evaluation.Cache, "__init__", make), \
              patch.object(sft.Policy, "autocast", lambda policy: nullcontext()):
@@ -238,7 +238,7 @@ class Checks:
         cfg = evaluation.RolloutConfig(max_tokens=n + 256, turn_tokens=200)
         for B in (16, 64):
             engine = evaluation.Engine(policy, cfg, B, False)
-            engine.state[0][:] = torch.tensor([n, 0, 200, -1, 0])          # a turn begins at place n
+            engine.numbers[:] = torch.tensor([n, 0, 200, -1, 0])          # a turn begins at place n
             with policy.autocast():
                 step = partial(engine.step, B, n + 128)
                 eager = self.seconds(step, 5)
@@ -246,7 +246,8 @@ class Checks:
                 replay = evaluation.capture(step, None).replay if self.cuda else step
                 capturing += bench.clock(self.device)
                 replay = self.seconds(replay, 15)
-            read = (weights + engine.cache.kv[..., :n + 128, :].nbytes) / replay / bench.limits(self.device)[0]
+            cached = sum(store[..., :n + 128, :].nbytes for layer in engine.cache.layers for store in layer)
+            read = (weights + cached) / replay / bench.limits(self.device)[0]
             self.say(f"{B} rows: uncaptured, ms", 1e3 * eager)
             self.say(f"{B} rows: capture, ms", 1e3 * capturing, 0, 100, True)
             self.say(f"{B} rows: replay, ms", 1e3 * replay, 0, 1e3 * eager, True)
@@ -311,6 +312,7 @@ def main(cfg):
     with tempfile.TemporaryDirectory() as cfg.folder:
         with redirect_stdout(sys.stderr):
             data.main(data.Config(out=cfg.folder, n_sft=10, n_train=8, n_test=4))
+            sft.save_tiny(cfg.folder, cfg.seed)
         os.remove(f"{cfg.folder}/config.json")   # the main job takes them for a user's own rows
         for group in cfg.only.split(",") if cfg.only else GROUPS:
             if not cuda:
