@@ -330,7 +330,8 @@ class Engine:
         """Act on the turns in these slots, which have ended."""
         seats = [self.live[slot] for slot in slots]
         used = self.numbers[slots, 1].tolist()
-        list(threads.map(self.end_turn, seats, used, self.tokens[slots].tolist(), self.logps[slots].tolist()))
+        tokens, logps = self.tokens[slots].tolist(), self.logps[slots].tolist()
+        list(threads.map(self.end_turn, seats, used, tokens, logps))
 
     def end_turn(self, seat, n, ids, logp):
         """Append the n tokens that were sampled, run the tool, enter the observation."""
