@@ -58,11 +58,14 @@ class Config(RolloutConfig):
 
 
 # --- The rollout: a cache of slots, decoding in all of them, and slots that are refilled ------------------
+def head_dim(text):
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+
+
 def kept(text, places):
     """What each layer of a text model (its config) keeps of a slot, as two shapes: keys and values; a linear
     layer the last inputs of its convolution and its state, which do not grow with the places."""
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    kv = (text.num_key_value_heads, places + 1, head_dim)
+    kv = (text.num_key_value_heads, places + 1, head_dim(text))
     kinds = getattr(text, "layer_types", None) or [""] * text.num_hidden_layers
     if "linear_attention" not in kinds:
         return [(kv, kv)] * len(kinds)
