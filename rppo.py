@@ -503,8 +503,9 @@ def compare(cfg, start, rank, started):
     env.write_text(f"{parent(cfg)}/summary.json", json.dumps(summary, indent=1))
     refresh_report(cfg)
     print(f"\n{'':10} greedy {evaluation.HEADER}")
-    for name in models:
-        print(f"{name:10} {summary[name]['accuracy_greedy']:6.3f} {evaluation.line(summary[name])}")
+    labels = dict(sft="cold start", rppo="RPPO" if cfg.lam else "GRPO")
+    for name, label in labels.items():
+        print(f"{label:10} {summary[name]['accuracy_greedy']:6.3f} {evaluation.line(summary[name])}")
     print(f"{summary['seconds']:.0f} s in all. Next: open {parent(cfg)}/report.html", flush=True)
 
 
