@@ -663,8 +663,10 @@ def shard(policy, device):
 # --- Checkpoints: servers load every *.safetensors of the folder, so training state lies in a subfolder ---
 def save_model(folder, policy, weights, cfg, preset):
     """Write what transformers and servers load, and episode.json, by which later stages ask as this one."""
+    from transformers.utils import logging
     for name in policy.vlm.all_tied_weights_keys:          # gathered from ranks it would be a second copy
         weights.pop(name, None)
+    logging.disable_progress_bar()                         # of the writing
     policy.vlm.save_pretrained(folder, state_dict=weights)
     policy.proc.tokenizer.chat_template = env.CHAT_TEMPLATE
     policy.proc.tokenizer.save_pretrained(folder)

@@ -17,7 +17,7 @@ import eval as evaluation
 ROOT = Path(__file__).parent.parent
 README = Path(ROOT, "README.md").read_text()
 STAGES = ("sft", "data", "eval", "rppo")
-BLOCKS = re.findall(r"```(?:bash|sh)?\n(.*?)```", README, re.DOTALL)
+BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
 LINES = "\n".join(BLOCKS).replace("\\\n", " ").splitlines()
 COMMANDS = [line.split("#")[0] for line in LINES if re.search(r"(?:python|torchrun) .*\w\.py", line)]
 
