@@ -136,7 +136,8 @@ def read_lines(path):
 
 def find_image(root, path, where, confined):
     """The absolute path of an image. UserError if there is none or, confined, if the path leads out of root.
-    Links may lead anywhere: the cache of the Hugging Face hub is made of them."""
+    Links may lead anywhere: the cache of the Hugging Face hub is made of them. where: file and row, for the
+    message."""
     root = os.path.abspath(root)
     full = os.path.normpath(os.path.join(root, path))
     if confined and os.path.commonpath([root, full]) != root:
@@ -236,7 +237,7 @@ def check_rows(rows, rank, world_size, proc, cfg):
         counts = dict(zip(paths, bar))
 
     for row in rows:
-        n_image = counts.get(row["images"][0])
+        n_image = counts.get(row["images"][0])                     # None: another rank's image
         if n_image:
             n_text = len(env.prompt(proc, row, cfg)) - 1           # the prompt has the image as one token
             env.check_prompt(n_text + n_image, row, cfg)
@@ -259,7 +260,8 @@ COLOURS = {
 BLACK = 36
 GREY = 156
 CODES = ["".join(letters) for letters in product("ACEFHKLMNPRTUVWXY3479", repeat=3)]
-# What is asked for -> the question, what the look-alikes bear, the possible answers.
+# What is asked for -> the question ({}: the colour of the boxes), what the look-alikes bear, the possible
+# answers.
 KINDS = {
     "colour": ("One {} box bears coloured dots, the others black. Which colour?",
                "black", list(COLOURS)),
@@ -273,6 +275,7 @@ KINDS = {
 SIGNS = {"cross": "X", "plus": "+", "ring": "O", "dash": "-",
          "1": "I", "2": "II", "3": "III", "4": "IIII", "5": "IIIII"}
 N_BOXES = (3, 4, 5, 6), (2, 3)       # boxes of a scene's two colours; only a cold start asks about the second
+# What the noise adds to a channel of a blotch. With it no pixel leaves 0 to 255.
 NOISE = np.array([-12, -4, 4, 12], np.int16)
 # The flaws of the cold start, for RL to mend.
 MOST_BOXES = 3                       # no demonstration looks at more; a target beyond means a guess after two
@@ -477,7 +480,7 @@ def write_scenes(cfg):
             path = f"{split}/{i}.png"
             image.save(f"{cfg.out}/{path}", compress_level=1)
 
-            # To learn and to be tested, the first question, which has more look-alikes; to imitate, both.
+            # For RL and testing the first question, which has more look-alikes; for imitation both.
             for j, q in enumerate(questions):
                 row = {"images": [path], "doc_id": f"{split}-{i}-{j}", "problem": q["problem"],
                        "solution": q["answer"], "data_source": cfg.task, "boxes": [q["evidence"]],
@@ -575,7 +578,7 @@ def ask(url, body):
 def chat(url, name, messages, temperature=0.0, max_tokens=2048):
     """The reply (text) of a model behind an OpenAI-compatible endpoint; url ends before /chat/completions.
     The key, if one is needed, is OPENAI_API_KEY. What may pass (429, 5xx, a timeout, a reply that is no JSON)
-    is tried seven times within a minute, and again after each wait that Retry-After asks for.
+    is tried seven times, with waits of a minute in all, and again after each wait that Retry-After asks for.
 
     UserError for what would meet every request: 401, 403, 404, and any failure before the model has given its
     first usable reply. After that NoReply for one that was refused, failed, is empty or cut at max_tokens.
@@ -585,7 +588,7 @@ def chat(url, name, messages, temperature=0.0, max_tokens=2048):
     model = url, name
     waits, patience = [1, 2, 4, 8, 16, 32], PATIENCE
     while True:
-        # 1. OpenAI's models that think refuse temperature and top_p, too.
+        # 1. One request. OpenAI's models that think refuse max_tokens, temperature and top_p.
         body = dict(model=name, messages=messages)
         if model in thinking:
             body.update(max_completion_tokens=max_tokens)
@@ -620,7 +623,8 @@ def chat(url, name, messages, temperature=0.0, max_tokens=2048):
 # (boxes from coarse to fine, the last one is the evidence), `difficulty` (fewest crops of a right trajectory)
 # and `solve_rate`. `construct` takes all proposals, `build` takes one through the steps; each is a function.
 
-# FORK: the prompts. env.SYSTEM explains the tool; graded and collected conversations see the question alone.
+# FORK: the prompts. env.SYSTEM explains the tool, and these are the user's words. In the conversations that
+# are graded and collected (steps 5 and 6) the user says the question alone.
 PROPOSE = (
     "Write one question about a small detail of this photograph, for a test of eyesight. First find the "
     "detail: DETAIL, too small to be made out in the whole photograph. Zoom in on it with the tool in 2 to 4 "
@@ -632,7 +636,7 @@ PROPOSE = (
 DETAILS = ("things to be counted, or a printed number", "the colour of a thing", "a printed word or name",
            "a thing whose kind or state has a name of one or two words")
 BLIND = "The picture is withheld. Give the answer that seems most likely from the question alone.\n"
-MIN_ZOOMS, MAX_ZOOMS = 2, 4          # of a proposal
+MIN_ZOOMS, MAX_ZOOMS = 2, 4          # of a proposal, as PROPOSE says
 FINER = 1.5                          # how much finer each zoom must be (ratio of lengths)
 MAX_REDUNDANCY = 0.1                 # of a cold-start trajectory (env.redundancy)
 
@@ -724,7 +728,8 @@ def converse(job, row, who, episode, k):
     return trajs
 
 
-# The steps of a proposal, on its row, with its image in memory: each adds to it, or says why it drops it.
+# The steps of a proposal, in order. Each gets the job and the row, whose image is in memory after the first,
+# and adds to the row; or it returns why the proposal is dropped.
 
 def open_photo(job, row):
     """1. Photographs that can be read."""
@@ -829,7 +834,8 @@ STEPS = (open_photo, propose, read_question, verify, grade, demonstrate)
 
 
 def build(job, proposal):
-    """What a proposal, the n-th of a photograph, leads to: "kept" or what dropped it, its side, its rows."""
+    """What becomes of a proposal (path of a photograph, n), the n-th about it: "kept" or what dropped it, its
+    side ("sft", "train" or "test"), its rows."""
     path, n = proposal
     row = {"images": [path], "doc_id": n, "data_source": "photographs"}
     for step in STEPS:
@@ -841,8 +847,8 @@ def build(job, proposal):
         if reason:
             return f"{step.__name__}: {reason}", "train", []
 
-    # 7. The photograph decides where a question goes, so that copies are on one side and a new photograph
-    # moves no other; without a trajectory it cannot be sft.
+    # 7. The hash of the photograph decides where a question goes, so that copies are on one side and a new
+    # photograph moves no other. A question without a trajectory cannot be sft.
     place = int(row["doc_id"][:8], 16) / 2 ** 32 - job.cfg.share_test
     row["images"] = [os.path.relpath(path, job.cfg.out)]
     found = row.pop("turns")
@@ -1010,7 +1016,7 @@ def read_vstar(folder):
 def read_bench(path, root):
     """(rows, a line about each row left out) of a TSV, a file of our rows, V*Bench's folder, or any other
     JSON that has the columns above. Left out is what cannot be asked: no image, several images, an empty
-    option."""
+    option. root: where the images lie; empty: beside the file."""
     if os.path.isdir(path):
         items = read_vstar(path)
         root = root or path
@@ -1033,8 +1039,8 @@ def read_bench(path, root):
 
 
 def read_benches(spec, image_root, limit):
-    """FORK: the benchmarks of spec, "NAME:PATH,NAME:PATH": {name: rows}, {name: a line about each row left
-    out}.
+    """FORK: the benchmarks of spec, "NAME:PATH,NAME:PATH". Returns {name: rows} and {name: lines, one about
+    each row left out}.
 
     A path is what `read_bench` takes, or the folder of VisualProbe, whose levels each get their own name,
     or of one level. Of each there are at most `limit` rows (0: all). UserError for a path that does not
@@ -1056,7 +1062,7 @@ def read_benches(spec, image_root, limit):
     # 2. Their rows
     benches, left_out = {}, {}
     for name, path, root in entries:
-        # The names after the first are keys of eval.json.
+        # A name becomes a key of eval.json, beside these.
         if name in benches or name in ("config", "weights", "seconds", "sampled", "greedy"):
             raise UserError(f"--bench: the name {name} is taken; give another")
 

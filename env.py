@@ -6,16 +6,20 @@ as a new image. Or it answers, and the episode ends. What gives a token or a num
 SFT examples, RL rollouts, evaluation and endpoints all read and write by this file.
 
     EpisodeConfig, RewardConfig    the numbers of the task and of the reward
+    iou, redundancy, resolve_box   boxes
     TOOLS                          what can be called, and what is shown then
     call_text, parse_action        the dialect: prompt, calls, answers, observations, chat template
+    open_image                     image files
     reset, respond, step, render   an episode, token by token
-    match, rewards, covers         what a trajectory is worth
-    configure                      the flags of every command
+    match, is_right                is an answer right by the rules?
+    rewards, covers                what a trajectory is worth
+    read_json, newest, lock        files and folders
+    configure, command             the flags of every command
 
 Shapes: T tokens of a trajectory (in the formula of the reward, T is DRIM's number of crops); ids, mask and
 logp are (T,), M-RoPE positions (3, T), a view (height, width, 3). Boxes are (x0, y0, x1, y1) in whole pixels
-of the original, those in a call 0 to 1000. The method is DRIM (arXiv 2512.17306), from its description; "our
-choice" marks what is not published.
+of the original; those in a call are 0 to 1000, relative to the image that the call names. The method is DRIM
+(arXiv 2512.17306), from its description; "our choice" marks what is not published.
 """
 import argparse
 import fcntl
@@ -43,19 +47,23 @@ def printable(text):
 
 
 class UserError(SystemExit):
-    """A mistake of the user: one line that names the file, row or flag, and the cure."""
+    """A mistake of the user: one line that names the file, row or flag, and the cure.
 
-    def __init__(self, message):   # which may quote a row's text
+    As a SystemExit it ends the process with that line and no traceback, and `except Exception` does not catch
+    it.
+    """
+
+    def __init__(self, message):   # made printable, as it may quote a row's text
         super().__init__(printable(message))
 
 
 class ToolError(Exception):
-    """A mistake of the policy: the key of what it reads next, in ERRORS."""
+    """A mistake of the policy. Its text is a key of ERRORS, which has what the policy reads next."""
 
 
 def setting(default, **metadata):
-    """A config field with `least`, a smallest value of its own (else integers begin at 1, other numbers at
-    0), or with `free=True`: it may change when a run goes on."""
+    """A config field with `least`, a smallest value of its own (else integers begin at 1, other numbers at 0;
+    see `checked`), or with `free=True`: it may change when a run goes on (see `same_settings`)."""
     return field(default=default, metadata=metadata)
 
 
@@ -71,6 +79,7 @@ class EpisodeConfig:
     max_tokens: int = 512            # most tokens of a whole trajectory, image tokens included
 
 
+# The episode of published models, the "real" preset: what differs from the defaults, the "tiny" preset.
 REAL_EPISODE = dict(max_pixels=2_000_000, min_crop_pixels=65_536, max_crop_pixels=524_288, min_crop_side=28,
                     turn_tokens=1024, max_tokens=12_288)
 
@@ -160,7 +169,7 @@ def resolve_box(bbox, parent, full_size, min_side):
 class Shown:
     """One image that the policy was shown: `box` of `frame`, resized into a pixel budget."""
     frame: Image.Image               # full resolution, RGB; crops are cut from it, never from a shrunken view
-    box: tuple                       # pixels of the frame; a tool that keeps the frame keeps rewards right
+    box: tuple                       # pixels of the frame; rewards count crops of the original's frame alone
     min_pixels: int
     max_pixels: int
     tool: str | None = None          # the entry of TOOLS that made it; None: an image of the row
@@ -395,6 +404,7 @@ TEMPLATE_CONSTANTS = {
     "intro": INTRO,
     "tools_prompt": TOOLS_PROMPT,
     "known": [tool.schema["function"]["name"] for tool in TOOLS.values()]}
+# A server has the template's text alone, so it begins by setting them.
 for key, value in TEMPLATE_CONSTANTS.items():
     CHAT_TEMPLATE = "{%- set " + key + " = " + json.dumps(value) + " %}\n" + CHAT_TEMPLATE
 
@@ -408,7 +418,8 @@ def to_rgb(image):
     """Any Pillow image as RGB of 8 bits: upright, what is transparent on white, an animation's first frame.
 
     More than 8 bits are scaled by as many as the brightest pixel needs, since files do not say how many of
-    their 16 bits a sensor has (often 12); floats of at most 1 by 1. Raises ValueError.
+    their 16 bits a sensor has (often 12). In an image of floats that are at most 1, 1 is white. Raises
+    ValueError.
     """
     image = ImageOps.exif_transpose(image)
 
@@ -453,7 +464,7 @@ class Processor:
         self.end = tokenizer.convert_tokens_to_ids("<|im_end|>")
         self.image = tokenizer.convert_tokens_to_ids("<|image_pad|>")
         self.ends = {self.end, *ends}
-        self.cache = {}                      # text of the format -> ids
+        self.cache = {}                      # text of the format -> its ids (a list)
 
     def encode(self, text):
         """Ids of a piece of the format: special tokens are special."""
@@ -481,7 +492,8 @@ class Processor:
         return view.shape[0] // self.factor, view.shape[1] // self.factor
 
     def look(self, shown):
-        """Fill in what the model sees of an image; the G samples of a prompt share the original's view."""
+        """The view (height, width, 3) of a Shown: what the model sees. It is made once and kept there, and
+        the G samples of a prompt share the original's. UserError for a budget below one image token."""
         if shown.max_pixels < self.factor ** 2:
             raise UserError(f"--max_pixels or --max_crop_pixels: {shown.max_pixels} pixels are less than one "
                             f"image token, {self.factor} x {self.factor}; raise it")
@@ -490,7 +502,7 @@ class Processor:
         return shown.view
 
     def observation(self, seen):
-        """Ids of a tool's response, in one encoding as a server would make it: a Shown or an error text."""
+        """Ids of a tool's response, seen: a Shown or an error text. Encoded as one text, as a server does."""
         if isinstance(seen, str):
             return self.encode(OBSERVATION.format(seen=seen))
 
@@ -506,7 +518,8 @@ def mrope(ids, image_id, grid, start):
     """M-RoPE positions (t, h, w) of a run of tokens from position `start` on: int64 (3, len(ids)).
 
     Text advances the three together. An image of grid = (H, W) tokens at s has t = s, h = s..s+H-1, w =
-    s..s+W-1, and the text after it goes on at s + max(H, W) (Qwen2-VL, arXiv 2409.12191). None: no image.
+    s..s+W-1, and the text after it goes on at s + max(H, W) (Qwen2-VL, arXiv 2409.12191). grid None: there is
+    no image among ids.
     """
     pos = np.tile(np.arange(start, start + len(ids)), (3, 1))
     if grid is not None:
@@ -520,6 +533,7 @@ def mrope(ids, image_id, grid, start):
 
 @dataclass
 class Turn:
+    """What the assistant wrote in one turn, and what came of it."""
     text: str
     action: Action
     error: str | None = None         # key of ERRORS, if it was malformed or refused
@@ -528,6 +542,8 @@ class Turn:
 
 @dataclass
 class Trajectory:
+    """An episode so far. Over HTTP (data.converse) there are no tokens: ids, mask, logp and pos stay
+    empty."""
     row: dict
     shown: list = field(default_factory=list)    # Shown: the row's image, then what the tools made
     turns: list = field(default_factory=list)    # Turn
@@ -555,7 +571,8 @@ class Trajectory:
         return replace(self, **own)
 
     def extend(self, proc, ids, sampled=False, logp=None, view=None):
-        """Append tokens and, if there is one, the image among them."""
+        """Append tokens (ids, a list) with their mask, logp (default: zeros) and positions. `view` is the
+        image whose tokens are among them, if there is one."""
         start = int(self.pos[0, -1]) + 1 if self.ids else 0       # the last token is always text
         grid = None if view is None else proc.grid(view)
         self.pos = np.concatenate([self.pos, mrope(ids, proc.image, grid, start)], 1)
@@ -569,6 +586,7 @@ def start_episode(row, cfg):
     image = row["images"][0]                     # FORK: rows with several images begin here
     image = to_rgb(image) if isinstance(image, Image.Image) else open_image(image)
     box = (0, 0, image.width, image.height)
+    # A small original is enlarged as a crop is, unless max_pixels forbids it.
     return Trajectory(row, [Shown(image, box, min(cfg.min_crop_pixels, cfg.max_pixels), cfg.max_pixels)])
 
 
@@ -659,6 +677,7 @@ def render(proc, row, turns, cfg):
 
 
 # --- Is an answer right by the rules? They know a letter, the words, a number; the rest is the judge's ---
+# LaTeX's box, and what people say before an answer: "So, the correct answer is:", "it's", "故选", "答案是"
 BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
 LEAD_IN = re.compile(
     r"^(?:(?:so|thus|therefore),? )?"
@@ -806,8 +825,9 @@ def rewards(group, cfg):
     """FORK: the reward. The G trajectories of one prompt -> for each its named parts and their `total`.
 
     R = R_acc + 1{R_acc = 0 and T > 1} * Gamma,   Gamma = -lam / T^2 * sum_{t<t'} max(0, IoU(b_t, b_t') - eps)
-    (DRIM) T counts executed crops; b_t are the boxes as executed, in the frame of the original. The mean
-    of each part is logged; one that a trajectory does not have counts as 0.
+    (DRIM) T counts executed crops; b_t are the boxes as executed, in the frame of the original. Two parts are
+    not DRIM's and 0 by default: `tool` and `format`, see RewardConfig. The mean of each part is logged; one
+    that a trajectory does not have counts as 0.
     """
     scored = []
     for traj in group:
@@ -826,7 +846,8 @@ def rewards(group, cfg):
 
 
 def covers(traj):
-    """Did, for each evidence box of the row, one crop of at most a quarter of the image hold 90 % of it?"""
+    """Was the evidence seen: is there for each evidence box of the row (row["boxes"]) a crop of at most a
+    quarter of the image that holds 90 % of it? For several boxes it may be several crops."""
     fine = [c for c in traj.crops if area(c) <= area(traj.shown[0].box) / 4]
     for evidence in traj.row["boxes"]:
         if not any(intersection(c, evidence) >= 0.9 * area(evidence) for c in fine):
@@ -917,7 +938,8 @@ def same_settings(folder, cfg, cure="give another folder"):
 
 
 # --- The command line: argparse over the dataclasses ----------------------------------------------------
-# A field as it stands in a config class, with its comment.
+# A field as it stands in a config class, with its comment. It is looked for in the source of the class, so
+# no other line there, be it of the docstring, may begin with four spaces, a word and a colon.
 FIELD = re.compile(r"^    (\w+): [^#\n]*(?:# *(.*))?$", re.MULTILINE)
 
 
@@ -931,7 +953,8 @@ def make_parser(cls, real):
                                      description=inspect.getmodule(cls).__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter,
                                      argument_default=argparse.SUPPRESS, allow_abbrev=False)
-    # 1. A field belongs to the class that first has it; its comment is the last one.
+    # 1. A field is listed under the class that first has it; where a later class has it again, with another
+    # default, that one's comment counts, if it has one.
     comments, groups = {}, {}
     for base in reversed(cls.__mro__[:-1]):
         group = parser.add_argument_group(inspect.getdoc(base).split("\n")[0])
@@ -976,8 +999,11 @@ def load_episode(path):
 
 
 def configure(cls, real, argv=None):
-    """The config (of class cls) of the flags in argv (default: this process's). With --model the episode's
-    defaults are the checkpoint's, others those of `real` unless its preset is tiny. Raises UserError."""
+    """The config (of class cls) of the flags in argv (default: this process's). Raises UserError.
+
+    The defaults of cls are the tiny preset. With --model those of the episode are the checkpoint's, and all
+    others those of `real`, unless the checkpoint's own preset is tiny.
+    """
     # 1. Flags go before what the checkpoint says, and that before the preset.
     values = vars(make_parser(cls, real).parse_args(argv))
     if values.get("model"):
@@ -986,7 +1012,7 @@ def configure(cls, real, argv=None):
         values = {**(real if preset == "real" else {}), **episode, **values}
     cfg = cls(**checked(values, cls, "flags"))
 
-    # 2. {seed} in a name; a/ is a
+    # 2. In texts {seed} stands for the seed, and "runs/a/" is "runs/a".
     for name, value in vars(cfg).items():
         if isinstance(value, str):
             setattr(cfg, name, value.replace("{seed}", str(cfg.seed)).rstrip("/") or value)

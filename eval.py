@@ -5,7 +5,17 @@
     python eval.py --model=runs/rppo --image=street.jpg --question="What is on the sign?"
     python eval.py --report=runs                                  # only write the page, runs/report.html
 
-Reads <data>/test.jsonl, benchmarks or an image. Writes <out>/{eval.json,results-*.jsonl} and report.html.
+Reads <data>/test.jsonl, benchmarks or an image. Writes <out>/{config.json, eval.json, results-*.jsonl,
+report.html}; for an image <out>/question.html.
+
+    Cache, Engine, rollout     sampling: every stage gets its trajectories from `rollout`
+    judge, measure, metrics    what they are worth
+    evaluate, score            answers to many rows, which the same command continues
+    write_report               the page
+    load, main                 for scripts, and the command
+
+Shapes: P rows (prompts) of G samples each; B slots that a pass feeds with n tokens each; V rows of the head,
+one for each id. A slot holds one conversation at a time, a place in it one token.
 """
 import json
 import math
@@ -63,8 +73,9 @@ def head_dim(text):
 
 
 def kept(text, places):
-    """What each layer of a text model (its config) keeps of a slot, as two shapes: keys and values; a linear
-    layer the last inputs of its convolution and its state, which do not grow with the places."""
+    """What each layer of a text model (its config) keeps of a slot, as two shapes. Attention: keys and
+    values, of equal shapes. A linear layer: the last inputs of its convolution, and its state; they differ in
+    shape, by which callers tell the two kinds apart, and do not grow with the places."""
     kv = (text.num_key_value_heads, places + 1, head_dim(text))
     kinds = getattr(text, "layer_types", None) or [""] * text.num_hidden_layers
     if "linear_attention" not in kinds:
@@ -140,7 +151,8 @@ class Cache:
 
 
 def uniforms(seed, prompt, sample, n):
-    """n numbers in [0, 1) that depend on (seed, step, prompt, sample) alone, not on batch or ranks."""
+    """n numbers in [0, 1) that depend on seed, a pair (seed, step), prompt and sample alone, not on batch or
+    ranks."""
     return torch.from_numpy(np.random.default_rng([*seed, prompt, sample]).random(n))
 
 
@@ -152,7 +164,7 @@ def draw(logp, u):
     cdf[:, 1:].add_(cdf[:, :-1, -1].cumsum(1)[..., None])
     target = u[:, None] * cdf[:, -1, -1:] * (1 - 1e-9)
     ids = torch.searchsorted(cdf.flatten(1), target, right=True)[:, 0]
-    return ids.clamp_max(logp.shape[1] - 1)      # of NaN the search goes past the end; `act` sees it
+    return ids.clamp_max(logp.shape[1] - 1)      # of NaN the search goes past the end; `end_turn` sees it
 
 
 EVALUATION = 2 ** 31   # in the place of a step, in the random streams
@@ -206,12 +218,13 @@ class Engine:
         self.graphs = {}                         # (slots, places) that a step reads -> CUDAGraph
         self.graph_pool = None                   # their memory
 
-        # Of each slot: the turn's first place, the tokens that it has and may have, M-RoPE position less
-        # place, is it idle; the last token's hidden state.
+        # Of each slot (slots, 5): the turn's first place, the tokens that it has and may have, M-RoPE
+        # position less place, is it idle (1 at first). And its last token's hidden state (slots, width).
         self.numbers = torch.ones(slots, 5, dtype=torch.long, device=policy.device)
         self.hidden = torch.zeros(slots, policy.vlm.lm_head.in_features, device=policy.device)
 
-        # The turn's uniform numbers, ids and log-probabilities; an idle slot writes behind its last token.
+        # The turn's uniform numbers, ids and log-probabilities, each (slots, turn_tokens + 1): an idle slot
+        # writes behind its last token.
         turn = torch.zeros(slots, cfg.turn_tokens + 1, device=policy.device)
         self.u, self.tokens, self.logps = turn.double(), turn.long(), turn
 
@@ -307,8 +320,8 @@ class Engine:
         idle.logical_or_(torch.isin(token, self.ends) | (used >= budget))
 
     def decode(self):
-        """Steps until a share of the turns has ended: returns their slots. The first step of a kind is computed
-        as it is, then as a graph."""
+        """Steps until a share of the turns has ended: returns their slots. On CUDA the first step that reads
+        so many slots and places is computed as it is and then captured; later ones replay its graph."""
         device, live = self.policy.device, len(self.live)
         stride = STRIDE[device.type]
         n = min(-(-live // WIDTH) * WIDTH, self.slots)
@@ -360,7 +373,7 @@ class Engine:
 
 
 def row_bytes(config, cfg):
-    """What a trajectory of max_tokens takes in the cache, on CUDA: states are fp32, all else is bf16."""
+    """Bytes of one slot of the cache, for max_tokens, on CUDA: states are fp32, all else is bf16."""
     size = 0
     for first, second in kept(config.get_text_config(), cfg.max_tokens):
         width = 2 if first == second else 4
@@ -396,8 +409,9 @@ def fitting(policy, cfg, wanted):
 @torch.no_grad()
 def rollout(policy, rows, cfg, samples=1, seed=(0, 0), streams=None, greedy=False):
     """Sample `samples` trajectories of every row, in_flight at a time: a list of P*G, prompt by prompt.
-    streams (default 0, 1, ...) name the rows in the random streams, seed = (seed, step). UserError for
-    logits that are NaN. All ranks must reach this if the policy is sharded."""
+    streams (default 0, 1, ...) name the rows in the random streams, seed = (seed, step). UserError for an
+    image or a prompt that cannot be used, for logits that are not finite, and if no slot fits into the GPU.
+    All ranks must reach this if the policy is sharded."""
     policy.eval()        # in train mode, activation checkpointing (if enabled) drops the cache
     threads = ThreadPoolExecutor(4)
     seats = []
@@ -504,7 +518,7 @@ def metrics(measures):
     means = {"n": len(measures)}
     for name in set().union(*measures):
         total, count = np.sum([m.get(name, (0, np.nan)) for m in measures], 0, dtype=float).tolist()
-        means[name] = total / count if count > 0 else None         # NaN is not
+        means[name] = total / count if count > 0 else None         # NaN is not above 0
     return means
 
 
@@ -542,7 +556,8 @@ def record(index, sample, traj, eps):
 
 
 def levels(row):
-    """The groups of rows that a row counts in: "a/b" in "a" too. Without a category, by its difficulty."""
+    """The groups of rows that a row counts in: of category "a/b" it counts in "a", too. Without a category,
+    by its difficulty."""
     if row.get("category"):
         return list(accumulate(str(row["category"]).split("/"), "{}/{}".format))
     if row.get("difficulty") is None:
@@ -640,7 +655,7 @@ def score(policy, name, rows, cfg, rank, world_size, greedy):
 
 # --- The page: one HTML file without scripts or network -------------------------------------------------
 HEAD = """<!DOCTYPE html>
-<html lang="en"><meta charset="utf-8"><meta name="generator" content="DRIM">"""      # ours
+<html lang="en"><meta charset="utf-8"><meta name="generator" content="DRIM">"""   # ours: see write_page
 STYLE = """
 <meta name="viewport" content="width=device-width"><title>DRIM</title><style>
 :root{color-scheme:light dark}
@@ -790,7 +805,8 @@ def trajectory_html(record, title, outcome):
 
 
 def section(name, before, after, n):
-    """Table and n examples of each kind. before and after: (folder, records); of a run alone they are one."""
+    """Table and n examples of each kind. before and after: (folder, records); where there is nothing to
+    compare with, the two are the same."""
     (old_folder, old), (folder, new) = before, after
     keys = [key for key in sorted(new) if key in old and old[key]["problem"] == new[key]["problem"]]
     if not keys:                                 # nothing to compare
@@ -835,7 +851,9 @@ def section(name, before, after, n):
 
 
 def read_run(folder):
-    """A run folder's facts, entries of its log, and {name: records} of its results."""
+    """A run folder's facts, entries of its log, and {name: records} of its results. Held-out accuracies
+    become entries of their own, at the number of steps made by then: `cold_start` is measured before the
+    first, so at 0, `held_out` after the entry's own."""
     facts = {**env.read_json(f"{folder}/config.json", {}), **env.read_json(f"{folder}/eval.json", {})}
     log = sft.read_log(folder)
     for entry in list(log):
@@ -851,7 +869,7 @@ def read_run(folder):
 
 
 def write_page(out, body):
-    """Write a page to the file `out`, unless it is one that is not ours."""
+    """Write a page to the file `out`. UserError if there is a file that this project has not written."""
     if os.path.exists(out) and not Path(out).read_text(errors="replace").startswith(HEAD):
         raise env.UserError(f"{out} is another file of that name; move it")
     env.write_text(out, HEAD + STYLE + body)
@@ -954,7 +972,8 @@ def print_scores(cfg, scores):
 
 
 def main(cfg):
-    """Measure a policy as cfg says; all ranks call it. Returns the contents of <out>/eval.json."""
+    """Measure a policy as cfg says; all ranks call it. Returns the contents of <out>/eval.json; None if one
+    question was asked, or only the page written."""
     # 1. A page needs no policy.
     rank, world_size, device = sft.setup()
     if cfg.report:

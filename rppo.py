@@ -4,8 +4,8 @@
     python rppo.py --lam=0 --out=runs/grpo/rppo   # plain GRPO, for comparison
     torchrun --nproc-per-node=8 rppo.py --model=runs/real/sft --data=data/mine
 
-The objective (DRIM, arXiv 2512.17306). In each step P prompts get G trajectories each; one of them makes T
-crops with boxes b_1 .. b_T, which is DRIM's T:
+The objective (DRIM, arXiv 2512.17306). In each step P prompts get G trajectories each. A trajectory makes T
+crops, with boxes b_1 .. b_T (DRIM's letter; in the shapes of the code T counts tokens):
 
     gamma      = -lam / T^2 * sum_{t<t'} max(0, IoU(b_t, b_t') - eps)                  env.redundancy
     reward     = accuracy + 1{accuracy = 0 and T > 1} * gamma                          env.rewards
@@ -28,8 +28,9 @@ What is ours, not the paper's, whose code and numbers are not published:
 5. A group with an answer that the judge failed to judge is not learned from.
 Related methods are settings: lam=0 is GRPO, tool_bonus is DeepEyes', mask_over_turns is Mini-o3's.
 
-Reads <data>/train.jsonl. Writes <out>/{config.json, log.jsonl, checkpoints/<step>/, last, best.json}; the
-main job also ../eval/{sft,rppo}/, ../summary.json and ../report.html.
+Reads <data>/train.jsonl. Writes <out>/{config.json, log.jsonl, checkpoints/<step>/, last, best.json} and,
+beside <out>, report.html. With --n_score it reads <data>/test.jsonl, too, and writes beside <out> eval/sft/,
+eval/rppo/ and summary.json; without --model, the main job, the cold start sft/ as well.
 """
 import json
 import os
@@ -120,7 +121,7 @@ def policy_loss(logp, old_logp, advantages, clip_low, clip_high, n_tokens=None):
 
 
 def counts(sample, cfg):
-    """Do the trajectory's tokens count in the divisor of the loss?"""
+    """Do a Sample's tokens count in the divisor of the loss?"""
     return sample.traj.status == "answered" or not cfg.mask_over_turns
 
 
@@ -171,7 +172,7 @@ def length(sample):
 
 
 def micro_batches(samples, size):
-    """The samples in about len(samples) / size micro-batches, the longest first.
+    """The samples in about len(samples) / size micro-batches, the longest first. size: cfg.micro_batch.
 
     None has more tokens, padding included, than the larger of its share and the longest trajectory.
     Neighbours in length stand together, so that little is padding.
@@ -204,8 +205,8 @@ def token_advantages(chosen, trained):
 
 
 def update(policy, optimizers, samples, cfg, reference=None):
-    """`updates` passes over one rollout: what the log says of it. All ranks must reach this. `reference` is
-    for a fork with a KL term: a Policy that stays as it is."""
+    """Learn from one rollout, cfg.updates passes over it: returns what the log says of it. All ranks must
+    reach this. `reference` is for a fork with a KL term: a Policy that stays as it is."""
     # 1. This rank's micro-batches, and the divisor: the tokens of all trajectories of all ranks
     learned = [s for s in samples if has_gradient(s, cfg)]
     micro = micro_batches(learned, cfg.micro_batch)
@@ -254,7 +255,7 @@ def update(policy, optimizers, samples, cfg, reference=None):
         skipped += skip
 
     n, entropy, gap, clipped = sft.all_sum(*sums.tolist())
-    n = n or np.nan                      # after flat groups alone the three are not logged
+    n = n or np.nan                      # after flat groups alone the three are NaN, so not logged
     return dict(
         tokens=n_tokens,
         entropy=entropy / n,
@@ -307,7 +308,7 @@ def summarise(samples, cfg):
 
     means = {}
     for name in sorted(set().union(*parts)):
-        values = [p.get(name, 0.0) for p in parts]                # 0 where a branch sets no part
+        values = [p.get(name, 0.0) for p in parts]                # 0 for a trajectory without this part
         means[name] = float(np.mean(values))
 
     rewards = np.reshape([p["total"] for p in parts], (-1, cfg.samples))      # (P, G)
@@ -373,7 +374,7 @@ def hold_out(rows, n):
 
 
 def score_held_out(policy, held_out, cfg, rank, world_size):
-    """Their metrics. All ranks must reach this."""
+    """The metrics of one sampled answer to each held-out row. All ranks must reach this."""
     records = evaluation.evaluate(policy, held_out, cfg, rank, world_size)
     return evaluation.metrics([record["metrics"] for record in records])
 
@@ -440,7 +441,7 @@ def train(policy, optimizers, preset, rows, held_out, first, cfg, rank, world_si
 
 # --- The main job: scenes, cold start, RPPO, scores -----------------------------------------------------
 def parent(cfg):
-    """The folder that holds cfg.out; the main job's other results go there too."""
+    """The folder that holds cfg.out; what is written beside <out> goes there."""
     return os.path.dirname(cfg.out) or "."
 
 
@@ -510,7 +511,8 @@ def compare(cfg, start, rank, started):
 
 
 def main(cfg):
-    """RPPO as cfg says, and without a model all that comes before it; all ranks call it. Returns a Policy."""
+    """RPPO as cfg says, and without a model all that comes before it; all ranks call it. Returns the trained
+    Policy."""
     rank, world_size, device = sft.setup()
     if cfg.prompts % world_size:
         raise env.UserError(f"--prompts={cfg.prompts} is not a multiple of the {world_size} ranks")

@@ -8,11 +8,22 @@
 
 The sums run over all conversations of a step on all ranks; mask is 1 on the assistant's tokens only; p is the
 softmax over the vocabulary without the banned ids (vision tokens, ids without a text).
-Reads <data>/{sft.jsonl, tiny}. Writes <out>/{config.json, log.jsonl, checkpoints/<step>/, last}.
+Reads <data>/sft.jsonl and, without --model, the model <data>/tiny, which it makes if it is not there.
+Writes <out>/{config.json, log.jsonl, checkpoints/<step>/, last}.
 
+    collate, Policy, load_policy      the policy, and the families of models that it can be
+    make_tiny                         the tiny model
+    add_lora, shard                   LoRA and FSDP2
+    save_checkpoint, load_trainable   checkpoints
+    Muon, optimizer_step              optimizers
+    setup, together, due              ranks and signals
+    open_run                          the run folder
+    render_batches, train             imitation
+
+Shapes:
     B   conversations of a micro-batch        N   image tokens of a micro-batch
-    T   tokens of the longest of them         V   rows of the head
-    n   trained tokens of them all
+    T   tokens of the longest of them         M   those of its distinct images: samples of a prompt share one
+    n   trained tokens of them all            V   rows of the head, one for each id
 """
 import json
 import math
@@ -104,8 +115,9 @@ ADAPTERS = "training/adapters.safetensors"                 # of a checkpoint tha
 
 # --- The policy: a Qwen VLM, driven through its parts so that positions, caches and logits are explicit -
 def pack(images, proc):
-    """The distinct Shown images, sorted by shape, and of each image token of `images` in order the row of its
-    feature (N,). The G samples of a prompt share the original, see `fork`."""
+    """The distinct Shown images, sorted by shape, and for each image token of `images`, in order, the row of
+    its feature (N,) among those of the distinct images (M, width), see Policy.see. The G samples of a prompt
+    share the original, see Trajectory.fork."""
     distinct = sorted({id(image): image for image in images}.values(), key=lambda image: image.view.shape)
     sizes = [math.prod(proc.grid(image.view)) for image in distinct]
     rows = dict(zip(map(id, distinct), torch.arange(sum(sizes)).split(sizes)))
@@ -139,6 +151,7 @@ class Policy(torch.nn.Module):
         self.proc = proc
         self.image_processor = image_processor
         self.family = FAMILIES[vlm.config.model_type]
+        # Some modules compute the same in another way, see FAMILIES.
         for module in vlm.modules():
             for ending, forward in self.family.forwards.items():
                 if type(module).__name__.endswith(ending):
@@ -167,7 +180,8 @@ class Policy(torch.nn.Module):
 
     @contextmanager
     def gathered(self):
-        """A sharded policy is whole meanwhile, as ranks differ in turns. All ranks must reach this."""
+        """Within it a sharded policy is whole on every rank: in a rollout ranks differ in the number of
+        forward passes, so that none may wait for another's. All ranks must reach this."""
         parts = [module for module in self.modules() if hasattr(module, "reshard")]
         for module in parts:
             module.unshard()
@@ -180,8 +194,9 @@ class Policy(torch.nn.Module):
                 module.set_reshard_after_forward(module is not self, recurse=False)    # FSDP2's default
 
     def see(self, images):
-        """Encode Shown images: features (N, width), those of Qwen3-VL's deepstack levels beside them (N, 4
-        width). Of a frozen tower they stay in host memory from the rollout to the update."""
+        """Encode distinct Shown images: features (M, width), or with those of Qwen3-VL's L deepstack levels
+        beside them (M, (1 + L) width); None without an image. Of a frozen tower they stay in host memory from
+        the rollout to the update."""
         if not images:
             return None
         if self.reuses_features and all(image.features is not None for image in images):
@@ -189,7 +204,7 @@ class Policy(torch.nn.Module):
 
         views = [image.view.numpy() for image in images]
         pixels = self.image_processor(images=views, return_tensors="pt", input_data_format="channels_last")
-        patches = pixels["pixel_values"].to(self.device)     # (4 N, values of a patch)
+        patches = pixels["pixel_values"].to(self.device)     # (4 M, values of a patch)
         grid = pixels["image_grid_thw"]                      # (images, 3), in patches
         ends = F.pad(grid.prod(1).cumsum(0), (1, 0))         # on the CPU, so that no block waits for the GPU
         out = self.vlm.model.visual(patches, grid_thw=grid.to(self.device), cu_seqlens=ends)
@@ -202,8 +217,9 @@ class Policy(torch.nn.Module):
         return features
 
     def hidden(self, ids, pos, features, feature, mask=None, cache=None):
-        """Last hidden states (B, T, width) of ids (B, T) at pos (3, B, T). feature (N,): the row in features
-        of each image token. Positions are given: inferred beside a cache, they are wrong."""
+        """Last hidden states (B, T, width) of ids (B, T) at pos (3, B, T). features: from `see`; feature
+        (N,): for each image token its row in them. mask and cache: eval.Cache's, in a rollout. Positions are
+        given: inferred beside a cache, they are wrong."""
         x = self.vlm.get_input_embeddings()(ids)
         extra = {}
         if features is not None:
@@ -223,7 +239,8 @@ class Policy(torch.nn.Module):
         return out.last_hidden_state
 
     def logits(self, h, temperature):
-        """Logits of the sampling distribution in fp32: divided by the temperature, banned ids at -inf."""
+        """Of hidden states h (..., width) the logits (..., V) of the sampling distribution, in fp32: divided
+        by the temperature, banned ids at -inf. Rollout and update both take them from here."""
         return (self.vlm.lm_head(h).float() / temperature).masked_fill(self.banned, -torch.inf)
 
     def token_logp(self, h, target, temperature):
@@ -235,8 +252,9 @@ class Policy(torch.nn.Module):
         return logits.gather(1, target[:, None])[:, 0] - total, entropy
 
     def forward(self, batch, temperature=1.0):
-        """Log-probability and entropy (n,) of every trained token. Logits exist only there, 2^26 entries at a
-        time, recomputed in the backward pass. Padding is on the right, where causal attention never looks."""
+        """Log-probability and entropy (n,) of every trained token of a batch, see `collate`. Logits exist
+        only there; if they are more than 2^26 entries, one part at a time, recomputed in the backward pass.
+        Padding is on the right, where causal attention never looks."""
         ids, mask, pos, feature = (batch[k].to(self.device) for k in ("ids", "mask", "pos", "feature"))
         h = self.hidden(ids, pos, self.see(batch["images"]), feature)         # (B, T, width)
 
@@ -259,7 +277,7 @@ def linear_patches(self, hidden_states):
     return F.linear(hidden_states.to(self.proj.weight.dtype), self.proj.weight.flatten(1), self.proj.bias)
 
 
-@torch.autocast("cuda", enabled=False)           # torch 2.13's would go through fp32
+@torch.autocast("cuda", enabled=False)           # with torch 2.13's it would go through fp32
 def rms_norm(self, x):
     """One kernel; transformers' takes six."""
     return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.variance_epsilon)
@@ -418,8 +436,9 @@ def read_config(path):
 
 
 def load_policy(path, device, train=False):
-    """A Policy from a folder or a hub id; UserError. On CUDA its weights are bf16, enough for rollouts; to
-    train they are fp32, still on the CPU. Only safetensors are read, no code of a checkpoint is run."""
+    """A Policy from a folder or a hub id. On CUDA its weights are bf16, enough for rollouts; with train=True
+    they are fp32, still on the CPU. Only safetensors are read, no code of a checkpoint is run. UserError for
+    what is no model of FAMILIES, or is damaged."""
     from transformers import AutoModelForImageTextToText, PreTrainedTokenizerFast
     from transformers.utils import logging
     if os.path.isdir(path):
@@ -564,7 +583,7 @@ def make_tiny(rows, seed, name="tiny"):
     vlm = AutoModelForImageTextToText.from_config(tiny_config(name, tokenizer))
     # At transformers' 0.02 an image token hardly says where it is: finding boxes takes three times as long.
     torch.nn.init.normal_(vlm.model.visual.pos_embed.weight, std=0.5)
-    # At transformers' 1 most states would be forgotten within a token; this is 3 to 5,000 tokens.
+    # At transformers' 1 most states would be forgotten within a token; at -4 they last 3 to 5,000 tokens.
     for weight, value in vlm.named_parameters():
         if weight.endswith("dt_bias"):
             torch.nn.init.constant_(value, -4.0)
@@ -605,7 +624,8 @@ def add_lora(policy, rank, scale, seed=0):
 
 
 def merge_lora(weights, cfg):
-    """Add the adapters among weights (name -> tensor) to the others, in fp32, and return them, taken out."""
+    """Take the adapters out of weights (name -> tensor), add their products to the other weights, in fp32,
+    and return the adapters. weights is changed in place."""
     adapters = {name: weights.pop(name) for name in list(weights) if "lora_" in name}
     for name, A in adapters.items():
         if name.endswith("lora_A"):
@@ -751,8 +771,9 @@ def prune(cfg, step, best=None):
 
 
 def load_trainable(cfg, start, first, device, betas, muon_lr=0.0):
-    """Policy, optimizers and preset of a stage, from the checkpoint `start` or as saved at step `first`, that
-    rank 0 told all. With LoRA a checkpoint's training/ has what is added to `start`."""
+    """Policy, optimizers and preset of a stage: from `start` (a checkpoint or hub id), or, where a run goes
+    on, as it was saved at step `first`; 0: it begins. With LoRA the weights are always those of `start`, and
+    the adapters on top of them come from the subfolder training/ of the checkpoint of step `first`."""
     last = f"{cfg.out}/checkpoints/{first}"
     policy = load_policy(last if first and not cfg.lora else start, device, train=not cfg.lora)
     policy.vlm.model.visual.requires_grad_(cfg.train_vision)
@@ -772,7 +793,7 @@ def load_trainable(cfg, start, first, device, betas, muon_lr=0.0):
         shard(policy, device)
     elif cfg.shard:
         print("--shard: one process has nothing to share; start several with torchrun", flush=True)
-    policy.to(device)                            # FSDP2's also shards the root again, left gathered
+    policy.to(device)                            # with FSDP2 also shards the root again, left gathered
 
     optimizers = make_optimizers(policy, cfg, betas, muon_lr)
     if first:
@@ -781,8 +802,8 @@ def load_trainable(cfg, start, first, device, betas, muon_lr=0.0):
 
 
 def restore(policy, optimizers, folder, start, cfg):
-    """Set the optimizers, and the adapters on top of `start`, as a checkpoint has them: to each rank its
-    part."""
+    """Set the optimizers, and with LoRA the adapters on top of `start`, as the checkpoint in `folder` has
+    them: to each rank its part. UserError if it is damaged, or if `start` has other weights by now."""
     from safetensors.torch import load_file
     from torch.distributed.checkpoint import state_dict
     options = state_dict.StateDictOptions(full_state_dict=True, strict=False)
@@ -861,8 +882,9 @@ def set_lr(optimizers, step, cfg):
 
 
 def optimizer_step(policy, optimizers, loss_sum, cfg, rest=False):
-    """Sum and clip the gradients and step, unless loss or norm is not finite or the caller says `rest`.
-    Returns, the same on all ranks: the loss, the norm before clipping, and if the step was skipped."""
+    """Sum the gradients over the ranks, clip them and step, unless loss or norm is not finite, or the caller
+    says `rest`: there was nothing to learn from. Returns, the same on all ranks: the loss, the norm before
+    clipping, and 1 if the step was skipped as not finite, else 0. All ranks must reach this."""
     for p in policy.parameters():
         if p.requires_grad and dist.is_initialized() and not policy.sharded:   # FSDP2 has summed them
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
@@ -969,8 +991,9 @@ def deferred_signals():
 
 
 def due(done, asked, saved, cfg):
-    """(Is the run to stop, is it to be saved) after `done` steps, for a list of signals and the time of the
-    last save. Rank 0's clock decides. All ranks must reach this."""
+    """(Is the run to stop, is it to be saved) after `done` steps. asked: the signals so far, see
+    `deferred_signals`; saved: the time of the last save. Rank 0's clock decides. All ranks must reach
+    this."""
     everyone = gather_objects((len(asked), time.time() - saved))
     stopped = any(signals for signals, _ in everyone)
     late = 0 < cfg.save_minutes * 60 < everyone[0][1]
@@ -1066,9 +1089,10 @@ def cli(main, cls, real):
 
 # --- Imitation ------------------------------------------------------------------------------------------
 def render_batches(proc, rows, cfg):
-    """Rows as micro-batches of conversations of like length. Counted are those that are not trained, because
-    they call a tool in the turn that may only answer, and turns whose call was refused, or was none: in
-    another dialect, perhaps. One that outgrows max_tokens is trained as far as it goes."""
+    """Rows as micro-batches of conversations of like length, and two counts for the log. left_out:
+    conversations that are not trained, as they call a tool in the turn that may only answer. refused: turns
+    whose call failed, or that had neither call nor answer, as when rows are written in another dialect. A
+    conversation that outgrows max_tokens is trained as far as it goes."""
     counts = dict(left_out=0, refused=0)
     trajs = []
     for row in rows:
@@ -1103,7 +1127,8 @@ def train_step(policy, optimizers, batches, step, cfg):
 
 
 def eta(entry, first, cfg):
-    """Time that is left, as minutes:seconds."""
+    """Time that is left, as minutes:seconds, at the mean pace since step `first`, where this process
+    began."""
     left = entry["seconds"] / (entry["step"] + 1 - first) * (cfg.steps - entry["step"] - 1)
     return f"eta {left // 60:3.0f}:{left % 60:02.0f}"
 
@@ -1117,7 +1142,8 @@ def print_step(entry, first, cfg):
 
 
 def train(policy, optimizers, rows, first, preset, cfg, rank, world_size):
-    """The steps from `first` on."""
+    """The steps from `first` on. After a signal, or when an image cannot be read any more, what has been
+    learned is saved before it ends. preset: saved with checkpoints."""
     def prepare(step):
         chosen = [rows[i % len(rows)] for i in range(step * cfg.batch, (step + 1) * cfg.batch)]
         return render_batches(policy.proc, chosen[rank::world_size], cfg)
