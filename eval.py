@@ -830,7 +830,8 @@ def section(name, before, after, n):
     for level in sorted(rights):
         rows.append(change_row(level, rights[level].values()))
     for outcome in sorted({*was, *now}):
-        rows.append([outcome.capitalize(), "", was[outcome], now[outcome], f"{now[outcome] - was[outcome]:+}"])
+        change = f"{now[outcome] - was[outcome]:+}"
+        rows.append([outcome.capitalize(), "", was[outcome], now[outcome], change])
 
     heading = f"{name.replace('-tool_', ', tool ')}: {folder}"
     if old is new:
@@ -993,13 +994,14 @@ def main(cfg):
 
     # 3. Many answers.
     tasks, left_out = read_tasks(cfg)
-    data.check_rows(sum(tasks.values(), []), rank, world_size, policy.proc, cfg)
+    asked = sum(tasks.values(), [])
+    sft.together(data.check_rows, asked, rank, world_size, policy.proc, cfg)
     started = time.time()
     scores = {}
     for name, rows in tasks.items():
         missing = left_out.get(name, [])
         if rank == 0:
-            print(f"eval: {cfg.model} answers {len(rows)} questions, {name}; the bar says how long", flush=True)
+            print(f"eval: {cfg.model} answers {len(rows)} questions, {name}", flush=True)
         if rank == 0 and missing:
             print(f"{name}: {len(missing)} questions are left out, the first: {env.printable(missing[0])}")
         greedy = cfg.k == 1 if cfg.bench else name == "greedy"

@@ -541,7 +541,7 @@ def main(cfg):
     policy, optimizers, preset = sft.load_trainable(cfg, start, first, device, betas=(0.9, 0.95))
     if device.type == "cuda":
         sft.together(check_memory, policy, first, cfg)
-    data.check_rows(rows + held_out, rank, world_size, policy.proc, cfg)
+    sft.together(data.check_rows, rows + held_out, rank, world_size, policy.proc, cfg)
     train(policy, optimizers, preset, rows, held_out, first, cfg, rank, world_size)
 
     # 4. Scores of both

@@ -1220,7 +1220,7 @@ def main(cfg):
     if muon_lr != cfg.muon_lr and rank == 0:
         print("--muon_lr: AdamW trains all, as Muon needs whole matrices and --lora or --shard is given")
     policy, optimizers, preset = load_trainable(cfg, start, first, device, (0.9, 0.98), muon_lr)
-    data.check_rows(rows, rank, world_size, policy.proc, cfg)
+    together(data.check_rows, rows, rank, world_size, policy.proc, cfg)
 
     # 3. training
     train(policy, optimizers, rows, first, preset, cfg, rank, world_size)
