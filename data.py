@@ -279,7 +279,7 @@ N_BOXES = (3, 4, 5, 6), (2, 3)       # boxes of a scene's two colours; only a co
 NOISE = np.array([-12, -4, 4, 12], np.int16)
 # The flaws of the cold start, for RL to mend.
 MOST_BOXES = 3                       # no demonstration looks at more; a target beyond means a guess after two
-GIVE_UP = 0.2                        # probability that it guesses after an empty box
+GIVE_UP = 0.1                        # probability that it guesses after an empty box
 AGAIN = 0.3                          # probability that it looks at an empty box again, a little shifted
 
 

@@ -34,8 +34,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
-# Before torch loads OpenMP: on busy cores threads that spin while they wait make a step ten times as long.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Before torch loads OpenMP: the tiny model gains little from a second thread, and on busy cores threads that
+# wait for one another make a step ten times as long.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image, ImageOps  # noqa: E402

@@ -87,7 +87,7 @@ class Config(TrainConfig):
     out: str = env.setting("runs/sft", free=True)
     steps: int = env.setting(450, free=True)
     batch: int = 24                  # conversations per step, over all ranks
-    micro_batch: int = env.setting(24, free=True)
+    micro_batch: int = env.setting(12, free=True)
     warmup: int = env.setting(50, least=0)
     lr: float = 4e-3
     muon_lr: float = 0.03            # Muon's peak rate, for matrices, not embeddings; not with lora or shard

@@ -116,7 +116,8 @@ ARMS = {"GRPO": (dict(lam=0.0), None),
         "evidence overlap": (dict(lam=0.0), evidence_overlap),
         "curiosity": (dict(lam=0.0), curiosity)}
 CLAIM = list(ARMS)[:4]
-STARTS = {"default": (data.AGAIN, data.GIVE_UP), "relook": (0.75, 0.1)}
+STARTS = {"default": (0.3, 0.3),    # AGAIN, GIVE_UP: data.py's when the study ran
+          "relook": (0.75, 0.1)}
 
 
 # --- One job: a cold start, or one arm from it ------------------------------------------------------------
