@@ -275,7 +275,10 @@ def update_bytes(config, cfg):
     n = cfg.max_tokens
 
     kept = 2 * n * width * (text.num_hidden_layers + 2)           # inputs of the blocks
-    block = 2 * n * (8 * heads + 7 * text.intermediate_size + 8 * width)      # within one of them
+    attention = 2 * n * 8 * heads
+    if hasattr(text, "linear_num_value_heads"):                   # Qwen3.5's linear layers: fp32, much more
+        attention = 4 * n * 34 * text.linear_num_value_heads * text.linear_value_head_dim
+    block = attention + 2 * n * (7 * text.intermediate_size + 8 * width)      # within one of them
     logits = 8 * 4 * 2 ** 26                                      # fp32, of a part: see Policy.forward
     return kept + max(block, logits)
 

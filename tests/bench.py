@@ -59,18 +59,22 @@ class Config:
 
 
 # text: width, width of the MLP, layers, heads, key-value heads, V, tied head; vision: width, width of the MLP, blocks, heads,
-# blocks that feed deepstack (Qwen3-VL) or attend to the whole image (Qwen2.5-VL)
+# blocks that feed deepstack (Qwen3-VL) or attend to the whole image (Qwen2.5-VL). Of Qwen3.5 the heads of values of the linear
+# layers follow.
 SHAPES = {"qwen3-vl-2b": (2048, 6144, 28, 16, 8, 151936, True, 1024, 4096, 24, 16, (5, 11, 17)),
           "qwen3-vl-4b": (2560, 9728, 36, 32, 8, 151936, True, 1024, 4096, 24, 16, (5, 11, 17)),
           "qwen3-vl-8b": (4096, 12288, 36, 32, 8, 151936, False, 1152, 4304, 27, 16, (8, 16, 24)),
           "qwen2.5-vl-3b": (2048, 11008, 36, 16, 2, 151936, True, 1280, 3420, 32, 16, (7, 15, 23, 31)),
-          "qwen2.5-vl-7b": (3584, 18944, 28, 28, 4, 152064, False, 1280, 3420, 32, 16, (7, 15, 23, 31))}
+          "qwen2.5-vl-7b": (3584, 18944, 28, 28, 4, 152064, False, 1280, 3420, 32, 16, (7, 15, 23, 31)),
+          "qwen3.5-0.8b": (1024, 3584, 24, 8, 2, 248320, True, 768, 3072, 12, 12, (), 16),
+          "qwen3.5-2b": (2048, 6144, 24, 8, 2, 248320, True, 1024, 4096, 24, 16, (), 16),
+          "qwen3.5-4b": (2560, 9216, 32, 16, 4, 248320, True, 1024, 4096, 24, 16, (), 32),
+          "qwen3.5-9b": (4096, 12288, 32, 16, 4, 248320, False, 1152, 4304, 27, 16, (), 32)}
 
 
 def make_config(cfg, tok):
     """The transformers configuration of a true shape, divided by cfg.shrink, with the special ids of a tokenizer."""
-    three = cfg.shape.startswith("qwen3")
-    width, mlp, layers, heads, kv, vocab, tied, v_width, v_mlp, blocks, v_heads, marks = SHAPES[cfg.shape]
+    width, mlp, layers, heads, kv, vocab, tied, v_width, v_mlp, blocks, v_heads, marks, *linear = SHAPES[cfg.shape]
 
     def less(n, least=1):
         return max(least, n // cfg.shrink)
@@ -81,16 +85,22 @@ def make_config(cfg, tok):
                 tie_word_embeddings=tied, bos_token_id=None, eos_token_id=tok.convert_tokens_to_ids("<|im_end|>"))
     vision = dict(hidden_size=int(v_width * v_scale), intermediate_size=int(v_mlp * v_scale), depth=depth,
                   num_heads=less(v_heads), spatial_merge_size=2, temporal_patch_size=2, out_hidden_size=text["hidden_size"])
-    if three:
+    if linear:
+        kind = transformers.Qwen3_5Config
+        text |= dict(head_dim=256, linear_num_key_heads=less(16), linear_num_value_heads=less(*linear), rope_parameters=dict(
+            rope_type="default", rope_theta=1e7, mrope_section=[11, 11, 10], mrope_interleaved=True, partial_rotary_factor=0.25))
+        vision |= dict(patch_size=16, num_position_embeddings=2304)
+    elif cfg.shape.startswith("qwen3"):
+        kind = transformers.Qwen3VLConfig
         text |= dict(head_dim=128, rope_parameters=dict(
             rope_type="default", rope_theta=5e6, mrope_section=[24, 20, 20], mrope_interleaved=True))
         vision |= dict(patch_size=16, num_position_embeddings=2304, deepstack_visual_indexes=marks)
     else:
+        kind = transformers.Qwen2_5_VLConfig
         text["rope_parameters"] = dict(rope_type="default", rope_theta=1e6, mrope_section=[16, 24, 24])
         vision |= dict(patch_size=14, window_size=112, fullatt_block_indexes=marks)
     names = dict(image="image_pad", video="video_pad", vision_start="vision_start", vision_end="vision_end")
     ids = {f"{key}_token_id": tok.convert_tokens_to_ids(f"<|{name}|>") for key, name in names.items()}
-    kind = transformers.Qwen3VLConfig if three else transformers.Qwen2_5_VLConfig
     return kind(text_config=text, vision_config=vision, tie_word_embeddings=tied, **ids)
 
 
@@ -100,10 +110,8 @@ def make_policy(cfg, rows, device):
     if cfg.shape not in SHAPES:
         return tiny.to(device)
     config = make_config(cfg, tiny.proc.tokenizer)
-    three = config.model_type == "qwen3_vl"
-    kind = transformers.Qwen3VLForConditionalGeneration if three else transformers.Qwen2_5_VLForConditionalGeneration
     with torch.device(device):
-        vlm = kind(config)
+        vlm = transformers.AutoModelForImageTextToText.from_config(config)
     return sft.make_policy(vlm, tiny.proc.tokenizer).to(device)
 
 

@@ -10,7 +10,9 @@ from types import SimpleNamespace
 import bench
 import numpy as np
 import pytest
+import torch
 from allocator import MB, Allocator, OutOfMemory
+from transformers import AutoModelForImageTextToText
 
 import env
 import eval as evaluation
@@ -28,23 +30,19 @@ def config_of(shape):
     return bench.make_config(bench.Config(shape=shape), ids)
 
 
-def parameters(config):
-    """Numbers of parameters: of each matrix of a text block, of embeddings and head, of the tower."""
-    text = config.text_config
-    width = text.hidden_size
-    heads = text.num_attention_heads * evaluation.head_dim(text)
-    kv = text.num_key_value_heads * evaluation.head_dim(text)
-    attention = [width * heads, width * kv, width * kv, heads * width]
-    mlp = [width * text.intermediate_size] * 3
-    ends = [text.vocab_size * width] * (1 if config.tie_word_embeddings else 2)
-
-    vision = config.vision_config
-    side = vision.hidden_size
-    gated = config.model_type != "qwen3_vl"                  # three matrices in an MLP, no deepstack mergers
-    block = 4 * side ** 2 + (2 + gated) * side * vision.intermediate_size
-    merger = (4 * side) ** 2 + 4 * side * width
-    mergers = 1 if gated else 1 + len(vision.deepstack_visual_indexes)
-    return attention + mlp, ends, vision.depth * block + mergers * merger
+@functools.cache
+def parameters(shape):
+    """Numbers of parameters: of each matrix of each text block, of embeddings and head, of the tower; and the sums of the two
+    sides of the matrices, to which LoRA's adapters are proportional. The model is made on the meta device."""
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config_of(shape))
+    blocks, sides = [], []
+    for block in model.model.language_model.layers:
+        matrices = [m for m in block.modules() if isinstance(m, torch.nn.Linear)]
+        blocks.append([m.weight.numel() for m in matrices])
+        sides += [sum(m.weight.shape) for m in matrices]
+    ends = [model.get_input_embeddings().weight.numel()] * (1 if model.config.tie_word_embeddings else 2)
+    return blocks, ends, sum(p.numel() for p in model.model.visual.parameters()), sides
 
 
 class Job:
@@ -61,20 +59,23 @@ class Job:
         self.moments = None              # AdamW's, from the first step on
 
         # Weights: with LoRA all of them in bf16 and fp32 adapters; else this rank's part of all in fp32.
-        block, ends, tower = parameters(self.config)
-        matrices = block * self.layers + ends
+        blocks, ends, tower, sides = parameters(shape)
+        matrices = sum(blocks, []) + ends
         for size in [*matrices, tower]:
             self.card.malloc(2 * size if lora else 4 * size / ranks)
         if lora:
-            self.trained = [lora * 4096] * 14 * self.layers
+            self.trained = [lora * side for side in sides]
             for size in self.trained:
                 self.card.malloc(4 * size)
         else:
             self.trained = [size / ranks for size in matrices]
 
         # What fp32 weights have copies of in bf16: a block, and all the rest.
-        self.block = 0 if lora else sum(block)
+        self.block = 0 if lora else max(map(sum, blocks))
         self.rest = 0 if lora else sum(ends) + tower
+
+        # Bytes of a token in each of the fp32 tensors of Qwen3.5's linear layers, (heads, 128)
+        self.linear = 4 * 128 * getattr(self.config.text_config, "linear_num_value_heads", 0)
 
     @contextmanager
     def held(self, *sizes):
@@ -114,6 +115,7 @@ class Job:
         with self.held(mask, width, width):
             for _ in range(REPEATS):
                 self.pass_by(2 * mask, *[heads] * 5, width, width)
+                self.pass_by(*[tokens * self.linear] * 17, width, width)
                 self.pass_by(*[mlp] * 4, width, width)
 
     def rollout(self, wanted):
@@ -126,7 +128,8 @@ class Job:
                 raise env.UserError("too little memory for a rollout")
 
             logits = slots * self.config.text_config.vocab_size
-            with self.held(slots * evaluation.row_bytes(self.config, self.cfg)):
+            stores = 2 * self.layers             # of the cache, here of one size
+            with self.held(*[slots * evaluation.row_bytes(self.config, self.cfg) / stores] * stores):
                 for _ in range(4):
                     n = int(self.rng.integers(2350, 2450))             # prompts, then observations
                     self.prefill(max(1, min(evaluation.PREFILL // n, slots)), n, n)
@@ -149,6 +152,7 @@ class Job:
                     for _ in range(REPEATS):
                         weights = [4 * self.block, 2 * self.block, 4 * self.block]
                         self.pass_by(*weights, *[heads] * 8, *[mlp] * 7, *[width] * 8)
+                        self.pass_by(*weights, *[n * self.linear] * 34, *[mlp] * 7, *[width] * 4)
 
             if not self.moments:
                 self.moments = [self.card.malloc(4 * size) for size in 2 * self.trained]
@@ -175,6 +179,9 @@ class Job:
     ("qwen3-vl-4b", "80 GB", 0, 8),
     ("qwen3-vl-8b", "80 GB", 0, 8),
     ("qwen2.5-vl-7b", "80 GB", 0, 8),
+    ("qwen3.5-9b", "80 GB", 16, 1),
+    ("qwen3.5-4b", "24 GB", 16, 1),
+    ("qwen3.5-9b", "80 GB", 0, 8),
     ("qwen3-vl-4b", "80 GB", 0, 1)])
 def test_training_fits(shape, card, lora, ranks):
     """Two RL steps and an evaluation, with several trajectories at a time."""
@@ -182,9 +189,9 @@ def test_training_fits(shape, card, lora, ranks):
     assert min(slots) >= 4
 
 
-@pytest.mark.parametrize("shape", ["qwen3-vl-8b", "qwen2.5-vl-7b"])
+@pytest.mark.parametrize("shape", ["qwen3-vl-8b", "qwen2.5-vl-7b", "qwen3.5-9b"])
 def test_a_small_card_is_refused(shape):
-    """8B and 7B with LoRA on 24 GB: one line before the first step, never out of memory midway."""
+    """7B to 9B with LoRA on 24 GB: one line before the first step, never out of memory midway."""
     with pytest.raises(env.UserError, match="memory for an update"):
         Job(shape, CARDS["24 GB"], lora=16).run(256)
 
