@@ -72,50 +72,50 @@ def head_dim(text):
     return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
 
 
-def kept(text, places):
-    """What each layer of a text model (its config) keeps of a slot, as two shapes. Attention: keys and
-    values, of equal shapes. A linear layer: the last inputs of its convolution, and its state; they differ in
-    shape, by which callers tell the two kinds apart, and do not grow with the places."""
-    kv = (text.num_key_value_heads, places + 1, head_dim(text))
-    kinds = getattr(text, "layer_types", None) or [""] * text.num_hidden_layers
-    if "linear_attention" not in kinds:
-        return [(kv, kv)] * len(kinds)
-
-    heads, key, value = text.linear_num_value_heads, text.linear_key_head_dim, text.linear_value_head_dim
-    channels = 2 * text.linear_num_key_heads * key + heads * value
-    inputs = (text.linear_conv_kernel_dim - 1, channels)
-    return [(inputs, (heads, key, value)) if kind == "linear_attention" else (kv, kv) for kind in kinds]
+def stores(text, slots, places, dtype, device):
+    """What each layer of a text model (its config) remembers of its slots, as a pair. Attention:
+    keys and values (slots, heads, places + 1, head_dim), zeros at first, as what a mask hides must be finite.
+    A linear layer (sft.gated_delta_net): the last inputs of its convolution (slots, 3, channels), and its
+    states (slots, heads, key size, value size)."""
+    zeros = partial(torch.zeros, device=device)
+    layers = []
+    for kind in getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers:
+        if kind == "linear_attention":
+            heads = text.linear_num_value_heads
+            key, value = text.linear_key_head_dim, text.linear_value_head_dim
+            channels = 2 * text.linear_num_key_heads * key + heads * value
+            inputs = zeros(slots, text.linear_conv_kernel_dim - 1, channels, dtype=dtype)
+            states = zeros(slots, heads, key, value, dtype=torch.float32)      # in bf16 errors would add up
+            layers.append((inputs, states))
+        else:
+            shape = (slots, text.num_key_value_heads, places + 1, head_dim(text))
+            layers.append((zeros(shape, dtype=dtype), zeros(shape, dtype=dtype)))
+    return layers
 
 
 class Cache:
     """What the layers remember of the conversations in `slots` slots: token j of a conversation lies in place
-    j of its slot; the last place is a bin. Keys and values are (slots, heads, places + 1, head_dim); linear
-    layers (see sft.gated_delta_net) go on from inputs and states. The next tokens (B, n) belong to `slots`
-    (B,) and go to `places` (B, n); they attend to the places of their slot up to their own, and `end` bounds
-    the places that are read at all.
+    j of its slot; the last place is a bin. The next tokens (B, n) belong to `slots` (B,) and go to `places`
+    (B, n); they attend to the places of their slot up to their own, and `end` bounds the places that are read
+    at all.
 
     Two rules for whatever else a layer remembers: a token that goes into the bin (padding, a slot that waits)
     leaves no trace, and one that goes into place 0 begins a conversation: what the slot held is forgotten.
     Slots are copied in `copy` alone."""
 
     def __init__(self, policy, slots, places):
-        zeros = partial(torch.zeros, device=policy.device)      # what the mask hides must be finite
-        dtype = sft.DTYPE[policy.device.type]
-        self.layers = []
-        for first, second in kept(policy.vlm.config.get_text_config(), places):
-            wide = torch.float32 if first != second else dtype            # in a state errors would add up
-            self.layers.append((zeros(slots, *first, dtype=dtype), zeros(slots, *second, dtype=wide)))
+        text = policy.vlm.config.get_text_config()
+        self.layers = stores(text, slots, places, sft.DTYPE[policy.device.type], policy.device)
+        self.every = torch.arange(slots, device=policy.device)
         self.bin = places
         self.end = 0
 
-    def nbytes(self):
-        return sum(first.nbytes + second.nbytes for first, second in self.layers)
-
-    def expect(self, places, end, slots=None):
-        """The next tokens, (B, n), go to these places of `slots` (default: the first B), read up to `end`."""
-        self.places, self.end = places, end
-        self.slots = slice(len(places)) if slots is None else slots
-        self.rows = torch.arange(len(places), device=places.device) if slots is None else slots
+    def expect(self, places, end, slots):
+        """The next tokens, (B, n), go to these places of `slots` (a tensor or a slice), read up to `end`."""
+        self.places = places
+        self.end = end
+        self.slots = slots
+        self.rows = self.every[slots]
 
     def copy(self, source, slots):
         """Copy a slot into others (a list)."""
@@ -134,7 +134,7 @@ class Cache:
         """Called by transformers: enter k, v (B, heads, n, d); returns all (B, heads, end, d)."""
         for store, new in zip(self.layers[layer], (k, v)):
             store[self.rows[:, None], :, self.places] = new.transpose(1, 2).to(store.dtype)
-        return [store[self.slots, :, :self.end] for store in self.layers[layer]]    # views of the first B
+        return [store[self.slots, :, :self.end] for store in self.layers[layer]]    # of a slice: views
 
     def recall(self, layer):
         """Called by a linear layer: its last inputs (B, 3, channels) and states (B, heads, key size, value
@@ -168,11 +168,15 @@ def draw(logp, u):
 
 
 EVALUATION = 2 ** 31   # in the place of a step, in the random streams
-STEPS = 4              # of decoding, after which it is seen who has ended;
-SHARE = 0.25           # once so many of the slots have, their turns are acted on together
-STRIDE = {"cuda": 128, "cpu": 16}    # a step reads the cache up to a multiple of so many places,
-WIDTH = 8                            # and of so many slots
-PREFILL = 2 ** 14                    # slots x places of a prefill, at most
+
+# What is sampled does not depend on these, only how fast:
+STEPS = 4                            # of decoding between two looks at who has ended. More of them wait less
+                                     # often for the device, but who has ended idles longer.
+SHARE = 0.25                         # of the slots whose turns have ended before these are acted on. A larger
+                                     # one makes fewer, fuller prefills, but who has ended idles longer.
+STRIDE = {"cuda": 128, "cpu": 16}    # A step reads the cache up to a multiple of so many places
+WIDTH = 8                            # and slots: larger ones read more in vain, but need fewer CUDA graphs.
+PREFILL = 2 ** 14                    # slots x places of a pass, at most: fewer passes against memory.
 
 
 def capture(f, pool):
@@ -189,16 +193,19 @@ class Seat:
     prompt: Future                   # of env.reset; the samples of a group share it
     stream: tuple                    # (seed, step), prompt, sample: they name its random numbers
     traj: env.Trajectory | None = None
-    u: torch.Tensor | None = None    # (turns, turn_tokens) its random numbers
-    fed: int = 0                     # how many of its tokens have been fed
+    fed: int = 0                     # how many of its tokens have been fed,
+    seen: int = 0                    # and of its images
 
-    def rest(self, image):
-        """The tokens that have not been fed, as a trajectory: a run of image tokens is an image."""
-        traj, start = self.traj, self.fed
-        is_image = np.equal(traj.ids[start:], image).astype(int)
-        runs = int((np.diff(is_image) == 1).sum())
-        return replace(traj, shown=traj.shown[len(traj.shown) - runs:], ids=traj.ids[start:],
-                       mask=traj.mask[start:], logp=traj.logp[start:], pos=traj.pos[:, start:])
+    def rest(self):
+        """What has not been fed, as a trajectory."""
+        traj, fed = self.traj, self.fed
+        return replace(
+            traj,
+            shown=traj.shown[self.seen:],
+            ids=traj.ids[fed:],
+            mask=traj.mask[fed:],
+            logp=traj.logp[fed:],
+            pos=traj.pos[:, fed:])
 
 
 class Engine:
@@ -212,25 +219,33 @@ class Engine:
     What a step changes lies in tensors that are written in place, so that CUDA replays it as a graph."""
 
     def __init__(self, policy, cfg, slots, greedy):
-        self.policy, self.cfg, self.slots, self.greedy = policy, cfg, slots, greedy
+        self.policy = policy
+        self.cfg = cfg
+        self.slots = slots
+        self.greedy = greedy
+        self.live = []                           # the Seat in each slot in use
         self.cache = Cache(policy, slots, cfg.max_tokens)
         self.ends = torch.tensor(sorted(policy.proc.ends), device=policy.device)
         self.graphs = {}                         # (slots, places) that a step reads -> CUDAGraph
         self.graph_pool = None                   # their memory
 
-        # Of each slot (slots, 5): the turn's first place, the tokens that it has and may have, M-RoPE
-        # position less place, is it idle (1 at first). And its last token's hidden state (slots, width).
-        self.numbers = torch.ones(slots, 5, dtype=torch.long, device=policy.device)
-        self.hidden = torch.zeros(slots, policy.vlm.lm_head.in_features, device=policy.device)
+        # Of each slot, (slots,)
+        zeros = partial(torch.zeros, device=policy.device)
+        self.place = zeros(slots, dtype=torch.long)        # where its next token goes
+        self.shift = zeros(slots, dtype=torch.long)        # the token's M-RoPE position less its place
+        self.used = zeros(slots, dtype=torch.long)         # how many tokens the turn has,
+        self.left = zeros(slots, dtype=torch.long)         # and how many more it may have; 0: the slot idles
+        self.hidden = zeros(slots, policy.vlm.lm_head.in_features)     # (slots, width) of its last token
 
-        # The turn's uniform numbers, ids and log-probabilities, each (slots, turn_tokens + 1): an idle slot
-        # writes behind its last token.
-        turn = torch.zeros(slots, cfg.turn_tokens + 1, device=policy.device)
-        self.u, self.tokens, self.logps = turn.double(), turn.long(), turn
+        # Of the turn, (slots, turn_tokens + 1): an idle slot writes behind its last token.
+        size = (slots, cfg.turn_tokens + 1)
+        self.u = zeros(size, dtype=torch.double)           # uniform numbers
+        self.tokens = zeros(size, dtype=torch.long)
+        self.logps = zeros(size)
 
     def run(self, seats, threads):
         """Sample the trajectories of the seats."""
-        self.live = seats[:self.slots]           # the Seat in each slot in use
+        self.live = seats[:self.slots]
         waiting = deque(seats[self.slots:])
         while self.live:
             self.prefill()
@@ -243,7 +258,8 @@ class Engine:
     def copy(self, source, slots):
         """Copy a slot into others (a list)."""
         self.cache.copy(source, slots)
-        for tensor in (self.numbers, self.hidden, self.u, self.tokens, self.logps):
+        numbers = (self.place, self.shift, self.used, self.left)
+        for tensor in (*numbers, self.hidden, self.u, self.tokens, self.logps):
             for slot in slots:
                 tensor[slot] = tensor[source]
 
@@ -255,29 +271,27 @@ class Engine:
         for slot, seat in enumerate(self.live):
             if not seat.traj:
                 seat.traj = seat.prompt.result().fork()
-                turns = self.cfg.max_crops + 1
-                seat.u = uniforms(*seat.stream, turns * self.cfg.turn_tokens).view(turns, -1)
             if seat.fed < len(seat.traj.ids):
                 groups[slot if seat.fed else seat.prompt].append(slot)
-        if not groups:
-            return
         groups = sorted(groups.values(), key=lambda slots: self.live[slots[0]].fed)      # prompts first
+
+        # 2. It is fed, the first slot of each group.
         longest = max(len(seat.traj.ids) for seat in self.live)
         size = max(1, PREFILL // longest)
-
-        # 2. It is fed.
         for i in range(0, len(groups), size):
             self.feed([slots[0] for slots in groups[i:i + size]])
-        for first, *others in groups:
-            if others:
-                self.copy(first, others)
-        self.begin(sum(groups, []))
+
+        # 3. The others get copies, and turns begin.
+        for slots in groups:
+            self.copy(slots[0], slots[1:])
+            for slot in slots:
+                self.begin(slot)
 
     def feed(self, slots):
         """Feed what is new in these slots, ragged: one forward pass. Keeps the last tokens' hidden states."""
         policy, cache = self.policy, self.cache
         seats = [self.live[slot] for slot in slots]
-        batch = sft.collate([seat.rest(policy.proc.image) for seat in seats], policy.proc)
+        batch = sft.collate([seat.rest() for seat in seats], policy.proc)
         ids, pos, feature = (batch[name].to(policy.device) for name in ("ids", "pos", "feature"))
 
         starts = torch.tensor([seat.fed for seat in seats])
@@ -289,63 +303,75 @@ class Engine:
         h = policy.hidden(ids, pos, policy.see(batch["images"]), feature, cache.mask(), cache)
         self.hidden[slots] = h[torch.arange(len(h)), ends - starts - 1].float()
 
-    def begin(self, slots):
-        """Turns begin in these slots."""
-        numbers, u = [], []
-        for slot in slots:
-            seat = self.live[slot]
-            start = seat.fed = len(seat.traj.ids)
-            budget = min(self.cfg.turn_tokens, self.cfg.max_tokens - 1 - start)
-            shift = int(seat.traj.pos[0, -1]) + 1 - start
-            numbers.append([start, 0, budget, shift, 0])
-            u.append(seat.u[len(seat.traj.turns)])
-        self.numbers[slots] = torch.tensor(numbers, device=self.policy.device)
-        self.u[slots, :-1] = torch.stack(u).to(self.policy.device)
+    def begin(self, slot):
+        """A turn begins: all that there is has been fed."""
+        cfg, seat = self.cfg, self.live[slot]
+        traj = seat.traj
+        seat.fed = len(traj.ids)
+        seat.seen = len(traj.shown)
+        self.place[slot] = seat.fed
+        self.shift[slot] = int(traj.pos[0, -1]) + 1 - seat.fed
+        self.used[slot] = 0
+        self.left[slot] = min(cfg.turn_tokens, cfg.max_tokens - 1 - seat.fed)
+
+        turns = cfg.max_crops + 1
+        u = uniforms(*seat.stream, turns * cfg.turn_tokens).view(turns, -1)[len(traj.turns)]
+        self.u[slot, :-1] = u.to(self.policy.device, non_blocking=True)
 
     def step(self, n, end):
         """Each of the first n slots samples a token and is fed it; places are read up to `end`."""
-        start, used, budget, shift, idle = self.numbers[:n].unbind(1)
-        hidden, at = self.hidden[:n], used[:, None]
-        logp = self.policy.logits(hidden, self.cfg.temperature).log_softmax(-1)          # (n, V)
+        place, shift, used, left = self.place[:n], self.shift[:n], self.used[:n], self.left[:n]
+        at = used[:, None]
+        logp = self.policy.logits(self.hidden[:n], self.cfg.temperature).log_softmax(-1)       # (n, V)
         token = logp.argmax(-1) if self.greedy else draw(logp, self.u[:n].gather(1, at)[:, 0])
         self.tokens[:n].scatter_(1, at, token[:, None])
         self.logps[:n].scatter_(1, at, logp.gather(1, token[:, None]))
 
-        place = start + used
         pos = (place + shift)[:, None].expand(3, -1, 1)
-        self.cache.expect(torch.where(idle > 0, self.cache.bin, place)[:, None], end)
+        self.cache.expect(place.where(left > 0, self.cache.bin)[:, None], end, slice(n))
         h = self.policy.hidden(token[:, None], pos, None, None, self.cache.mask(), self.cache)
-        hidden.copy_(h[:, 0])
-        used.add_(1 - idle)
-        idle.logical_or_(torch.isin(token, self.ends) | (used >= budget))
+        self.hidden[:n] = h[:, 0]
+
+        one = left.clamp_max(1)                  # 0 in a slot that idles
+        place.add_(one)
+        used.add_(one)
+        left.sub_(one)
+        left.masked_fill_(torch.isin(token, self.ends), 0)
 
     def decode(self):
-        """Steps until a share of the turns has ended: returns their slots. On CUDA the first step that reads
-        so many slots and places is computed as it is and then captured; later ones replay its graph."""
-        device, live = self.policy.device, len(self.live)
-        stride = STRIDE[device.type]
+        """Steps until a share of the turns has ended: returns their slots."""
+        live = len(self.live)
+        stride = STRIDE[self.policy.device.type]
         n = min(-(-live // WIDTH) * WIDTH, self.slots)
         while True:
-            start, used, *_, idle = self.numbers[:live].cpu().unbind(1)          # waits for the device
-            ended = idle.nonzero()[:, 0].tolist()
+            numbers = torch.stack([self.place[:live], self.left[:live]])
+            place, left = numbers.tolist()       # waits for the device
+            ended = [slot for slot in range(live) if left[slot] == 0]
             if len(ended) >= SHARE * live:
                 return ended
 
-            last = int((start + used).max()) + STEPS
+            last = max(place) + STEPS
             end = min(-(-last // stride) * stride, self.cache.bin)
             for _ in range(STEPS):
-                if (n, end) in self.graphs:
-                    self.graphs[n, end].replay()
-                    continue
-                self.step(n, end)
-                if device.type == "cuda":
-                    graph = self.graphs[n, end] = capture(partial(self.step, n, end), self.graph_pool)
-                    self.graph_pool = graph.pool()
+                self.replay(n, end)
+
+    def replay(self, n, end):
+        """A step. On CUDA the first that reads so many slots and places is computed as it is and then
+        captured; later ones replay its graph."""
+        if (n, end) in self.graphs:
+            self.graphs[n, end].replay()
+            return
+
+        self.step(n, end)
+        if self.policy.device.type == "cuda":
+            graph = capture(partial(self.step, n, end), self.graph_pool)
+            self.graphs[n, end] = graph
+            self.graph_pool = graph.pool()
 
     def act(self, slots, threads):
         """Act on the turns in these slots, which have ended."""
         seats = [self.live[slot] for slot in slots]
-        used = self.numbers[slots, 1].tolist()
+        used = self.used[slots].tolist()
         tokens, logps = self.tokens[slots].tolist(), self.logps[slots].tolist()
         list(threads.map(self.end_turn, seats, used, tokens, logps))
 
@@ -365,26 +391,23 @@ class Engine:
             self.live[slot] = waiting.popleft()
             return
 
-        last = self.live.pop()
-        if slot < len(self.live):
-            self.copy(len(self.live), [slot])
-            self.live[slot] = last
-        self.numbers[len(self.live), 4] = 1      # idle
+        last = len(self.live) - 1
+        self.copy(last, [slot])
+        self.live[slot] = self.live[last]
+        self.live.pop()
+        self.left[last] = 0                      # it idles
 
 
-def row_bytes(config, cfg):
-    """Bytes of one slot of the cache, for max_tokens, on CUDA: states are fp32, all else is bf16."""
-    size = 0
-    for first, second in kept(config.get_text_config(), cfg.max_tokens):
-        width = 2 if first == second else 4
-        size += 2 * math.prod(first) + width * math.prod(second)
-    return size
+def slot_bytes(config, cfg):
+    """Bytes of one slot of the cache on CUDA."""
+    layers = stores(config.get_text_config(), 1, cfg.max_tokens, sft.DTYPE["cuda"], "meta")
+    return sum(first.nbytes + second.nbytes for first, second in layers)
 
 
 def slots_in(free, config, cfg):
     """How many slots fit into `free` bytes: cache, and 64 bytes for each entry of the logits. 4 GiB are for a
     prefill (256 KiB a token, as a model of 8B needs), a twentieth for what the allocator cannot use."""
-    slot = row_bytes(config, cfg) + 64 * config.get_text_config().vocab_size
+    slot = slot_bytes(config, cfg) + 64 * config.get_text_config().vocab_size
     return max(0, int((0.95 * free - 2 ** 32) // slot))
 
 

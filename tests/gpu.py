@@ -238,7 +238,9 @@ class Checks:
         cfg = evaluation.RolloutConfig(max_tokens=n + 256, turn_tokens=200)
         for B in (16, 64):
             engine = evaluation.Engine(policy, cfg, B, False)
-            engine.numbers[:] = torch.tensor([n, 0, 200, -1, 0])          # a turn begins at place n
+            engine.place += n                                             # a turn begins at place n
+            engine.shift -= 1
+            engine.left += 200
             with policy.autocast():
                 step = partial(engine.step, B, n + 128)
                 eager = self.seconds(step, 5)

@@ -129,7 +129,7 @@ class Job:
 
             logits = slots * self.config.text_config.vocab_size
             stores = 2 * self.layers             # of the cache, here of one size
-            with self.held(*[slots * evaluation.row_bytes(self.config, self.cfg) / stores] * stores):
+            with self.held(*[slots * evaluation.slot_bytes(self.config, self.cfg) / stores] * stores):
                 for _ in range(4):
                     n = int(self.rng.integers(2350, 2450))             # prompts, then observations
                     self.prefill(max(1, min(evaluation.PREFILL // n, slots)), n, n)
@@ -208,7 +208,7 @@ def test_a_cache_that_is_not_given_back_does_not_fit():
     the next cache finds no place."""
     job = Job("qwen3-vl-4b", CARDS["80 GB"], lora=16)
     card = job.card
-    row = evaluation.row_bytes(job.config, job.cfg)
+    row = evaluation.slot_bytes(job.config, job.cfg)
     with pytest.raises(OutOfMemory):
         for n in (2350, 2449, 2400, 2430):
             free = card.free + card.reserved - card.allocated

@@ -196,7 +196,7 @@ def test_random_streams(family, rows):
     together = ids(three, streams=[4, 7, 9])
     assert together[2:4] == ids([three[1]], streams=[7])
     assert together[4:] + together[:2] == ids([three[2], three[0]], streams=[9, 4])
-    for in_flight in (1, 5):
+    for in_flight in (1, 5):                     # together: all six, of at most 128
         assert together == ids(three, streams=[4, 7, 9], cfg=replace(SHORT, in_flight=in_flight))
     different = set()
     streams = (7, (0, 0)), (8, (0, 0)), (7, (1, 0)), (7, (0, 1))
@@ -252,7 +252,7 @@ def test_memory_is_arithmetic(family, monkeypatch):
     """A slot's bytes are what the cache takes, here all in fp32; a card with less than one slot is refused."""
     cfg = replace(ROOMY, in_flight=3)
     config = family.vlm.config
-    size = evaluation.row_bytes(config, cfg)
+    size = evaluation.slot_bytes(config, cfg)
     taken = 0
     for first, second in evaluation.Cache(family, 2, cfg.max_tokens).layers:
         is_state = first.shape != second.shape
