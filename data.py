@@ -180,11 +180,12 @@ def check_row(row, where):
             raise UserError(f"{where}: `{key}` is not a list of {what}")
 
     # 3. Options hold the solution.
-    solution = row["solution"]
-    if isinstance(solution, list):
-        solution = solution[0]
-    if row.get("choices") and not env.match(solution, row):
-        raise UserError(f"{where}: its solution {solution!r} is none of its choices {row['choices']}")
+    solutions = row["solution"]
+    if not isinstance(solutions, list):
+        solutions = [solutions]
+    for solution in solutions:
+        if row.get("choices") and env.choice(solution, row["choices"]) is None:
+            raise UserError(f"{where}: its solution {solution!r} is none of its choices {row['choices']}")
 
     # 4. Half a surrogate pair can be neither written nor tokenized.
     try:

@@ -358,7 +358,17 @@ def parse_call(call):
 # at the end of the content or drops it, so it is written only where it is missing.
 # Every tag begins with {%- or {{-, so indentation is not part of the text.
 # Servers (vLLM, SGLang) look for the loop over `m.content`: without it they put images before all text.
-CHAT_TEMPLATE = r"""
+TEMPLATE_TEXTS = {
+    "image": IMAGE,
+    "response_before": RESPONSE_BEFORE,
+    "response_after": RESPONSE_AFTER,
+    "intro": INTRO,
+    "tools_prompt": TOOLS_PROMPT,
+    "known": [tool.schema["function"]["name"] for tool in TOOLS.values()]}
+CHAT_TEMPLATE = ""
+for name, value in TEMPLATE_TEXTS.items():   # a server has nothing but the template, so it begins with them
+    CHAT_TEMPLATE += "{%- set " + name + " = " + json.dumps(value) + " %}\n"
+CHAT_TEMPLATE += r"""
 {%- macro parts(m) %}
   {%- if m.content is string %}
     {{- m.content }}
@@ -398,16 +408,6 @@ CHAT_TEMPLATE = r"""
 {%- if add_generation_prompt %}
   {{- '<|im_start|>assistant\n' }}
 {%- endif %}"""
-TEMPLATE_CONSTANTS = {
-    "image": IMAGE,
-    "response_before": RESPONSE_BEFORE,
-    "response_after": RESPONSE_AFTER,
-    "intro": INTRO,
-    "tools_prompt": TOOLS_PROMPT,
-    "known": [tool.schema["function"]["name"] for tool in TOOLS.values()]}
-# A server has the template's text alone, so it begins by setting them.
-for key, value in TEMPLATE_CONSTANTS.items():
-    CHAT_TEMPLATE = "{%- set " + key + " = " + json.dumps(value) + " %}\n" + CHAT_TEMPLATE
 
 
 # --- Image files ----------------------------------------------------------------------------------------
@@ -440,15 +440,15 @@ def to_rgb(image):
     return image.convert("RGB")
 
 
-def open_image(path, header_only=False):
-    """An image file as `to_rgb` makes it. header_only reads the header and returns None. UserError names a
-    file that cannot be read, has a side over 100 times the other or more than 179 megapixels (Pillow's limit
-    for decompression bombs), or is of none of IMAGE_FORMATS."""
+def open_image(path):
+    """An image file as `to_rgb` makes it. UserError names a file that cannot be read, has a side over 100
+    times the other or more than 179 megapixels (Pillow's limit for decompression bombs), or is of none of
+    IMAGE_FORMATS."""
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as image:
             if max(image.size) > 100 * min(image.size):
                 raise ValueError(f"{image.width}x{image.height} pixels: one side is over 100 times the other")
-            return None if header_only else to_rgb(image)
+            return to_rgb(image)
     except Exception as e:                   # a damaged file can make a decoder raise anything
         reason = f"{type(e).__name__}: {e}"
         raise UserError(f"{path}: not a readable image ({reason}); remove its row or mend the file")
@@ -696,7 +696,8 @@ NUMBER_WORDS = ("zero one two three four five six seven eight nine ten eleven tw
                 "fifteen sixteen seventeen eighteen nineteen").split()       # a word's place is its value
 for tens in "twenty thirty forty fifty sixty seventy eighty ninety".split():
     NUMBER_WORDS += [tens] + [f"{tens} {ones}" for ones in NUMBER_WORDS[1:10]]
-LETTERED = re.compile(r"\(?([A-Za-z])(?![\w/'])([ .):,(-]*)(.+)")           # B. dark green
+# "B. dark green": the letter, its mark, the rest. A minus or a point of a number is no mark: B. -3, B: .5
+LETTERED = re.compile(r"([A-Za-z])(?![\w/'])((?:[ ):,(]|(?<! )\.|[.-](?!\.?[0-9]))*)(.*)")
 DENIAL = re.compile(r"\b(not?|wrong|incorrect|false)\b|n't")
 OPTION_LINE = re.compile(r"^ *[(（]?([A-Z])[.):）：] *(\S.*)$", re.MULTILINE)       # such a line of a question
 
@@ -759,7 +760,8 @@ def contradicts(text, options, index):
     """Does what follows a letter deny something, or name an option other than its own, the one at index?"""
     words = normalise(text)
     for i, (letter, option) in enumerate(zip(string.ascii_uppercase, options)):
-        if i != index and (normalise(option) in words or re.search(rf"\b{letter}\b", text)):
+        named = normalise(option) in words or same_answer(text, option) or re.search(rf"\b{letter}\b", text)
+        if named and i != index:
             return True
 
     return bool(DENIAL.search(words))
@@ -768,51 +770,51 @@ def contradicts(text, options, index):
 def choice(text, options):
     """Index of the option that an answer names, or None: by its letter, by its words, or by both if they
     agree. A letter alone is the letter, even if it is also the text of another option."""
-    # 1. A letter alone
-    letters = string.ascii_uppercase[:len(options)]
     text = unwrap(text)
-    alone = text.strip(OUTER).upper()
-    if len(alone) == 1 and alone in letters:
-        return letters.index(alone)
+    by_words = worded(text, options)
+    lettered = LETTERED.fullmatch(text.strip(OUTER))
+    if not lettered:
+        return by_words
 
-    # 2. Words, or neither
-    index = worded(text, options)
-    lettered = LETTERED.fullmatch(text)
-    if index is not None or not lettered:
+    letter, mark, rest = lettered.groups()
+    index = string.ascii_uppercase.index(letter.upper())
+    if index >= len(options):
+        return by_words
+    if not rest:
         return index
+    if by_words is not None:                     # "a big car"
+        return by_words
 
-    # 3. A letter and its words, "B dark green"; or, after a mark, what does not contradict it: "B. Green."
-    index = letters.find(lettered[1].upper())
-    said = worded(lettered[3], options)
-    marked = lettered[2].startswith((". ", ") ", ": "))
-    if said is None and marked and not contradicts(lettered[3], options, index):
-        said = index
-    return index if said == index >= 0 else None
+    # A letter and its words, "B dark green"; or, after a mark, what does not contradict it: "B. Green."
+    if same_answer(rest, options[index]):
+        return index
+    marked = mark.startswith((". ", ") ", ": "))
+    return index if marked and not contradicts(rest, options, index) else None
 
 
 def options_of(row):
     """The options of a row: its `choices`, or the lines "A. red", "(B) blue" of its question, or none."""
-    lines = OPTION_LINE.findall(row.get("problem", ""))
-    letters = "".join(letter for letter, option in lines)
     if row.get("choices"):
         return row["choices"]
-    if len(lines) < 2 or not string.ascii_uppercase.startswith(letters):
-        return []
 
-    return [option for letter, option in lines]
+    lines = OPTION_LINE.findall(row.get("problem", ""))
+    options = dict(lines)
+    in_order = list(options) == list(string.ascii_uppercase[:len(lines)])       # each letter once, from A on
+    return list(options.values()) if in_order and len(options) > 1 else []
 
 
 def match(answer, row):
     """Is the answer right by the rules? Options by letter or words, numbers by value, anything else as
     normalised text. A solution that is a list accepts each of its entries."""
-    solutions = row["solution"] if isinstance(row["solution"], list) else [row["solution"]]
+    solutions = row["solution"]
+    if not isinstance(solutions, list):
+        solutions = [solutions]
+
+    # A key that names an option is matched as one; any other is open.
     options = options_of(row)
-
-    # A key that names an option is matched as one; without options every answer is open.
     keys = {choice(solution, options) for solution in solutions} - {None}
-    if keys or row.get("choices"):
+    if keys:
         return choice(answer, options) in keys
-
     return any(same_answer(answer, solution) for solution in solutions)
 
 
@@ -898,9 +900,9 @@ def newest(folder):
 def find_model(path):
     """A --model as `newest` gives it. UserError for what is neither a folder nor can be a name of the hub:
     OWNER/NAME, its owner no folder of ours."""
-    owner, _, name = path.rpartition("/")
-    local = not owner or not name or "/" in owner or owner == "runs" or os.path.isdir(owner)
-    if local and not os.path.exists(path):
+    owner = path.partition("/")[0]
+    hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", path) and owner != "runs" and not os.path.isdir(owner)
+    if not hub_id and not os.path.exists(path):
         raise UserError(f"{path}: there is no such folder, and it is no hub id; check --model")
     return newest(path)
 
@@ -927,12 +929,12 @@ def lock(folder):
 
 def same_settings(folder, cfg, cure="give another folder"):
     """UserError if a folder has other settings. A key that config.json lacks is at its default."""
-    old = {**asdict(type(cfg)()), **read_json(f"{folder}/config.json", asdict(cfg))}
+    saved = read_json(f"{folder}/config.json", asdict(cfg))
     changes = []
     for f in fields(cfg):
-        value = getattr(cfg, f.name)
-        if old[f.name] != value and not f.metadata.get("free"):
-            changes.append(f"{f.name}: {old[f.name]} -> {value}")
+        old, new = saved.get(f.name, f.default), getattr(cfg, f.name)
+        if old != new and not f.metadata.get("free"):
+            changes.append(f"{f.name}: {old} -> {new}")
 
     if changes:
         raise UserError(f"{folder} was made with other settings ({'; '.join(changes)}); {cure}")
@@ -954,22 +956,23 @@ def make_parser(cls, real):
                                      description=inspect.getmodule(cls).__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter,
                                      argument_default=argparse.SUPPRESS, allow_abbrev=False)
-    # 1. A field is listed under the class that first has it; where a later class has it again, with another
-    # default, that one's comment counts, if it has one.
-    comments, groups = {}, {}
+    # 1. A flag stands under the class that first has its field. A later class may give another comment.
+    flags = {}
     for base in reversed(cls.__mro__[:-1]):
         group = parser.add_argument_group(inspect.getdoc(base).split("\n")[0])
         for name, comment in FIELD.findall(inspect.getsource(base)):
-            groups.setdefault(name, group)
-            comments[name] = comment or comments.get(name, "")
+            if name not in flags:
+                flags[name] = group.add_argument(f"--{name}")
+            flags[name].help = comment or flags[name].help
 
-    # 2. The flags
+    # 2. Types and defaults are those of the last class.
     for f in fields(cls):
-        text = f"{comments[f.name]} (default: {f.default})"
+        flag = flags[f.name]
+        flag.type = true_or_false if f.type is bool else f.type
+        text = f"{flag.help} (default: {f.default})"
         if real.get(f.name, f.default) != f.default:
             text += f" [{real[f.name]}]"
-        kind = true_or_false if f.type is bool else f.type
-        groups[f.name].add_argument(f"--{f.name}", type=kind, help=text.replace("%", "%%"))
+        flag.help = text.replace("%", "%%")
     return parser
 
 

@@ -60,6 +60,10 @@ def test_choice(named):
     ("5 | 3.5 | 2", "two", 2),
     ("5 | 3.5 | 2", "C. two", 2),
     ("5 | 3.5 | 2", "B. two", None),
+    ("3 | -3 | .5", "B. -3", 1),                 # its minus and its point are no marks
+    ("3 | 5 | .5", "C. .5", 2),
+    ("3 | 5 | -.5", "C: -.5.", 2),
+    ("3 | 5 | .5", "B.5", 1),
     ("5 | 5% | 05", "5", 0),                     # its own words before another's number
     ("upper left | upper right", "upper-left", 0),
     ("a | b | c | d | e | f | g | h | i | j | k", "K", 10),
