@@ -25,16 +25,17 @@ import textwrap
 import time
 from collections import Counter, defaultdict, deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from html import escape
-from itertools import accumulate, groupby
+from itertools import groupby
 from pathlib import Path
 
 import env  # before torch: see there
 import numpy as np
 import torch
 from PIL import Image
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import data
@@ -73,10 +74,10 @@ def head_dim(text):
 
 
 def stores(text, slots, places, dtype, device):
-    """What each layer of a text model (its config) remembers of its slots, as a pair. Attention:
-    keys and values (slots, heads, places + 1, head_dim), zeros at first, as what a mask hides must be finite.
-    A linear layer (sft.gated_delta_net): the last inputs of its convolution (slots, 3, channels), and its
-    states (slots, heads, key size, value size)."""
+    """What each layer of a text model (its config) remembers: two tensors, with a row for each slot.
+    Attention: keys and values (slots, heads, places + 1, head_dim), zeros at first, as what a mask hides must
+    be finite. A linear layer (sft.gated_delta_net): the last inputs of its convolution (slots, 3, channels),
+    and its states (slots, heads, key size, value size)."""
     zeros = partial(torch.zeros, device=device)
     layers = []
     for kind in getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers:
@@ -176,7 +177,8 @@ SHARE = 0.25                         # of the slots whose turns have ended befor
                                      # one makes fewer, fuller prefills, but who has ended idles longer.
 STRIDE = {"cuda": 128, "cpu": 16}    # A step reads the cache up to a multiple of so many places
 WIDTH = 8                            # and slots: larger ones read more in vain, but need fewer CUDA graphs.
-PREFILL = 2 ** 14                    # slots x places of a pass, at most: fewer passes against memory.
+PREFILL = 2 ** 14                    # slots x places of a pass, at most. A larger one makes fewer passes, but
+                                     # they take more memory.
 
 
 def capture(f, pool):
@@ -195,17 +197,6 @@ class Seat:
     traj: env.Trajectory | None = None
     fed: int = 0                     # how many of its tokens have been fed,
     seen: int = 0                    # and of its images
-
-    def rest(self):
-        """What has not been fed, as a trajectory."""
-        traj, fed = self.traj, self.fed
-        return replace(
-            traj,
-            shown=traj.shown[self.seen:],
-            ids=traj.ids[fed:],
-            mask=traj.mask[fed:],
-            logp=traj.logp[fed:],
-            pos=traj.pos[:, fed:])
 
 
 class Engine:
@@ -232,7 +223,7 @@ class Engine:
         # Of each slot, (slots,)
         zeros = partial(torch.zeros, device=policy.device)
         self.place = zeros(slots, dtype=torch.long)        # where its next token goes
-        self.shift = zeros(slots, dtype=torch.long)        # the token's M-RoPE position less its place
+        self.pos = zeros(slots, dtype=torch.long)          # its M-RoPE position, equal on all three axes
         self.used = zeros(slots, dtype=torch.long)         # how many tokens the turn has,
         self.left = zeros(slots, dtype=torch.long)         # and how many more it may have; 0: the slot idles
         self.hidden = zeros(slots, policy.vlm.lm_head.in_features)     # (slots, width) of its last token
@@ -258,7 +249,7 @@ class Engine:
     def copy(self, source, slots):
         """Copy a slot into others (a list)."""
         self.cache.copy(source, slots)
-        numbers = (self.place, self.shift, self.used, self.left)
+        numbers = (self.place, self.pos, self.used, self.left)
         for tensor in (*numbers, self.hidden, self.u, self.tokens, self.logps):
             for slot in slots:
                 tensor[slot] = tensor[source]
@@ -290,18 +281,26 @@ class Engine:
     def feed(self, slots):
         """Feed what is new in these slots, ragged: one forward pass. Keeps the last tokens' hidden states."""
         policy, cache = self.policy, self.cache
-        seats = [self.live[slot] for slot in slots]
-        batch = sft.collate([seat.rest() for seat in seats], policy.proc)
-        ids, pos, feature = (batch[name].to(policy.device) for name in ("ids", "pos", "feature"))
+        ids, pos, places, images = [], [], [], []
+        for slot in slots:
+            seat = self.live[slot]
+            traj = seat.traj
+            ids.append(torch.tensor(traj.ids[seat.fed:]))
+            pos.append(torch.from_numpy(traj.pos.T[seat.fed:]))
+            places.append(torch.arange(seat.fed, len(traj.ids)))
+            images += traj.shown[seat.seen:]
 
-        starts = torch.tensor([seat.fed for seat in seats])
-        ends = torch.tensor([len(seat.traj.ids) for seat in seats])
-        places = starts[:, None] + torch.arange(ids.shape[1])                                   # (B, n)
-        places = places.where(places < ends[:, None], cache.bin).to(policy.device)
-        cache.expect(places, int(ends.max()), torch.tensor(slots, device=policy.device))
+        ids = pad_sequence(ids, batch_first=True, padding_value=policy.proc.end)      # (B, n)
+        pos = pad_sequence(pos, batch_first=True).permute(2, 0, 1)                    # (3, B, n)
+        places = pad_sequence(places, batch_first=True, padding_value=cache.bin)      # (B, n)
+        end = max(len(self.live[slot].traj.ids) for slot in slots)
+        last = (places < cache.bin).sum(1) - 1
+        images, feature = sft.pack(images, policy.proc)
 
-        h = policy.hidden(ids, pos, policy.see(batch["images"]), feature, cache.mask(), cache)
-        self.hidden[slots] = h[torch.arange(len(h)), ends - starts - 1].float()
+        ids, pos, places, feature = (x.to(policy.device) for x in (ids, pos, places, feature))
+        cache.expect(places, end, torch.tensor(slots, device=policy.device))
+        h = policy.hidden(ids, pos, policy.see(images), feature, cache.mask(), cache)
+        self.hidden[slots] = h[torch.arange(len(h)), last].float()
 
     def begin(self, slot):
         """A turn begins: all that there is has been fed."""
@@ -310,30 +309,36 @@ class Engine:
         seat.fed = len(traj.ids)
         seat.seen = len(traj.shown)
         self.place[slot] = seat.fed
-        self.shift[slot] = int(traj.pos[0, -1]) + 1 - seat.fed
+        self.pos[slot] = int(traj.pos[0, -1]) + 1
         self.used[slot] = 0
         self.left[slot] = min(cfg.turn_tokens, cfg.max_tokens - 1 - seat.fed)
 
-        turns = cfg.max_crops + 1
-        u = uniforms(*seat.stream, turns * cfg.turn_tokens).view(turns, -1)[len(traj.turns)]
+        # Of the trajectory's numbers every turn has its own.
+        start = cfg.turn_tokens * len(traj.turns)
+        u = uniforms(*seat.stream, start + cfg.turn_tokens)[start:]
         self.u[slot, :-1] = u.to(self.policy.device, non_blocking=True)
 
     def step(self, n, end):
         """Each of the first n slots samples a token and is fed it; places are read up to `end`."""
-        place, shift, used, left = self.place[:n], self.shift[:n], self.used[:n], self.left[:n]
+        place, pos, used, left = self.place[:n], self.pos[:n], self.used[:n], self.left[:n]
         at = used[:, None]
         logp = self.policy.logits(self.hidden[:n], self.cfg.temperature).log_softmax(-1)       # (n, V)
-        token = logp.argmax(-1) if self.greedy else draw(logp, self.u[:n].gather(1, at)[:, 0])
+        if self.greedy:
+            token = logp.argmax(-1)
+        else:
+            token = draw(logp, self.u[:n].gather(1, at)[:, 0])
         self.tokens[:n].scatter_(1, at, token[:, None])
         self.logps[:n].scatter_(1, at, logp.gather(1, token[:, None]))
 
-        pos = (place + shift)[:, None].expand(3, -1, 1)
+        # It is fed; in a slot that idles, into the bin.
         self.cache.expect(place.where(left > 0, self.cache.bin)[:, None], end, slice(n))
-        h = self.policy.hidden(token[:, None], pos, None, None, self.cache.mask(), self.cache)
+        axes = pos[:, None].expand(3, -1, 1)
+        h = self.policy.hidden(token[:, None], axes, None, None, self.cache.mask(), self.cache)
         self.hidden[:n] = h[:, 0]
 
         one = left.clamp_max(1)                  # 0 in a slot that idles
         place.add_(one)
+        pos.add_(one)
         used.add_(one)
         left.sub_(one)
         left.masked_fill_(torch.isin(token, self.ends), 0)
@@ -372,15 +377,14 @@ class Engine:
         """Act on the turns in these slots, which have ended."""
         seats = [self.live[slot] for slot in slots]
         used = self.used[slots].tolist()
-        tokens, logps = self.tokens[slots].tolist(), self.logps[slots].tolist()
+        tokens = self.tokens[slots].tolist()
+        logps = self.logps[slots].tolist()
         list(threads.map(self.end_turn, seats, used, tokens, logps))
 
     def end_turn(self, seat, n, ids, logp):
         """Append the n tokens that were sampled, run the tool, enter the observation."""
         if not all(map(math.isfinite, logp[:n])):
-            *_, step = seat.stream[0]
-            where = "evaluation" if step == EVALUATION else f"rollout of step {step}"
-            raise env.UserError(f"{where}: logits are not finite; lower --lr or take an older checkpoint")
+            raise env.UserError("the policy's logits are not finite; lower --lr or take an older checkpoint")
         seat.fed += n
         text = env.respond(seat.traj, self.policy.proc, ids[:n], logp[:n])
         env.step(seat.traj, text, self.cfg, self.policy.proc)
@@ -418,13 +422,17 @@ def fitting(policy, cfg, wanted):
     torch.cuda.empty_cache()                     # a cache is one piece: it fits into no freed rest
     free = torch.cuda.mem_get_info()[0]
     for p in policy.parameters():
-        free -= 2 * p.numel() * (p.dtype == torch.float32)        # autocast keeps copies in bf16
-    most = min(slots_in(free, policy.vlm.config, cfg), wanted)
+        if p.dtype == torch.float32:
+            free -= 2 * p.numel()                # autocast keeps copies in bf16
+
+    most = slots_in(free, policy.vlm.config, cfg)
+    if most >= wanted:
+        return wanted
     text = (f"in_flight: {most} of {wanted} trajectories of --max_tokens={cfg.max_tokens} fit into "
             f"{free / 2 ** 30:.1f} GiB")
-    if most < min(wanted, 1):
+    if most == 0:
         raise env.UserError(f"{text}; lower --max_tokens, or take a smaller --model")
-    if most < wanted and int(os.environ.get("RANK", 0)) == 0:
+    if int(os.environ.get("RANK", 0)) == 0:
         print(text)
     return most
 
@@ -439,10 +447,11 @@ def rollout(policy, rows, cfg, samples=1, seed=(0, 0), streams=None, greedy=Fals
     threads = ThreadPoolExecutor(4)
     seats = []
     try:
-        for i, row in enumerate(rows):
+        for row, stream in zip(rows, streams or range(len(rows))):
             prompt = threads.submit(env.reset, policy.proc, row, cfg)     # opens the image
-            name = streams[i] if streams else i
-            seats += [Seat(prompt, (seed, name, sample)) for sample in range(samples)]
+            for sample in range(samples):
+                seats.append(Seat(prompt, (seed, stream, sample)))
+
         with policy.gathered(), policy.autocast():
             slots = fitting(policy, cfg, min(cfg.in_flight, len(seats)))
             Engine(policy, cfg, slots, greedy).run(seats, threads)
@@ -540,8 +549,10 @@ def metrics(measures):
     some of them, older than the metric, lack it: then it was not measured."""
     means = {"n": len(measures)}
     for name in set().union(*measures):
-        total, count = np.sum([m.get(name, (0, np.nan)) for m in measures], 0, dtype=float).tolist()
-        means[name] = total / count if count > 0 else None         # NaN is not above 0
+        pairs = [m[name] for m in measures if name in m]
+        total, count = np.sum(pairs, 0, dtype=float).tolist()
+        measured = count > 0 and len(pairs) == len(measures)
+        means[name] = total / count if measured else None
     return means
 
 
@@ -582,14 +593,15 @@ def levels(row):
     """The groups of rows that a row counts in: of category "a/b" it counts in "a", too. Without a category,
     by its difficulty."""
     if row.get("category"):
-        return list(accumulate(str(row["category"]).split("/"), "{}/{}".format))
+        parts = str(row["category"]).split("/")
+        return ["/".join(parts[:i + 1]) for i in range(len(parts))]
     if row.get("difficulty") is None:
         return []
     unit = "boxes" if row.get("data_source") in data.TASKS else "crops"
     return [f"{row['difficulty']} {unit}"]
 
 
-def read_records(path, settings={}):
+def read_records(path, settings=None):
     """The records of a results file by (index, sample); none without a file. With settings, UserError if
     its answers were made with others; one that the file lacks was at its default."""
     records = {}
@@ -604,33 +616,34 @@ def read_records(path, settings={}):
         else:
             records[entry["index"], entry["sample"]] = entry
 
-    for name, value in settings.items():
+    for name, value in (settings or {}).items():
         if records and old.get(name) != value:
             raise env.UserError(
                 f"{path}: answers with {name} {old.get(name)}, not {value}; give another --out")
     return records
 
 
-def evaluate(policy, rows, cfg, rank, world_size, k=1, greedy=False, done=None, path=None):
+def evaluate(policy, rows, cfg, rank, world_size, k=1, greedy=False, done=(), path=None):
     """Answer rows k times each, shared out over the ranks: their records in order, on all ranks. `done` has
     those of an earlier run; the file `path` gets the new ones. All ranks must reach this."""
     # 1. The rows that lack an answer, or a verdict that the judge failed to give.
-    records = dict(done or {})
+    records = dict(done)
     complete = Counter()
     for entry in records.values():
-        complete[entry["index"]] += not entry["metrics"]["judge_failed_rate"][0]
+        failed, _ = entry["metrics"].get("judge_failed_rate", (0, 0))
+        complete[entry["index"]] += not failed
     missing = [i for i in range(len(rows)) if complete[i] < k]
 
     size = max(1, 4 * cfg.in_flight // k) * world_size    # slots are refilled
     for start in tqdm(range(0, len(missing), size), desc="eval", disable=rank > 0 or None, leave=False):
         # 2. This rank's rows; it may have none, but ranks go together.
-        chosen = missing[start + rank:start + size:world_size]
-        trajs = rollout(policy, [rows[i] for i in chosen], cfg, k, (cfg.seed, EVALUATION), chosen, greedy)
+        mine = missing[start + rank:start + size:world_size]
+        trajs = rollout(policy, [rows[i] for i in mine], cfg, k, (cfg.seed, EVALUATION), mine, greedy)
         judge(trajs, cfg)
 
         # 3. Everybody's records.
-        mine = [record(chosen[n // k], n % k, traj, cfg.eps) for n, traj in enumerate(trajs)]
-        new = sum(sft.gather_objects(mine), [])
+        new = [record(mine[n // k], n % k, traj, cfg.eps) for n, traj in enumerate(trajs)]
+        new = sum(sft.gather_objects(new), [])
         for entry in new:
             records[entry["index"], entry["sample"]] = entry
         if path and rank == 0:
@@ -644,9 +657,15 @@ def score(policy, name, rows, cfg, rank, world_size, greedy):
     the tool, if --out has the answers with it, also the shares that the tool repairs and breaks."""
     # 1. What the answers depend on: rows and weights by their content, wherever they lie.
     settings = dict(
-        env.shared(cfg, env.EpisodeConfig), seed=cfg.seed, k=cfg.k, temperature=cfg.temperature, eps=cfg.eps,
-        judged=bool(cfg.judge_url), judge_name=cfg.judge_name,
-        rows=sft.checksum(rows), weights=policy.fingerprint)
+        env.shared(cfg, env.EpisodeConfig),
+        seed=cfg.seed,
+        k=cfg.k,
+        temperature=cfg.temperature,
+        eps=cfg.eps,
+        judged=bool(cfg.judge_url),
+        judge_name=cfg.judge_name,
+        rows=sft.checksum(rows),
+        weights=policy.fingerprint)
 
     # 2. The answers of an earlier run, of benchmarks; other rows are cheap to answer again.
     with_tool = f"{cfg.out}/results-{name}-tool_on.jsonl"
@@ -661,12 +680,12 @@ def score(policy, name, rows, cfg, rank, world_size, greedy):
 
     # 3. All answers, and what they are worth.
     records = evaluate(policy, rows, cfg, rank, world_size, 1 if greedy else cfg.k, greedy, done, path)
-    groups = defaultdict(list)
+    measures = defaultdict(list)
     for entry in records:
         for level in levels(entry):
-            groups[level].append(entry["metrics"])
+            measures[level].append(entry["metrics"])
     scores = metrics([entry["metrics"] for entry in records])
-    scores["categories"] = {level: metrics(groups[level]) for level in sorted(groups)}
+    scores["categories"] = {level: metrics(measures[level]) for level in sorted(measures)}
 
     # 4. What the tool changes.
     if len(tool) == len(records):
@@ -827,47 +846,52 @@ def trajectory_html(record, title, outcome):
             f'<b class="{outcome[:5]}">{outcome}</b></article>\n')
 
 
-def section(name, before, after, n):
-    """Table and n examples of each kind. before and after: (folder, records); where there is nothing to
-    compare with, the two are the same."""
-    (old_folder, old), (folder, new) = before, after
-    keys = [key for key in sorted(new) if key in old and old[key]["problem"] == new[key]["problem"]]
-    if not keys:                                 # nothing to compare
-        return section(name, after, after, n)
-
-    # 1. Which are right before and after, and what became of all.
-    kinds = defaultdict(list)
-    rights = defaultdict(lambda: defaultdict(list))        # row of the table -> question -> its samples
+def changes(old, new, keys):
+    """The table of what changed between two runs' records of the same keys."""
+    rights = defaultdict(lambda: defaultdict(list))        # row -> question -> (before, after) of its samples
     was, now = Counter(), Counter()                        # fates
     for key in keys:
+        right = old[key]["right"], new[key]["right"]
+        question, _ = key
+        rights["Accuracy"][question].append(right)
+        for level in levels(new[key]):
+            rights[f"Accuracy, {level}"][question].append(right)
         was[fate(old[key])] += 1
         now[fate(new[key])] += 1
-        right = old[key]["right"], new[key]["right"]
-        kinds[right].append(key)
-        rights["Accuracy"][key[0]].append(right)
-        for level in levels(new[key]):
-            rights[f"Accuracy, {level}"][key[0]].append(right)
 
-    # 2. The table.
     rows = [["", "questions", "before", "after", "difference"]]
     for level in sorted(rights):
         rows.append(change_row(level, rights[level].values()))
     for outcome in sorted({*was, *now}):
         change = f"{now[outcome] - was[outcome]:+}"
         rows.append([outcome.capitalize(), "", was[outcome], now[outcome], change])
+    return rows
 
+
+def section(name, before, after, n):
+    """Table and n examples of each kind. before and after: (folder, records); the same twice if there is
+    nothing to compare with."""
+    (old_folder, old), (folder, new) = before, after
+    keys = [key for key in sorted(new) if key in old and old[key]["problem"] == new[key]["problem"]]
+    if not keys:
+        return section(name, after, after, n)
+
+    # 1. The table
+    compared = folder != old_folder
     heading = f"{name.replace('-tool_', ', tool ')}: {folder}"
-    if old is new:
-        rows = [row[:3] for row in rows]
-    else:
+    rows = changes(old, new, keys)
+    if compared:
         heading += f" after {old_folder}"
+    else:
+        rows = [row[:3] for row in rows]
     html = f"<h2>{escape(heading)}</h2>{table(rows)}"
 
-    # 3. Examples.
+    # 2. Examples
     for kind, right in ("repaired", (False, True)), ("broken", (True, False)), ("wrong", (False, False)):
-        html += f'<details><summary>{len(kinds[right])} {kind}: examples</summary><div class="grid">'
-        for key in kinds[right][:n]:
-            if old is not new:
+        found = [key for key in keys if (old[key]["right"], new[key]["right"]) == right]
+        html += f'<details><summary>{len(found)} {kind}: examples</summary><div class="grid">'
+        for key in found[:n]:
+            if compared:
                 html += trajectory_html(old[key], "Before:", fate(old[key]))
             html += trajectory_html(new[key], "After:", fate(new[key]))
         html += "</div></details>\n"
@@ -972,14 +996,6 @@ def report(folders):
     write_report(runs, f"{folders[0]}/report.html")
 
 
-def read_tasks(cfg):
-    """What is to be scored, {name: rows}, and of benchmarks the lines that are left out, {name: reasons}."""
-    if cfg.bench:
-        return data.read_benches(cfg.bench, cfg.image_root, cfg.limit)
-    rows = data.load_rows(data.split_path(cfg.data, "test"), cfg.image_root)[:cfg.limit or None]
-    return {"sampled": rows, "greedy": rows}, {}
-
-
 def print_scores(cfg, scores):
     """The table, under what the answers rest on."""
     episode = env.shared(cfg, env.EpisodeConfig)
@@ -1015,10 +1031,17 @@ def main(cfg):
     if cfg.image:
         return ask(policy, cfg) if rank == 0 else None
 
-    # 3. Many answers.
-    tasks, left_out = read_tasks(cfg)
-    asked = sum(tasks.values(), [])
-    sft.together(data.check_rows, asked, rank, world_size, policy.proc, cfg)
+    # 3. The rows, {name: rows}, and of benchmarks the lines that are left out, {name: reasons}.
+    if cfg.bench:
+        tasks, left_out = data.read_benches(cfg.bench, cfg.image_root, cfg.limit)
+        rows = sum(tasks.values(), [])
+    else:
+        rows = data.load_rows(data.split_path(cfg.data, "test"), cfg.image_root)[:cfg.limit or None]
+        tasks = {"sampled": rows, "greedy": rows}
+        left_out = {}
+    sft.together(data.check_rows, rows, rank, world_size, policy.proc, cfg)
+
+    # 4. Their answers
     started = time.time()
     scores = {}
     for name, rows in tasks.items():
@@ -1031,7 +1054,7 @@ def main(cfg):
         scores[name] = score(policy, name, rows, cfg, rank, world_size, greedy)
         scores[name]["left_out"] = len(missing)
 
-    # 4. What they are worth.
+    # 5. What they are worth
     result = {"config": vars(cfg), "weights": policy.fingerprint, **scores}
     if not cfg.bench:
         result.update(result.pop("sampled"), accuracy_greedy=scores["greedy"]["accuracy"])

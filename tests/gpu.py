@@ -239,7 +239,7 @@ class Checks:
         for B in (16, 64):
             engine = evaluation.Engine(policy, cfg, B, False)
             engine.place += n                                             # a turn begins at place n
-            engine.shift -= 1
+            engine.pos += n - 1
             engine.left += 200
             with policy.autocast():
                 step = partial(engine.step, B, n + 128)
