@@ -277,6 +277,23 @@ def linear_patches(self, hidden_states):
     return F.linear(hidden_states.to(self.proj.weight.dtype), self.proj.weight.flatten(1), self.proj.bias)
 
 
+def vision_attention(self, hidden_states, cu_seqlens, position_embeddings, **_):
+    """Attention within each image, or within each window of Qwen2.5-VL's: those of equal length in one call.
+    transformers takes a call for each, thousands for a photograph. cu_seqlens: where they begin and end."""
+    from transformers.models.qwen3_vl.modeling_qwen3_vl import apply_rotary_pos_emb_vision
+    q, k, v = self.qkv(hidden_states).unflatten(1, (3, self.num_heads, -1)).unbind(1)
+    q, k = apply_rotary_pos_emb_vision(q, k, *position_embeddings)            # (patches, heads, size)
+
+    starts = cu_seqlens[:-1]
+    lengths = cu_seqlens.diff()
+    out = torch.empty_like(q)
+    for length in lengths.unique().tolist():
+        at = starts[lengths == length][:, None] + torch.arange(length, device=starts.device)
+        q_of, k_of, v_of = (x[at].transpose(1, 2) for x in (q, k, v))         # (images, heads, length, size)
+        out[at] = F.scaled_dot_product_attention(q_of, k_of, v_of).transpose(1, 2)
+    return self.proj(out.flatten(1))
+
+
 @torch.autocast("cuda", enabled=False)           # with torch 2.13's it would go through fp32
 def rms_norm(self, x):
     """One kernel; transformers' takes six."""
@@ -357,15 +374,15 @@ class Family:
 
 FAMILIES = {   # by transformers' model_type
     "qwen3_vl": Family(
-        forwards={"PatchEmbed": linear_patches, "RMSNorm": rms_norm},
+        forwards={"PatchEmbed": linear_patches, "VisionAttention": vision_attention, "RMSNorm": rms_norm},
         video="Qwen3VLVideoProcessor"),
     "qwen2_5_vl": Family(
-        forwards={"PatchEmbed": linear_patches, "RMSNorm": rms_norm},
+        forwards={"PatchEmbed": linear_patches, "VisionAttention": vision_attention, "RMSNorm": rms_norm},
         mean=(0.48145466, 0.4578275, 0.40821073),
         std=(0.26862954, 0.26130258, 0.27577711)),
     "qwen3_5": Family(
-        forwards={"PatchEmbed": linear_patches, "RMSNorm": centred_rms_norm,
-                  "GatedDeltaNet": gated_delta_net},
+        forwards={"PatchEmbed": linear_patches, "VisionAttention": vision_attention,
+                  "RMSNorm": centred_rms_norm, "GatedDeltaNet": gated_delta_net},
         video="Qwen3VLVideoProcessor")}
 
 
