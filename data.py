@@ -148,36 +148,28 @@ def find_image(root, path, where, confined):
     return full
 
 
-def is_text(value):
-    return isinstance(value, str)
-
-
-def is_evidence(box):
-    return env.is_box(box) and box[0] < box[2] and box[1] < box[3]
-
-
-# The lists that a row may have -> what each of their values has to be.
-OPTIONAL = {
-    "choices": (is_text, "texts"),
-    "turns": (is_text, "texts"),
-    "boxes": (is_evidence, "[x0, y0, x1, y1] in pixels")}
+# Half a surrogate pair, which can be neither written nor tokenized. In a path: a byte that is not UTF-8.
+HALF = re.compile("[\ud800-\udfff]")
 
 
 def check_row(row, where):
     """Raise UserError unless a row has what every row needs, and nothing else that is wrong."""
     # 1. What it needs
     for key in ("images", "problem", "solution"):
-        if not isinstance(row, dict) or row.get(key) in (None, "", []):
+        if not isinstance(row, dict) or row.get(key) in (None, "", [], [None], [""]):
             raise UserError(f"{where} has no `{key}`; a row needs images (a list), problem and solution; "
                             "conversations of other projects: `python tests/convert.py FILE`")
     if not isinstance(row["images"], list) or len(row["images"]) > 1:
         raise UserError(f"{where}: `images` is not a list of one image; several images are not supported")
 
     # 2. What it may have
-    for key, (is_right, what) in OPTIONAL.items():
+    for key, kind in (("choices", str), ("turns", str), ("boxes", list)):
         values = row.get(key) or []
-        if not isinstance(values, list) or not all(map(is_right, values)):
-            raise UserError(f"{where}: `{key}` is not a list of {what}")
+        if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
+            raise UserError(f"{where}: `{key}` is not a list of {'texts' if kind is str else 'boxes'}")
+    for box in row.get("boxes") or []:
+        if not env.is_box(box) or box[0] >= box[2] or box[1] >= box[3]:
+            raise UserError(f"{where}: {box!r:.40} in `boxes` is not [x0, y0, x1, y1] in pixels")
 
     # 3. Options hold the solution.
     solutions = row["solution"]
@@ -187,11 +179,8 @@ def check_row(row, where):
         if row.get("choices") and env.choice(solution, row["choices"]) is None:
             raise UserError(f"{where}: its solution {solution!r} is none of its choices {row['choices']}")
 
-    # 4. Half a surrogate pair can be neither written nor tokenized.
-    try:
-        json.dumps(row, ensure_ascii=False).encode()
-    except UnicodeEncodeError as e:
-        raise UserError(f"{where} has half a character: {e}")
+    if HALF.search(json.dumps(row, ensure_ascii=False)):
+        raise UserError(f"{where} has half a character (of a surrogate pair); mend the row")
 
 
 def load_row(row, where, root, confined):
@@ -235,13 +224,13 @@ def check_rows(rows, rank, world_size, proc, cfg):
     with ThreadPoolExecutor(8) as pool:
         found = pool.map(count, paths)
         bar = tqdm(found, "images", len(paths), leave=False, disable=rank > 0 or None)
-        counts = dict(zip(paths, bar))
+        n_image = dict(zip(paths, bar))
 
     for row in rows:
-        n_image = counts.get(row["images"][0])                     # None: another rank's image
-        if n_image:
+        [path] = row["images"]
+        if path in n_image:                      # else it is another rank's
             n_text = len(env.prompt(proc, row, cfg)) - 1           # the prompt has the image as one token
-            env.check_prompt(n_text + n_image, row, cfg)
+            env.check_prompt(n_text + n_image[path], row, cfg)
 
 
 # --- The built-in scenes: coloured boxes on a 4 x 4 grid, whose evidence can be seen in crops alone --------
@@ -387,8 +376,14 @@ def make_scene(rng, task):
         for cell, mark in marks.items():
             scene[cell] = colour
             tiles[cell] = draw_box(rng, pixels, cell, colour, kind, mark, task)
-        questions.append(dict(problem=problem.format(colour), answer=answer, answers=answers, scene=scene,
-                              marks=marks, tiles=tiles, evidence=tiles[target]))
+        questions.append(dict(
+            problem=problem.format(colour),
+            answer=answer,
+            answers=answers,
+            scene=scene,
+            marks=marks,
+            tiles=tiles,
+            evidence=tiles[target]))
 
     # 4. Noise over all.
     n = task.size // task.blotch + 1
@@ -481,11 +476,16 @@ def write_scenes(cfg):
             path = f"{split}/{i}.png"
             image.save(f"{cfg.out}/{path}", compress_level=1)
 
-            # For RL and testing the first question, which has more look-alikes; for imitation both.
+            # For imitation both questions; for RL and testing the first, which has more look-alikes.
             for j, q in enumerate(questions):
-                row = {"images": [path], "doc_id": f"{split}-{i}-{j}", "problem": q["problem"],
-                       "solution": q["answer"], "data_source": cfg.task, "boxes": [q["evidence"]],
-                       "difficulty": len(q["tiles"])}
+                row = {
+                    "images": [path],
+                    "doc_id": f"{split}-{i}-{j}",
+                    "problem": q["problem"],
+                    "solution": q["answer"],
+                    "data_source": cfg.task,
+                    "boxes": [q["evidence"]],
+                    "difficulty": len(q["tiles"])}
                 if split != "sft":
                     rows.append(row)
                     break
@@ -501,6 +501,7 @@ def write_scenes(cfg):
 TIMEOUT = 120                        # seconds: of a silence, and of a whole reply
 MOST_BYTES = 2 ** 24                 # of a reply
 PATIENCE = 600                       # seconds that one request waits, in all, because it is told to
+CUT = ("length", "content_filter", "abort")  # finish_reason of a reply that is not whole
 answering = set()                    # (url, name) of the models that have given a usable reply
 thinking = set()                     # (url, name) of those that want max_completion_tokens
 
@@ -554,7 +555,10 @@ def turn_of(message):
         pieces.append(content.strip())
 
     for call in message.get("tool_calls") or []:
-        name, arguments = call["function"]["name"], call["function"]["arguments"]
+        name = call["function"]["name"]
+        arguments = call["function"]["arguments"]
+        if not isinstance(arguments, str):       # of some servers an object
+            arguments = json.dumps(arguments)
         pieces.append(f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>')
     return "\n".join(pieces).encode(errors="replace").decode()       # no half surrogate pair
 
@@ -569,8 +573,8 @@ def ask(url, body):
 
         choice = json.loads(said)["choices"][0]
         text = turn_of(choice["message"])
-        if not text or choice.get("finish_reason") == "length":
-            return 422, "the reply is empty, or cut at max_tokens", 0
+        if not text or choice.get("finish_reason") in CUT:
+            return 422, "the reply is empty, filtered, or cut at max_tokens", 0
         return 200, text, 0
     except Exception as e:                   # besides errors of the network, whatever a reply can cause
         return 500, f"{type(e).__name__}: {e}", 0
@@ -716,9 +720,10 @@ def next_turn(job, who, episode, traj, sample):
     return job.answers[key]
 
 
-def converse(job, row, who, episode, k):
-    """k conversations of the "annotator" or the "policy" about a row: env.Trajectory without tokens. Raises
-    NoReply, also when the job has stopped."""
+def converse(job, row, who, k, **change):
+    """k conversations of the "annotator" or the "policy" about a row: env.Trajectory without tokens. change:
+    what is different in the episode. Raises NoReply, also when the job has stopped."""
+    episode = replace(job.episode, **change)
     start = env.start_episode(row, episode)
     trajs = []
     for sample in range(k):
@@ -747,9 +752,10 @@ def open_photo(job, row):
 
 def propose(job, row):
     """2. The annotator zooms in on a detail, step by step, and ends with a question about it."""
-    kind = DETAILS[sum(row["doc_id"].encode()) % len(DETAILS)]
+    any_number = sum(row["doc_id"].encode())     # and the same one in the next run, which finds its answers
+    kind = DETAILS[any_number % len(DETAILS)]
     asked = {**row, "problem": PROPOSE.replace("DETAIL", kind)}
-    [traj] = converse(job, asked, "annotator", replace(job.episode, max_crops=MAX_ZOOMS), 1)
+    [traj] = converse(job, asked, "annotator", 1, max_crops=MAX_ZOOMS)
     if traj.answer is None:
         return "no question"
     if len(traj.crops) < MIN_ZOOMS:
@@ -790,7 +796,7 @@ def verify(job, row):
 
     def n_right(seen, hint=""):
         asked = {**row, "images": [seen], "problem": hint + row["problem"]}
-        trajs = converse(job, asked, "annotator", replace(job.episode, max_crops=0), cfg.votes)
+        trajs = converse(job, asked, "annotator", cfg.votes, max_crops=0)
         return sum(map(env.is_right, trajs))
 
     if n_right(Image.new("RGB", (64, 64), "grey"), BLIND) > cfg.blind:
@@ -803,7 +809,7 @@ def verify(job, row):
 
 def grade(job, row):
     """5. The policy, with the tool, solves it sometimes, not always, and never with fewer than two crops."""
-    trajs = converse(job, row, "policy", job.episode, job.cfg.samples)
+    trajs = converse(job, row, "policy", job.cfg.samples)
     crops = [len(traj.crops) for traj in trajs if env.is_right(traj)]
     rate = len(crops) / len(trajs)
     if not crops:
@@ -819,7 +825,7 @@ def demonstrate(job, row):
     """6. Cold-start trajectories of the annotator (lists of texts): of the faultless ones first those that
     recovered (looked where nothing of the evidence is, and then where it is). There may be none."""
     recovered, others = [], []
-    for traj in converse(job, row, "annotator", job.episode, job.cfg.attempts):
+    for traj in converse(job, row, "annotator", job.cfg.attempts):
         refused = any(turn.error for turn in traj.turns)
         repeats = env.redundancy(traj.crops, env.RewardConfig.eps) > MAX_REDUNDANCY
         if refused or repeats or not env.is_right(traj) or not env.covers(traj):
@@ -866,7 +872,7 @@ def find_photos(folder):
     paths, others = [], Counter()
     for path in sorted(Path(folder).rglob("*")):
         suffix = path.suffix.lower()
-        if os.fsencode(path).decode(errors="replace") != str(path):
+        if HALF.search(str(path)):
             others["name that is not UTF-8"] += 1
         elif formats.get(suffix) in env.IMAGE_FORMATS:
             paths.append(path)
@@ -951,7 +957,7 @@ def bench_row(item, where):
     problem = row["problem"].partition("\nAnswer with the option")[0].rstrip()
     row["choices"] = env.options_of({"problem": "\n".join(lines) or problem})
 
-    lettered = lines or "A" in item and row["solution"] in string.ascii_uppercase
+    lettered = lines or "A" in item and re.fullmatch("[A-Z]", row["solution"])
     if lettered and not row["choices"]:
         raise UserError(f"{where}: its options are not A, B and so on, each with a text, but {lines}")
 
@@ -1006,10 +1012,9 @@ def read_vstar(folder):
         if item["category"] not in ("direct_attributes", "relative_position"):
             continue                         # the folders OCR and GPT4V-hard are not part of it
 
-        item["bbox"] = []
         beside = Path(folder, item["image"]).with_suffix(".json")
-        for x, y, w, h in env.read_json(beside, {}).get("bbox", []):
-            item["bbox"].append([x, y, x + w, y + h])
+        boxes = env.read_json(beside, {}).get("bbox", [])
+        item["bbox"] = [[x, y, x + w, y + h] for x, y, w, h in boxes]
         items.append(item)
     return items
 

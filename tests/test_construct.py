@@ -32,7 +32,9 @@ FINDS = [zoom([400, 400, 800, 800], 0), zoom([350, 350, 650, 650], 1)]    # the 
 RECOVERS = [zoom([0, 0, 300, 300], 0), zoom([500, 500, 700, 700], 0)]     # after a look elsewhere
 BAD = "<tool_call>zoom!</tool_call>"
 MOVED = {"Location": "http://127.0.0.1:9/v1"}
-CALL = {"function": {"name": "image_zoom_in_tool", "arguments": '{"bbox_2d": [1, 2, 3, 4], "img_idx": 0}'}}
+ARGUMENTS = {"bbox_2d": [1, 2, 3, 4], "img_idx": 0}
+CALL = {"function": {"name": "image_zoom_in_tool", "arguments": json.dumps(ARGUMENTS)}}
+OBJECT = {"function": {"name": "image_zoom_in_tool", "arguments": ARGUMENTS}}
 WORDS = [{"type": "text", "text": "<answer>red"}, {"type": "text", "text": "</answer>"}]
 CUT = 200, {}, ['{"choices": [{"mess']
 OTHER_NAME = 400, {}, ["Unsupported parameter: 'max_tokens' is not supported. Use 'max_completion_tokens' instead."]
@@ -130,6 +132,7 @@ def talk(monkeypatch):
 @pytest.mark.parametrize("message, text", [
     ({"content": " a\n"}, "a"), ({"content": "a\ud83d"}, "a?"), ({"content": WORDS}, "<answer>red</answer>"),
     ({"content": "b", "reasoning_content": "\nlook\n"}, "<think>look</think>\nb"),
+    ({"content": "", "tool_calls": [OBJECT]}, zoom([1, 2, 3, 4], 0)),
     ({"content": None, "reasoning": "c", "tool_calls": [CALL]}, "<think>c</think>\n" + zoom([1, 2, 3, 4], 0))])
 def test_a_reply_becomes_a_turn(talk, message, text):
     """What a server takes out of the text is put back."""
@@ -144,6 +147,7 @@ def test_a_reply_becomes_a_turn(talk, message, text):
     ([413], True, data.NoReply, "413"), ([(422, {}, ["\x1b[31mlong"])], True, data.NoReply, r"\\x1b\[31mlong"),
     ([{"message": {"content": ""}}], True, data.NoReply, "empty"),
     ([{"message": {"content": "I am"}, "finish_reason": "length"}], True, data.NoReply, "cut at max_tokens"),
+    ([{"message": {"content": "I"}, "finish_reason": "content_filter"}], True, data.NoReply, "filtered"),
     ([500] * 7, False, env.UserError, "500"), ([CUT] * 7, True, data.NoReply, "JSON"),
     ([(200, {}, ["x" * 2000])] * 7, True, data.NoReply, "does not end"),
     ([(200, {}, (Event().wait(0.02) or " " for _ in range(9))) for _ in range(7)], True, data.NoReply, "not end|timed"),

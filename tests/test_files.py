@@ -125,14 +125,17 @@ def test_parquet_recipe(tmp_path, monkeypatch):
 @pytest.mark.parametrize("line", r"""{"solution": null} -> has no `solution`
 {"images": ["b.png"]} -> : no image
 {"images": ["a.png", "a.png"]} -> : .*several images are not supported
+{"solution": [null]} -> has no `solution`
 {"choices": ["blue"]} -> : its solution 'red' is none of its choices
+{"choices": ["red", "blue"], "solution": ["red", "green"]} -> : its solution 'green' is none of its choices
 {"choices": "red"} -> : `choices` is not a list of texts
 {"turns": [5]} -> : `turns` is not a list of texts
-{"boxes": [[1, 2, 3]]} -> : `boxes` is not a list of .x0, y0, x1, y1. in pixels
-{"boxes": [[1, 2, 1e400, 4]]} -> : `boxes` is not
-{"boxes": [[1, 2, NaN, 4]]} -> : `boxes` is not
-{"boxes": [[1, 2, 3, HUGE]]} -> : `boxes` is not
-{"boxes": [[9, 2, 3, 4]]} -> : `boxes` is not
+{"boxes": [1, 2, 3, 4]} -> : `boxes` is not a list of boxes
+{"boxes": [[1, 2, 3]]} -> : .1, 2, 3. in `boxes` is not .x0, y0, x1, y1. in pixels
+{"boxes": [[1, 2, 1e400, 4]]} -> : .* in `boxes` is not
+{"boxes": [[1, 2, NaN, 4]]} -> : .* in `boxes` is not
+{"boxes": [[1, 2, 3, HUGE]]} -> : .* in `boxes` is not
+{"boxes": [[9, 2, 3, 4]]} -> : .* in `boxes` is not
 {"problem": "\ud83d"} -> has half a character""".splitlines())
 def test_bad_rows(line, tmp_path):
     """What is wrong is one line that names file and row."""
