@@ -118,16 +118,22 @@ def serving(script):
         server.shutdown()
 
 
-@pytest.fixture(params=["qwen3_vl", "qwen2_5_vl", "qwen3_5"])
-def family(request, policy, policy25, policy35):
-    """A policy of each family that a test may change."""
+@pytest.fixture(scope="session", params=["qwen3_vl", "qwen2_5_vl", "qwen3_5"])
+def any_policy(request, policy, policy25, policy35):
+    """A policy of each family, amplified. Shared."""
     if request.param == "qwen2_5_vl":
-        return copy.deepcopy(policy25)
+        return policy25
     if request.param == "qwen3_5":
-        return copy.deepcopy(policy35)
-    family = copy.deepcopy(policy)
-    amplify(family.vlm)
-    return family
+        return policy35
+    amplified = copy.deepcopy(policy)
+    amplify(amplified.vlm)
+    return amplified
+
+
+@pytest.fixture
+def family(any_policy):
+    """A policy of each family that a test may change."""
+    return copy.deepcopy(any_policy)
 
 
 def stock(policy):
@@ -154,6 +160,12 @@ def plain(model, policy, traj, temperature=1.0):
 
 def gradient(model):
     return torch.cat([p.grad.flatten() for p in model.parameters()]).double()
+
+
+def crop(*bbox, img_idx=0):
+    """The text of a crop call."""
+    arguments = {"bbox_2d": bbox, "img_idx": img_idx}
+    return f"<tool_call>\n{json.dumps({'name': 'image_zoom_in_tool', 'arguments': arguments})}\n</tool_call>"
 
 
 def picture(seed=0, size=(40, 30)):

@@ -1,12 +1,11 @@
 """The rollout (eval.py): its cache against whole forward passes, its budgets, its random streams and bans."""
 import copy
-import json
 from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import plain, refusal, stock
+from conftest import crop, plain, refusal, stock
 import torch
 from PIL import Image
 
@@ -19,35 +18,26 @@ ROOMY = evaluation.RolloutConfig(
     max_crops=5,
     max_pixels=150 * 150,
     max_crop_pixels=90 * 90,
-    turn_tokens=64,
+    turn_tokens=17,
     max_tokens=900,
     temperature=0.8)
-SHORT = evaluation.RolloutConfig(max_crops=2, turn_tokens=7)
+SHORT = evaluation.RolloutConfig(max_crops=2, turn_tokens=4)
 ANSWER = "<think>At A1 green.</think>\n<answer>green</answer>"
 IDLE = "<think>hm</think>"
 
 
-def crop(bbox, img_idx=0):
-    """The text of a crop call."""
-    arguments = {"name": "image_zoom_in_tool", "arguments": {"bbox_2d": bbox, "img_idx": img_idx}}
-    return f"<tool_call>\n{json.dumps(arguments)}\n</tool_call>"
-
-
-@pytest.fixture
-def script(monkeypatch):
-    """script({(prompt, sample): [ids of turn 1, ids of turn 2, ...]}) makes rollouts sample these tokens.
+def script(patch, turns, cfg):
+    """Rollouts sample these tokens: {(prompt, sample): [ids of turn 1, ids of turn 2, ...]}.
 
     Only the draw is replaced: the random number of a token becomes its id.
     """
-    def install(turns, cfg):
-        def uniforms(seed, prompt, sample, n):
-            numbers = torch.zeros(n // cfg.turn_tokens, cfg.turn_tokens, dtype=torch.float64)
-            for row, ids in zip(numbers, turns[prompt, sample]):
-                row[:len(ids)] = torch.tensor(ids) / 2 ** 20
-            return numbers.flatten()
-        monkeypatch.setattr(evaluation, "uniforms", uniforms)
-        monkeypatch.setattr(evaluation, "draw", lambda logp, u: (u * 2 ** 20).round().long())
-    return install
+    def uniforms(seed, prompt, sample, n):
+        numbers = torch.zeros(n // cfg.turn_tokens, cfg.turn_tokens, dtype=torch.float64)
+        for row, ids in zip(numbers, turns[prompt, sample]):
+            row[:len(ids)] = torch.tensor(ids) / 2 ** 20
+        return numbers.flatten()
+    patch.setattr(evaluation, "uniforms", uniforms)
+    patch.setattr(evaluation, "draw", lambda logp, u: (u * 2 ** 20).round().long())
 
 
 def turns_of(policy, texts):
@@ -69,26 +59,33 @@ def pictures(tmp_path_factory):
     return rows
 
 
-@pytest.fixture
-def searched(family, pictures, script):
-    """Six searches of 1 to 6 turns in four slots: images arrive midway, slots idle and are refilled, a group is cut."""
-    left = crop([0, 0, 500, 999])
-    right = crop([500, 100, 999, 900])
-    lower = crop([0, 500, 900, 999], 1)
-    upper = crop([0, 0, 999, 400], 1)
+@pytest.fixture(scope="module")
+def search(policy):
+    """The turns of six searches; one is cut by the budget of a turn."""
+    left = crop(0, 0, 500, 999)
+    right = crop(500, 100, 999, 900)
+    lower = crop(0, 500, 900, 999, img_idx=1)
+    upper = crop(0, 0, 999, 400, img_idx=1)
     texts = {
         (0, 0): [left, lower, ANSWER],
         (0, 1): [ANSWER],
         (0, 2): [IDLE, right, "cut off", ANSWER],
-        (1, 0): [crop([0, 0, 500, 500], 9), right, upper, IDLE],
+        (1, 0): [crop(0, 0, 500, 500, img_idx=9), right, upper, IDLE],
         (1, 1): [left, ANSWER],
-        (1, 2): [right, lower, left, IDLE, upper, ANSWER]}
+        (1, 2): [right, lower, left, ANSWER]}
     turns = {}
     for key, value in texts.items():
-        turns[key] = turns_of(family, value)
-    turns[0, 2][2] = (family.proc.encode(" black") * 200)[:ROOMY.turn_tokens]
-    script(turns, ROOMY)
-    return evaluation.rollout(family, pictures, replace(ROOMY, in_flight=4), samples=3)
+        turns[key] = turns_of(policy, value)
+    turns[0, 2][2] = (policy.proc.encode(" black") * 200)[:ROOMY.turn_tokens]
+    return turns
+
+
+@pytest.fixture(scope="module")
+def searched(any_policy, pictures, search):
+    """Six searches of 1 to 4 turns in four slots: images arrive midway, slots idle and are refilled, a group is cut."""
+    with pytest.MonkeyPatch.context() as patch:
+        script(patch, search, ROOMY)
+        return evaluation.rollout(any_policy, pictures, replace(ROOMY, in_flight=4), samples=3)
 
 
 def sampled_logp(trajs):
@@ -99,52 +96,54 @@ def sampled_logp(trajs):
 
 
 @torch.no_grad()
-def test_cached_decoding_equals_a_full_forward(family, searched):
+def test_cached_decoding_equals_a_full_forward(any_policy, searched):
     """What was recorded while sampling equals the update's (one padded batch) and the stock model's."""
-    assert [len(t.crops) for t in searched] == [2, 0, 1, 2, 1, 4]
-    model = stock(family)
+    assert [len(t.crops) for t in searched] == [2, 0, 1, 2, 1, 3]
+    model = stock(any_policy)
     want = []
     for t in searched:
         at = np.flatnonzero(t.mask)
-        logp = plain(model, family, t, ROOMY.temperature)
+        logp = plain(model, any_policy, t, ROOMY.temperature)
         want.append(logp[at - 1, np.array(t.ids)[at]])
     want = torch.cat(want)
     assert want.std() > 0.5                      # the policy prefers something
     torch.testing.assert_close(sampled_logp(searched), want, atol=1e-4, rtol=0)
-    updated, _ = family(sft.collate(searched, family.proc), ROOMY.temperature)
+    updated, _ = any_policy(sft.collate(searched, any_policy.proc), ROOMY.temperature)
     torch.testing.assert_close(updated, sampled_logp(searched), atol=2e-5, rtol=0)
 
 
-def test_slots_and_parts_change_nothing(family, pictures, searched, monkeypatch):
+@pytest.mark.parametrize("any_policy", ["qwen3_vl", "qwen3_5"], indirect=True)
+def test_slots_and_parts_change_nothing(any_policy, pictures, search, searched, monkeypatch):
     """Nor does it matter how many slots a step computes, or how seldom ended turns are acted on."""
-    cases = (2, dict(STEPS=1, SHARE=0.01)), (6, dict(STEPS=30, SHARE=1, PREFILL=1, WIDTH=1))
+    script(monkeypatch, search, ROOMY)
+    cases = (2, dict(STEPS=1, SHARE=0.01)), (6, dict(STEPS=18, SHARE=1, PREFILL=1, WIDTH=1))
     for in_flight, changes in cases:
         for name, value in changes.items():
             monkeypatch.setattr(evaluation, name, value)
-        again = evaluation.rollout(family, pictures, replace(ROOMY, in_flight=in_flight), samples=3)
+        again = evaluation.rollout(any_policy, pictures, replace(ROOMY, in_flight=in_flight), samples=3)
         assert [t.ids for t in again] == [t.ids for t in searched]
         torch.testing.assert_close(sampled_logp(again), sampled_logp(searched), atol=1e-4, rtol=0)
 
 
 @torch.no_grad()
-def test_greedy_tokens(family, rows):
+def test_greedy_tokens(any_policy, rows):
     """Greedy tokens are those that the stock model finds likeliest, given the whole sequence so far."""
-    model = stock(family)
-    cfg = replace(SHORT, turn_tokens=20)
-    for t in evaluation.rollout(family, rows[:3], cfg, samples=2, greedy=True):
+    model = stock(any_policy)
+    cfg = replace(SHORT, turn_tokens=12)
+    for t in evaluation.rollout(any_policy, rows[:3], cfg, samples=2, greedy=True):
         at = np.flatnonzero(t.mask)
-        want = plain(model, family, t)[at - 1].argmax(-1)
+        want = plain(model, any_policy, t)[at - 1].argmax(-1)
         assert want.tolist() == [t.ids[i] for i in at]
 
 
-def test_render_is_a_scripted_rollout(policy, pictures, script):
+def test_render_is_a_scripted_rollout(policy, pictures, monkeypatch):
     """An SFT example and a rollout that samples the same turns: same ids, mask, boxes, views, answer."""
     texts = [
-        crop([250, 0, 750, 1000]),
-        crop([0, 500, 500, 1000], 1),
-        crop([0, 0, 1, 1], 7),
+        crop(250, 0, 750, 1000),
+        crop(0, 500, 500, 1000, img_idx=1),
+        crop(0, 0, 1, 1, img_idx=7),
         ANSWER]
-    script({(0, 0): turns_of(policy, texts)}, ROOMY)
+    script(monkeypatch, {(0, 0): turns_of(policy, texts)}, ROOMY)
     [sampled] = evaluation.rollout(policy, pictures[:1], ROOMY)
     rendered = env.render(policy.proc, pictures[0], texts, ROOMY)
     for name in ("ids", "mask", "crops", "answer", "status"):
@@ -154,10 +153,10 @@ def test_render_is_a_scripted_rollout(policy, pictures, script):
     assert rendered.answer == "green"
 
 
-def test_budgets(policy, pictures, script):
+def test_budgets(policy, pictures, monkeypatch):
     """Never a token above max_tokens; an observation is entered whole or not at all; one token is enough."""
-    texts = [crop([0, 0, 500, 500]), crop([0, 0, 500, 500], 1), ANSWER]
-    script({(0, 0): turns_of(policy, texts)}, ROOMY)
+    texts = [crop(0, 0, 500, 500), crop(0, 0, 500, 500, img_idx=1), ANSWER]
+    script(monkeypatch, {(0, 0): turns_of(policy, texts)}, ROOMY)
     whole = env.render(policy.proc, pictures[0], texts[:1], ROOMY)     # up to the header of turn 2
     budget = len(whole.ids) + 2
     [traj] = evaluation.rollout(policy, pictures[:1], replace(ROOMY, max_tokens=budget))
@@ -174,12 +173,12 @@ def test_budgets(policy, pictures, script):
         evaluation.rollout(policy, pictures[:1], replace(ROOMY, max_tokens=prompt + 1))
 
 
-def test_several_end_ids(policy, pictures, script, monkeypatch):
+def test_several_end_ids(policy, pictures, monkeypatch):
     """Any id in proc.ends ends a turn; <|im_end|> is put behind one that is another."""
     other = policy.proc.tokenizer.convert_tokens_to_ids("<|endoftext|>")
     monkeypatch.setattr(policy.proc, "ends", {policy.proc.end, other})
     first, second = turns_of(policy, [IDLE, ANSWER])
-    script({(0, 0): [first[:-1] + [other, 5, 5], second]}, ROOMY)
+    script(monkeypatch, {(0, 0): [first[:-1] + [other, 5, 5], second]}, ROOMY)
     [traj] = evaluation.rollout(policy, pictures[:1], ROOMY)
     at = traj.ids.index(other)
     assert traj.ids[at + 1] == policy.proc.end
@@ -188,22 +187,21 @@ def test_several_end_ids(policy, pictures, script, monkeypatch):
     assert traj.answer == "green"
 
 
-def test_random_streams(family, rows):
+def test_random_streams(any_policy, rows):
     """What is sampled depends on (seed, step, prompt, sample) alone: not on the batch or how it is cut."""
-    def ids(rows, samples=2, cfg=SHORT, **how):
-        return [t.ids for t in evaluation.rollout(family, rows, cfg, samples=samples, **how)]
-    three = list({row["problem"]: row for row in rows}.values())[:3]
-    together = ids(three, streams=[4, 7, 9])
-    assert together[2:4] == ids([three[1]], streams=[7])
-    assert together[4:] + together[:2] == ids([three[2], three[0]], streams=[9, 4])
-    for in_flight in (1, 5):                     # together: all six, of at most 128
-        assert together == ids(three, streams=[4, 7, 9], cfg=replace(SHORT, in_flight=in_flight))
-    different = set()
-    streams = (7, (0, 0)), (8, (0, 0)), (7, (1, 0)), (7, (0, 1))
-    for prompt, seed in streams:
-        for sampled in ids([three[1]], streams=[prompt], seed=seed):
-            different.add(tuple(sampled))
-    assert len(different) == 8
+    def ids(rows, streams, in_flight=128, seed=(0, 0)):
+        cfg = replace(SHORT, in_flight=in_flight)
+        trajs = evaluation.rollout(any_policy, rows, cfg, samples=2, seed=seed, streams=streams)
+        return [tuple(t.ids) for t in trajs]
+    first, second, third = list({row["problem"]: row for row in rows}.values())[:3]
+    together = ids([first, second, third], [4, 7, 9])
+    assert ids([third, first, second], [9, 4, 7], in_flight=5) == together[4:] + together[:4]
+    assert ids([second], [7], in_flight=1) == together[2:4]
+    if any_policy.vlm.config.model_type == "qwen3_vl":
+        different = {*together[2:4]}
+        for stream, seed in ((8, (0, 0)), (7, (1, 0)), (7, (0, 1))):
+            different.update(ids([second], [stream], seed=seed))
+        assert len(different) == 8
 
 
 @torch.no_grad()
@@ -248,24 +246,24 @@ def test_logits_that_are_no_numbers_end_in_one_line(policy, rows, greedy):
         evaluation.rollout(broken, rows[:2], SHORT, greedy=greedy)
 
 
-def test_memory_is_arithmetic(family, monkeypatch):
+def test_memory_is_arithmetic(any_policy, monkeypatch):
     """A slot's bytes are what the cache takes, here all in fp32; a card with less than one slot is refused."""
     cfg = replace(ROOMY, in_flight=3)
-    config = family.vlm.config
+    config = any_policy.vlm.config
     size = evaluation.slot_bytes(config, cfg)
     taken = 0
-    for first, second in evaluation.Cache(family, 2, cfg.max_tokens).layers:
+    for first, second in evaluation.Cache(any_policy, 2, cfg.max_tokens).layers:
         is_state = first.shape != second.shape
         taken += first.nbytes / 2 + second.nbytes / (1 if is_state else 2)
     assert taken == 2 * size
     enough = 2 ** 34
     longer = replace(cfg, max_tokens=7000)
     assert evaluation.slots_in(enough, config, cfg) > evaluation.slots_in(enough, config, longer)
-    family = SimpleNamespace(device=torch.device("cuda"), vlm=family.vlm, parameters=family.parameters)
+    on_cuda = SimpleNamespace(device=torch.device("cuda"), vlm=any_policy.vlm, parameters=any_policy.parameters)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (enough, enough))
-    assert evaluation.fitting(family, cfg, 3) == 3
+    assert evaluation.fitting(on_cuda, cfg, 3) == 3
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2 ** 32, enough))
-    assert "0 of 3 trajectories of --max_tokens=900" in refusal(evaluation.fitting, family, cfg, 3)
+    assert "0 of 3 trajectories of --max_tokens=900" in refusal(evaluation.fitting, on_cuda, cfg, 3)
 
 
 def test_an_image_that_is_gone_is_one_line(policy, rows):
