@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import threading
+import zlib
 from contextlib import contextmanager, suppress
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -24,6 +25,20 @@ torch.set_num_threads(1)   # the models are tiny: on busy cores a second thread 
 def pytest_configure(config):
     config.addinivalue_line("markers", 'slow: left out unless -m names it; all run with -m "slow or not slow"')
     config.option.markexpr = config.option.markexpr or "not slow"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def parsers():
+    """A stage's parser is made once: that takes longer than all else that a test of flags does."""
+    kept, make = {}, env.make_parser
+
+    def make_parser(cls, real):
+        if cls not in kept:
+            kept[cls] = make(cls, real)
+        return kept[cls]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(env, "make_parser", make_parser)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -156,6 +171,16 @@ def plain(model, policy, traj, temperature=1.0):
     out = model(input_ids=ids, mm_token_type_ids=kinds, use_cache=False, **pixels)
     logits = out.logits[0, :-1] / temperature
     return logits.masked_fill(policy.banned, -torch.inf).log_softmax(-1)
+
+
+def by_chance(group, cfg):
+    """Rewards that differ from sample to sample, as those of gibberish do not."""
+    return [dict(total=zlib.crc32(str(traj.ids).encode()) % 101 / 101) for traj in group]
+
+
+def whole(tensor):
+    """A copy of a tensor, gathered if it is sharded. All ranks must reach this."""
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
 
 
 def gradient(model):

@@ -9,7 +9,7 @@ import bench
 
 
 def run(tmp_path, **changes):
-    given = dict(shape="main-job", prompts=2, samples=2, turns=2, repeats=1, scaling="false")
+    given = dict(shape="main-job", prompts=2, samples=2, turns=2, turn_tokens=20, repeats=1, scaling="false")
     given.update(changes, out=tmp_path / "bench.json")
     argv = [f"--{name}={value}" for name, value in given.items()]
     bench.main(env.configure(bench.Config, {}, argv))

@@ -14,15 +14,15 @@ import sys
 import zlib
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))        # torchrun knows no conftest
-import env  # noqa: E402, before torch: see there
-import pytest  # noqa: E402
-import torch  # noqa: E402
+from conftest import by_chance, whole    # first: under torchrun it finds the files, and env goes before torch
+import pytest
+import torch
 
-import data  # noqa: E402
-import eval as evaluation  # noqa: E402
-import rppo  # noqa: E402
-import sft  # noqa: E402
+import data
+import env
+import eval as evaluation
+import rppo
+import sft
 
 pytestmark = pytest.mark.slow
 parse_action, collect = env.parse_action, rppo.collect
@@ -38,16 +38,6 @@ def acting(text):
         return env.Action("answer", answer=list(data.COLOURS)[n % 6])
     x = n % 5 * 100.0
     return env.Action("crop", bbox=(x, 200.0, x + 400, 700.0))
-
-
-def by_chance(group, cfg):
-    """Rewards that differ from sample to sample."""
-    return [dict(total=zlib.crc32(str(traj.ids).encode()) % 101 / 101) for traj in group]
-
-
-def whole(tensor):
-    """A copy of a tensor, gathered if it is sharded. All ranks must reach this."""
-    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
 
 
 def work(rows, out, shard, lora, tiny):

@@ -14,11 +14,11 @@ import signal
 import subprocess
 import sys
 import time
-import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import by_chance
 from safetensors.torch import load_file
 from torch.nn.utils import parameters_to_vector
 
@@ -61,24 +61,23 @@ def assert_same(a, b):
     assert not [name for name in first if first[name] != second[name]]
 
 
-@pytest.mark.parametrize("stage, number, tiny, lora", [
-    (sft, signal.SIGINT, "tiny", 0), (rppo, signal.SIGTERM, "tiny3_5", 0), (rppo, signal.SIGTERM, "tiny", 2)])
-def test_a_signal_saves_and_leaves(stage, number, tiny, lora, scenes, tmp_path, monkeypatch, capsys):
-    """In step 1, then in the last: it is finished and saved, exit code 0; the run ends as if left alone."""
-    def rewards(group, cfg):
-        return [dict(total=zlib.crc32(str(traj.ids).encode()) % 101 / 101) for traj in group]
-
+@pytest.mark.parametrize("stage, number, tiny, settings", [
+    (sft, signal.SIGINT, "tiny3_5", dict(batch=6)),
+    (rppo, signal.SIGTERM, "tiny", dict(lora=2, samples=4, eval_rows=2))])
+def test_a_signal_saves_and_leaves(stage, number, tiny, settings, scenes, tmp_path, monkeypatch, capsys):
+    """In the first step, then in the last: it is finished and saved, exit code 0; the run ends as if left alone."""
     def interrupted(*args, **kwargs):
-        if next(calls) in (1, 2):
+        if next(calls) in (0, 1):
             signal.raise_signal(number)
         return works(*args, **kwargs)
-    monkeypatch.setattr(env, "rewards", rewards)
-    small = dict(FLAGS[stage.__name__], max_crops=1, turn_tokens=5, steps=3, save_every=9, data=scenes, lora=lora)
-    stage.main(stage.Config(**small, model=f"{scenes}/{tiny}", out=f"{tmp_path}/whole"))
+    monkeypatch.setattr(env, "rewards", by_chance)
+    small = dict(FLAGS[stage.__name__] | settings, max_crops=1, turn_tokens=4, steps=2, save_every=9, data=scenes,
+                 model=f"{scenes}/{tiny}")
+    stage.main(stage.Config(**small, out=f"{tmp_path}/whole"))
     before, works, calls = signal.getsignal(number), sft.optimizer_step, itertools.count()
     monkeypatch.setattr(sft, "optimizer_step", interrupted)
-    cfg = stage.Config(**small, model=f"{scenes}/{tiny}", out=f"{tmp_path}/run")
-    for step in (2, 3):
+    cfg = stage.Config(**small, out=f"{tmp_path}/run")
+    for step in (1, 2):
         with pytest.raises(SystemExit) as error:
             stage.main(cfg)
         assert error.value.code == 0 and signal.getsignal(number) is before

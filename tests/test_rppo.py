@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import amplify, gradient, plain, refusal, stock
+from conftest import amplify, gradient, plain, refusal, stock, whole
 import torch
 
 import data
@@ -286,11 +286,6 @@ def sgd(learner, samples, /, lr=0.0, module=rppo, **settings):
     """One update by plain gradient descent, of rppo.py or of a fork: what the log says of it."""
     optimizer = torch.optim.SGD(learner.parameters(), lr)
     return module.update(learner, [optimizer], samples, replace(CFG, **settings))
-
-
-def whole(tensor):
-    """A copy of a tensor, gathered if it is sharded. All ranks must reach this."""
-    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
 
 
 def forked(term):

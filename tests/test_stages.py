@@ -16,7 +16,6 @@ import re
 import shutil
 import subprocess
 import sys
-import zlib
 from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
@@ -24,6 +23,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import by_chance
 
 import data
 import env
@@ -35,29 +35,15 @@ ROOT = Path(__file__).parent.parent
 FILES = ("env", "data", "sft", "eval", "rppo")
 STAGES = {"sft": sft, "data": data, "eval": evaluation, "rppo": rppo}
 DEFAULTS = {"sft": sft.REAL, "data": {}, "eval": env.REAL_EPISODE, "rppo": rppo.REAL}
-SHORT = dict(max_crops=2, turn_tokens=6)
+SHORT = dict(max_crops=1, turn_tokens=4)
 SFT = dict(SHORT, steps=2, batch=4, micro_batch=3, warmup=1, save_every=1, log_every=1)
-RPPO = dict(SHORT, steps=2, prompts=2, samples=6, micro_batch=3, warmup=1, lr=1e-3, save_every=1,
-            show_every=1, eval_every=2, eval_rows=3, n_score=4)
-SCENES = dict(n_sft=10, n_train=9, n_test=6)
+RPPO = dict(SHORT, steps=2, prompts=2, samples=4, micro_batch=3, warmup=1, lr=1e-3, save_every=1,
+            show_every=1, eval_every=2, eval_rows=2, n_score=3)
+SCENES = dict(n_sft=4, n_train=7, n_test=4)
 
 
 def configure(name, *argv):
     return env.configure(STAGES[name].Config, DEFAULTS[name], list(argv))
-
-
-def by_chance(group, cfg):
-    """Rewards that differ from sample to sample, as those of gibberish do not."""
-    return [dict(total=zlib.crc32(str(traj.ids).encode()) % 101 / 101) for traj in group]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def parsers():
-    """Parsers are made once: that takes longer than all else that a test of flags does."""
-    kept = {stage.Config: env.make_parser(stage.Config, DEFAULTS[name]) for name, stage in STAGES.items()}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(env, "make_parser", lambda Config, REAL: kept[Config])
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +58,7 @@ def chain(tmp_path_factory):
                 ("data", dict(out=rows, **SCENES)),
                 ("sft", dict(SFT, data=rows, out=f"{runs}/sft")),
                 ("rppo", dict(RPPO, data=rows, model=f"{runs}/sft", out=f"{runs}/rppo")),
-                ("eval", dict(data=rows, model=f"{runs}/rppo", out=f"{runs}/eval/own", limit=5, k=2))):
+                ("eval", dict(data=rows, model=f"{runs}/rppo", out=f"{runs}/eval/own", limit=3, k=2))):
             cfg = configure(name, *[f"--{flag}={value}" for flag, value in values.items()])
             with contextlib.redirect_stdout(io.StringIO()) as printed:
                 STAGES[name].main(cfg)
@@ -116,10 +102,10 @@ def test_logs_and_scores(chain):
     runs = chain["top"] / "runs"
     scores = json.loads((runs / "eval/own/eval.json").read_text())
     assert evaluation.METRICS.keys() <= scores.keys() & scores["greedy"].keys()
-    assert (scores["n"], scores["greedy"]["n"]) == (5 * 2, 5)
+    assert (scores["n"], scores["greedy"]["n"]) == (3 * 2, 3)
     summary = json.loads((runs / "summary.json").read_text())
     assert summary["rppo"] == json.loads((runs / "eval/rppo/eval.json").read_text())
-    assert summary["sft"]["n"] == summary["rppo"]["n"] == 4
+    assert summary["sft"]["n"] == summary["rppo"]["n"] == 3
 
 
 @pytest.fixture
@@ -144,7 +130,7 @@ def test_main_job(small, tmp_path, capsys):
     cfg = rppo.Config(**RPPO, seed=3, data=f"{tmp_path}/rows", out=f"{tmp_path}/runs/rppo")
     rppo.main(cfg)
     assert set(os.listdir(tmp_path / "runs")) == {"sft", "rppo", "eval", "summary.json", "report.html"}
-    assert "<td>Accuracy</td><td>4</td>" in (tmp_path / "runs/report.html").read_text()
+    assert "<td>Accuracy</td><td>3</td>" in (tmp_path / "runs/report.html").read_text()
     assert "cold_start" in sft.read_log(tmp_path / "runs/rppo")[0]
     for folder in ("rows", "runs/sft", "runs/rppo"):
         assert json.loads((tmp_path / folder / "config.json").read_text())["seed"] == 3
@@ -170,15 +156,16 @@ def test_main_job(small, tmp_path, capsys):
 def test_main_job_on_foreign_rows(small, scenes, tmp_path):
     """A folder of somebody's rows with their own sft.jsonl takes no scenes. The same command goes on. The model is
     the other tiny one."""
-    for split in ("sft", "train", "test"):
+    for split, n in (("sft", 20), ("train", 6), ("test", 3)):
         rows = data.load_rows(f"{scenes}/{split}.jsonl")
-        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:n]))
     small.setattr(data, "write_scenes", lambda cfg: pytest.fail("scenes were drawn"))
-    for _ in range(2):
-        rppo.main(rppo.Config(**RPPO, tiny="tiny3_5", data=str(tmp_path), out=f"{tmp_path}/runs/rppo"))
-    saved = json.loads(Path(env.newest(f"{tmp_path}/runs/rppo"), "config.json").read_text())
+    cfg = rppo.Config(**dict(RPPO, steps=1), tiny="tiny3_5", data=str(tmp_path), out=f"{tmp_path}/runs/rppo")
+    rppo.main(cfg)
+    rppo.main(replace(cfg, n_score=0))
+    saved = json.loads(Path(env.newest(cfg.out), "config.json").read_text())
     assert saved["model_type"] == "qwen3_5"
-    assert json.loads((tmp_path / "runs/summary.json").read_text())["rppo"]["n"] == 4
+    assert json.loads((tmp_path / "runs/summary.json").read_text())["rppo"]["n"] == 3
     with pytest.raises(env.UserError, match="holds rows that this command did not make"):
         data.main(data.Config(out=str(tmp_path)))
 
@@ -420,8 +407,10 @@ for name in sys.argv[1:]:
 def test_one_thread():
     """OpenMP reads how many threads there are to be when torch loads it."""
     names = (*FILES, "conftest", "bench", "gpu", "probe", "study")
-    found = run_python(BEFORE_TORCH, *names)
-    assert found == "".join(f"{name} 1\n" for name in names)
+    path = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/tests"}
+    command = [sys.executable, "-c", BEFORE_TORCH, *names]
+    child = subprocess.run(command, env=path, capture_output=True, text=True)
+    assert child.stdout.split("\n")[:-1] == [f"{name} 1" for name in names], child.stderr
 
 
 def test_two_threads_add_in_one_order(policy, monkeypatch):
