@@ -206,31 +206,21 @@ def load_rows(path, image_root=""):
 
 
 def check_rows(rows, rank, world_size, proc, cfg):
-    """Before hours are spent: decode every image (one that is cut short shows only then) and count the
-    tokens of every prompt, shared out over the ranks. UserError names the image or the row that cannot be
-    used.
+    """Before hours are spent: begin an episode of every question, shared out over the ranks. An image that is
+    cut short shows only when it is decoded. UserError names the image or the row that cannot be used.
 
     proc: the policy's Processor; cfg: its EpisodeConfig.
     """
-    paths = sorted({row["images"][0] for row in rows})
-    paths = paths[rank::world_size]
+    questions = {(row["images"][0], row["problem"]): row for row in rows}
+    mine = list(questions.values())[rank::world_size]
 
-    def count(path):
-        """The tokens of an image as the policy sees it."""
-        traj = env.start_episode({"images": [path]}, cfg)
-        width, height = traj.shown[0].size(proc.factor)
-        return width * height // proc.factor ** 2
+    def check(row):                              # no result: the episodes of all rows would fill the memory
+        env.reset(proc, row, cfg)
 
     with ThreadPoolExecutor(8) as pool:
-        found = pool.map(count, paths)
-        bar = tqdm(found, "images", len(paths), leave=False, disable=rank > 0 or None)
-        n_image = dict(zip(paths, bar))
-
-    for row in rows:
-        [path] = row["images"]
-        if path in n_image:                      # else it is another rank's
-            n_text = len(env.prompt(proc, row, cfg)) - 1           # the prompt has the image as one token
-            env.check_prompt(n_text + n_image[path], row, cfg)
+        checked = pool.map(check, mine)
+        for _ in tqdm(checked, "questions", len(mine), leave=False, disable=rank > 0 or None):
+            pass
 
 
 # --- The built-in scenes: coloured boxes on a 4 x 4 grid, whose evidence can be seen in crops alone --------
@@ -992,11 +982,11 @@ def read_tsv(path):
     files = {}                               # index of a line -> its image, unpacked
     with open(path, newline="", encoding="utf-8-sig") as f:
         lines = csv.DictReader(f, delimiter="\t")
-        for i, item in enumerate(tqdm(lines, desc=path, disable=None)):
+        for item in tqdm(lines, desc=path, disable=None):
             image = item.get("image") or ""
             if len(image) > 64 and not image.startswith("["):
                 image = item["image"] = unpack(image, path + ".images")
-                files[item.get("index", i)] = image
+                files[item.get("index")] = image
             items.append(item)
 
     for item in items:                       # the line that has the image may come later
@@ -1020,25 +1010,25 @@ def read_vstar(folder):
 
 
 def read_bench(path, root):
-    """(rows, a line about each row left out) of a TSV, a file of our rows, V*Bench's folder, or any other
-    JSON that has the columns above. Left out is what cannot be asked: no image, several images, an empty
-    option. root: where the images lie; empty: beside the file."""
+    """(rows, a line about each row left out) of a TSV, V*Bench's folder, or JSON with our fields or the
+    columns above. Left out is what cannot be asked: no image, several images, an empty option. root: where
+    the images lie, and those of our rows have to; empty: beside the file."""
+    folder = root or os.path.dirname(path)
     if os.path.isdir(path):
         items = read_vstar(path)
-        root = root or path
+        folder = root or path
     elif path.endswith(".tsv"):
         items = read_tsv(path)
     else:
         items = read_lines(path)
-        if "problem" in items[0]:
-            return load_rows(path, root), []
 
     rows, left_out = [], []
     for i, item in enumerate(items):
         where = f"{path}: row {i}"
+        ours = "problem" in item
         try:
-            row = bench_row(item, where)
-            rows.append(load_row(row, where, root or os.path.dirname(path), confined=False))
+            row = item if ours else bench_row(item, where)
+            rows.append(load_row(row, where, folder, confined=ours and bool(root)))
         except UserError as e:
             left_out.append(str(e))
     return rows, left_out

@@ -597,19 +597,15 @@ def prompt(proc, row, cfg):
     return proc.encode(before) + proc.encode_data(row["problem"]) + proc.encode(AFTER_QUESTION)
 
 
-def check_prompt(n, row, cfg):
-    """UserError unless a row's prompt of n tokens, the image's among them, leaves room for an answer."""
-    if n + 2 > cfg.max_tokens:                   # 2: a token and <|im_end|>
-        raise UserError(f"row {row.get('doc_id')}: its prompt of {n} tokens does not fit; raise "
-                        f"--max_tokens={cfg.max_tokens}, lower --max_pixels, or remake tiny/ for new TOOLS")
-
-
 def reset(proc, row, cfg):
-    """A new episode that has its prompt. Raises UserError."""
+    """A new episode that has its prompt. UserError for an image that cannot be read, and if the prompt leaves
+    no room for an answer."""
     traj = start_episode(row, cfg)
     view = proc.look(traj.shown[0])
     ids = proc.expand(prompt(proc, row, cfg), view)
-    check_prompt(len(ids), row, cfg)
+    if len(ids) + 2 > cfg.max_tokens:            # 2: a token and <|im_end|>
+        raise UserError(f"row {row.get('doc_id')}: its prompt of {len(ids)} tokens does not fit; raise "
+                        f"--max_tokens={cfg.max_tokens}, lower --max_pixels, or remake tiny/ for new TOOLS")
     traj.extend(proc, ids, view=view)
     return traj
 

@@ -145,7 +145,7 @@ def test_bad_rows(line, tmp_path):
 
 
 def test_rows_are_checked_before_hours_are_spent(tmp_path, policy):
-    """An image that is cut short, and a question that is too long, whose tokens are those of the episode."""
+    """An image that is cut short, and a question that is too long, each on the rank whose question it is."""
     picture(0, (90, 70)).save(tmp_path / "a.png")
     cfg = env.EpisodeConfig(max_pixels=64 * 64)
     rows = []
@@ -157,7 +157,7 @@ def test_rows_are_checked_before_hours_are_spent(tmp_path, policy):
         data.check_rows(rows, rank, world_size, policy.proc, replace(cfg, **change))
 
     check(0, 1, max_tokens=n)
-    check(1, 2, max_tokens=1)                    # the image is the other rank's
+    check(3, 4, max_tokens=1)                    # there are three questions: none is this rank's
     with pytest.raises(env.UserError, match="row 2: its prompt of .*max_tokens"):
         check(0, 1, max_tokens=n - 1)
     (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:-30])

@@ -72,6 +72,7 @@ ZOOM = {"images": ["a.png"], "response": "A", "question_type": "mcq", "bbox": [1
     ({**ZOOM, "query": "How many?", "response": "7"}, dict(choices=[], problem="How many?", solution="7")),
     ({**ZOOM, "query": "Which?\nB. red\nC. blue", "response": "red"}, dict(choices=[], solution="red")),
     ({**ZOOM, "query": "哪个？\n（A）红\n（B）蓝"}, dict(choices=["红", "蓝"])),
+    ({"problem": "Which?", "images": ["b.png"], "solution": "7"}, "no image .*b.png"),     # one of our rows
     ({**ZOOM, "response": ""}, "no `solution`")])
 def test_columns(tmp_path, item, expected):
     """A TSV or JSON is read by its columns. What cannot be asked is left out with its row and cause; letters
