@@ -102,39 +102,34 @@ class Cache:
 
     Two rules for whatever else a layer remembers: a token that goes into the bin (padding, a slot that waits)
     leaves no trace, and one that goes into place 0 begins a conversation: what the slot held is forgotten.
-    Slots are copied in `copy` alone."""
+    What lies in `layers` is copied with its slot, see Engine.copy."""
 
     def __init__(self, policy, slots, places):
         text = policy.vlm.config.get_text_config()
         self.layers = stores(text, slots, places, sft.DTYPE[policy.device.type], policy.device)
-        self.every = torch.arange(slots, device=policy.device)
+        self.numbers = torch.arange(slots, device=policy.device)
         self.bin = places
-        self.end = 0
 
     def expect(self, places, end, slots):
         """The next tokens, (B, n), go to these places of `slots` (a tensor or a slice), read up to `end`."""
         self.places = places
         self.end = end
         self.slots = slots
-        self.rows = self.every[slots]
-
-    def copy(self, source, slots):
-        """Copy a slot into others (a list)."""
-        for store in sum(self.layers, ()):
-            for slot in slots:
-                store[slot] = store[source]
+        self.rows = self.numbers[slots]
 
     def mask(self):
         """Boolean (B, 1, n, end): each new token sees its slot's places up to its own."""
-        return (torch.arange(self.end, device=self.places.device) <= self.places[..., None])[:, None]
+        every = torch.arange(self.end, device=self.places.device)
+        return (every <= self.places[..., None])[:, None]
 
     def get_seq_length(self, layer=0):
         return self.end      # transformers asks, and builds nothing on it: positions and mask are given
 
     def update(self, k, v, layer, *_, **__):
         """Called by transformers: enter k, v (B, heads, n, d); returns all (B, heads, end, d)."""
+        rows = self.rows[:, None]
         for store, new in zip(self.layers[layer], (k, v)):
-            store[self.rows[:, None], :, self.places] = new.transpose(1, 2).to(store.dtype)
+            store[rows, :, self.places] = new.transpose(1, 2).to(store.dtype)
         return [store[self.slots, :, :self.end] for store in self.layers[layer]]    # of a slice: views
 
     def recall(self, layer):
@@ -160,11 +155,15 @@ def uniforms(seed, prompt, sample, n):
 def draw(logp, u):
     """One id a row from log-probabilities (B, V) and uniform numbers u (B,): the inverse of the distribution
     function, float64, summed in blocks for the GPU. The factor keeps u near 1 from passing the last id."""
-    p = torch.nn.functional.pad(logp.exp(), (0, -logp.shape[1] % 512)).unflatten(1, (-1, 512))
-    cdf = p.cumsum(2, dtype=torch.float64)       # (B, V / 512, 512): sums within each block; then of all
-    cdf[:, 1:].add_(cdf[:, :-1, -1].cumsum(1)[..., None])
-    target = u[:, None] * cdf[:, -1, -1:] * (1 - 1e-9)
-    ids = torch.searchsorted(cdf.flatten(1), target, right=True)[:, 0]
+    p = logp.exp()
+    p = torch.nn.functional.pad(p, (0, -p.shape[1] % 512))
+    cdf = p.unflatten(1, (-1, 512)).cumsum(2, dtype=torch.float64)       # (B, blocks, 512), within each block
+    before = cdf[:, :-1, -1].cumsum(1)           # what the blocks before it have in all
+    cdf[:, 1:].add_(before[..., None])
+    cdf = cdf.flatten(1)
+
+    target = u * cdf[:, -1] * (1 - 1e-9)
+    ids = torch.searchsorted(cdf, target[:, None], right=True)[:, 0]
     return ids.clamp_max(logp.shape[1] - 1)      # of NaN the search goes past the end; `end_turn` sees it
 
 
@@ -248,9 +247,8 @@ class Engine:
 
     def copy(self, source, slots):
         """Copy a slot into others (a list)."""
-        self.cache.copy(source, slots)
-        numbers = (self.place, self.pos, self.used, self.left)
-        for tensor in (*numbers, self.hidden, self.u, self.tokens, self.logps):
+        turn = self.place, self.pos, self.used, self.left, self.hidden, self.u, self.tokens, self.logps
+        for tensor in sum(self.cache.layers, turn):
             for slot in slots:
                 tensor[slot] = tensor[source]
 
@@ -264,7 +262,8 @@ class Engine:
                 seat.traj = seat.prompt.result().fork()
             if seat.fed < len(seat.traj.ids):
                 groups[slot if seat.fed else seat.prompt].append(slot)
-        groups = sorted(groups.values(), key=lambda slots: self.live[slots[0]].fed)      # prompts first
+        groups = list(groups.values())
+        groups.sort(key=lambda slots: self.live[slots[0]].fed)         # prompts first
 
         # 2. It is fed, the first slot of each group.
         longest = max(len(seat.traj.ids) for seat in self.live)
@@ -280,7 +279,7 @@ class Engine:
 
     def feed(self, slots):
         """Feed what is new in these slots, ragged: one forward pass. Keeps the last tokens' hidden states."""
-        policy, cache = self.policy, self.cache
+        policy, cache, device = self.policy, self.cache, self.policy.device
         ids, pos, places, images = [], [], [], []
         for slot in slots:
             seat = self.live[slot]
@@ -290,16 +289,16 @@ class Engine:
             places.append(torch.arange(seat.fed, len(traj.ids)))
             images += traj.shown[seat.seen:]
 
-        ids = pad_sequence(ids, batch_first=True, padding_value=policy.proc.end)      # (B, n)
-        pos = pad_sequence(pos, batch_first=True).permute(2, 0, 1)                    # (3, B, n)
-        places = pad_sequence(places, batch_first=True, padding_value=cache.bin)      # (B, n)
-        end = max(len(self.live[slot].traj.ids) for slot in slots)
-        last = (places < cache.bin).sum(1) - 1
-        images, feature = sft.pack(images, policy.proc)
+        last = torch.tensor([len(part) - 1 for part in ids])
+        end = max(int(part[-1]) for part in places) + 1
+        ids = pad_sequence(ids, batch_first=True, padding_value=policy.proc.end).to(device)      # (B, n)
+        pos = pad_sequence(pos, batch_first=True).permute(2, 0, 1).to(device)                    # (3, B, n)
+        places = pad_sequence(places, batch_first=True, padding_value=cache.bin).to(device)      # (B, n)
+        cache.expect(places, end, torch.tensor(slots, device=device))
 
-        ids, pos, places, feature = (x.to(policy.device) for x in (ids, pos, places, feature))
-        cache.expect(places, end, torch.tensor(slots, device=policy.device))
-        h = policy.hidden(ids, pos, policy.see(images), feature, cache.mask(), cache)
+        images, feature = sft.pack(images, policy.proc)
+        features = policy.see(images)
+        h = policy.hidden(ids, pos, features, feature.to(device), cache.mask(), cache)
         self.hidden[slots] = h[torch.arange(len(h)), last].float()
 
     def begin(self, slot):
@@ -320,7 +319,12 @@ class Engine:
 
     def step(self, n, end):
         """Each of the first n slots samples a token and is fed it; places are read up to `end`."""
-        place, pos, used, left = self.place[:n], self.pos[:n], self.used[:n], self.left[:n]
+        place = self.place[:n]
+        pos = self.pos[:n]
+        used = self.used[:n]
+        left = self.left[:n]
+
+        # It is drawn from what the last token's state says.
         at = used[:, None]
         logp = self.policy.logits(self.hidden[:n], self.cfg.temperature).log_softmax(-1)       # (n, V)
         if self.greedy:
@@ -331,11 +335,13 @@ class Engine:
         self.logps[:n].scatter_(1, at, logp.gather(1, token[:, None]))
 
         # It is fed; in a slot that idles, into the bin.
-        self.cache.expect(place.where(left > 0, self.cache.bin)[:, None], end, slice(n))
+        fed_to = place.where(left > 0, self.cache.bin)
+        self.cache.expect(fed_to[:, None], end, slice(n))
         axes = pos[:, None].expand(3, -1, 1)
         h = self.policy.hidden(token[:, None], axes, None, None, self.cache.mask(), self.cache)
         self.hidden[:n] = h[:, 0]
 
+        # The turn goes on, or ends.
         one = left.clamp_max(1)                  # 0 in a slot that idles
         place.add_(one)
         pos.add_(one)
@@ -347,7 +353,7 @@ class Engine:
         """Steps until a share of the turns has ended: returns their slots."""
         live = len(self.live)
         stride = STRIDE[self.policy.device.type]
-        n = min(-(-live // WIDTH) * WIDTH, self.slots)
+        n = min(math.ceil(live / WIDTH) * WIDTH, self.slots)
         while True:
             numbers = torch.stack([self.place[:live], self.left[:live]])
             place, left = numbers.tolist()       # waits for the device
@@ -356,7 +362,7 @@ class Engine:
                 return ended
 
             last = max(place) + STEPS
-            end = min(-(-last // stride) * stride, self.cache.bin)
+            end = min(math.ceil(last / stride) * stride, self.cache.bin)
             for _ in range(STEPS):
                 self.replay(n, end)
 
@@ -405,7 +411,7 @@ class Engine:
 def slot_bytes(config, cfg):
     """Bytes of one slot of the cache on CUDA."""
     layers = stores(config.get_text_config(), 1, cfg.max_tokens, sft.DTYPE["cuda"], "meta")
-    return sum(first.nbytes + second.nbytes for first, second in layers)
+    return sum(store.nbytes for store in sum(layers, ()))
 
 
 def slots_in(free, config, cfg):
@@ -471,10 +477,10 @@ def ask_judge(traj, cfg):
     """Set the verdict of an answer: right, wrong, or failed, without a yes or no."""
     # Quoted as JSON and cut, an answer can hardly talk to the judge.
     row = traj.row
-    quoted = {"question": row["problem"], "accepted": row["solution"], "answer": traj.answer[:300]}
-    content = JUDGE + json.dumps(quoted, ensure_ascii=False)
+    quoted = dict(question=row["problem"], accepted=row["solution"], answer=traj.answer[:300])
+    message = dict(role="user", content=JUDGE + json.dumps(quoted, ensure_ascii=False))
     try:
-        reply = data.chat(cfg.judge_url, cfg.judge_name, [{"role": "user", "content": content}])
+        reply = data.chat(cfg.judge_url, cfg.judge_name, [message])
     except data.NoReply:
         reply = ""
 
@@ -488,15 +494,16 @@ def judge(trajs, cfg):
     """With --judge_url, ask about the answers that the rules leave open: neither right by them nor another
     option of the row. One that the judge fails to judge is counted, and left out of the gradient. UserError:
     see data.chat."""
+    if not cfg.judge_url:
+        return
     open_answers = []
     for traj in trajs:
         if traj.answer and not env.is_right(traj):
             if env.choice(traj.answer, env.options_of(traj.row)) is None:
                 open_answers.append(traj)
 
-    if cfg.judge_url:
-        with ThreadPoolExecutor(16) as pool:
-            list(pool.map(partial(ask_judge, cfg=cfg), open_answers))
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(partial(ask_judge, cfg=cfg), open_answers))
 
 
 METRICS = {   # metric -> heading, as wide as its column; + over right answers, - over wrong ones
@@ -581,12 +588,20 @@ def record(index, sample, traj, eps):
     turn that was shown an image has its box and `frame`: of which image's pixels, 0 is the original."""
     turns = []
     for turn in traj.turns:
-        entry = {"text": turn.text, "error": env.ERRORS.get(turn.error), "box": None}
+        entry = dict(text=turn.text, error=env.ERRORS.get(turn.error), box=None)
         if turn.shown:
             entry.update(traj.place(turn.shown))
         turns.append(entry)
-    return {**traj.row, "index": index, "sample": sample, "turns": turns, "answer": traj.answer,
-            "status": traj.status, "right": env.is_right(traj), "metrics": measure(traj, eps)}
+
+    return dict(
+        traj.row,
+        index=index,
+        sample=sample,
+        turns=turns,
+        answer=traj.answer,
+        status=traj.status,
+        right=env.is_right(traj),
+        metrics=measure(traj, eps))
 
 
 def levels(row):
@@ -635,14 +650,21 @@ def evaluate(policy, rows, cfg, rank, world_size, k=1, greedy=False, done=(), pa
     missing = [i for i in range(len(rows)) if complete[i] < k]
 
     size = max(1, 4 * cfg.in_flight // k) * world_size    # slots are refilled
-    for start in tqdm(range(0, len(missing), size), desc="eval", disable=rank > 0 or None, leave=False):
+    starts = range(0, len(missing), size)
+    for start in tqdm(starts, "eval", disable=rank > 0 or None, leave=False):
         # 2. This rank's rows; it may have none, but ranks go together.
         mine = missing[start + rank:start + size:world_size]
-        trajs = rollout(policy, [rows[i] for i in mine], cfg, k, (cfg.seed, EVALUATION), mine, greedy)
+        trajs = rollout(
+            policy, [rows[i] for i in mine], cfg, k,
+            seed=(cfg.seed, EVALUATION),
+            streams=mine,
+            greedy=greedy)
         judge(trajs, cfg)
 
         # 3. Everybody's records.
-        new = [record(mine[n // k], n % k, traj, cfg.eps) for n, traj in enumerate(trajs)]
+        new = []
+        for n, traj in enumerate(trajs):
+            new.append(record(mine[n // k], n % k, traj, cfg.eps))
         new = sum(sft.gather_objects(new), [])
         for entry in new:
             records[entry["index"], entry["sample"]] = entry
@@ -679,7 +701,8 @@ def score(policy, name, rows, cfg, rank, world_size, greedy):
         tool = read_records(with_tool, settings)
 
     # 3. All answers, and what they are worth.
-    records = evaluate(policy, rows, cfg, rank, world_size, 1 if greedy else cfg.k, greedy, done, path)
+    k = 1 if greedy else cfg.k
+    records = evaluate(policy, rows, cfg, rank, world_size, k, greedy, done, path)
     measures = defaultdict(list)
     for entry in records:
         for level in levels(entry):
@@ -753,33 +776,29 @@ def table(rows):
     return f"<table>{text}</table>\n"
 
 
-def chart(title, lines):
-    """A chart as SVG. lines: {name of a run: points (n, 2) of step and value}; long ones are thinned."""
-    points = np.concatenate(list(lines.values()))
-    low, high = points[:, 1].min(), points[:, 1].max()
-    last = points[:, 0].max()
+def chart(title, key, logs):
+    """A chart of a logged number as SVG, with a line for each run, {name: entries of its log}, that has it.
+    Long ones are thinned. Empty if none has it."""
+    lines = {}
+    for name, log in logs.items():
+        points = [(entry["step"], entry[key]) for entry in log if entry.get(key) is not None]
+        if points:
+            lines[name] = np.array(points, float)            # (n, 2)
+    if not lines:
+        return ""
 
+    points = np.concatenate(list(lines.values()))
+    last, high = points.max(0)
+    low = points[:, 1].min()
     curves = legend = ""
     for (name, points), colour in zip(lines.items(), PALETTE * 9):
-        path = [f"{x:.0f},{high - y:.5g}" for x, y in points[::len(points) // 200 + 1]]
+        thinned = points[::len(points) // 200 + 1]
+        path = [f"{x:.0f},{high - y:.5g}" for x, y in thinned]
         curves += f'<polyline stroke="{colour}" points="{" ".join(path)} {path[-1]}"/>'      # a point: a dot
         legend += f'<br><b style="color:{colour}">&#9632;</b> {escape(name)} <b>{points[-1, 1]:.3g}</b>'
+
     return (f'<figure><b>{title}</b><br>{high:.3g}<svg viewBox="0 0 {last or 1} {high - low or 1:.5g}" '
             f'preserveAspectRatio="none">{curves}</svg>{low:.3g}; steps 0 to {last:.0f}{legend}</figure>\n')
-
-
-def curves(logs):
-    """The CHARTS that have values, of all runs, {name: entries of its log}."""
-    charts = ""
-    for title, key in CHARTS:
-        lines = {}
-        for name, log in logs.items():
-            points = [(entry["step"], entry[key]) for entry in log if entry.get(key) is not None]
-            if points:
-                lines[name] = np.array(points, float)
-        if lines:
-            charts += chart(title, lines)
-    return f'<div class="grid">{charts}</div>'
 
 
 def fate(record):
@@ -902,7 +921,8 @@ def read_run(folder):
     """A run folder's facts, entries of its log, and {name: records} of its results. Held-out accuracies
     become entries of their own, at the number of steps made by then: `cold_start` is measured before the
     first, so at 0, `held_out` after the entry's own."""
-    facts = {**env.read_json(f"{folder}/config.json", {}), **env.read_json(f"{folder}/eval.json", {})}
+    facts = env.read_json(f"{folder}/config.json", {})
+    facts.update(env.read_json(f"{folder}/eval.json", {}))
     log = sft.read_log(folder)
     for entry in list(log):
         facts["seconds"] = round(entry["seconds"])
@@ -918,7 +938,8 @@ def read_run(folder):
 
 def write_page(out, body):
     """Write a page to the file `out`. UserError if there is a file that this project has not written."""
-    if os.path.exists(out) and not Path(out).read_text(errors="replace").startswith(HEAD):
+    path = Path(out)
+    if path.exists() and not path.read_text(errors="replace").startswith(HEAD):
         raise env.UserError(f"{out} is another file of that name; move it")
     env.write_text(out, HEAD + STYLE + body)
     print(f"see {out}")
@@ -948,10 +969,13 @@ def write_report(folders, out):
     # 2. What changed, the sampled answers first.
     body = "<h1>DRIM</h1>"
     for name in sorted(found, reverse=True):
-        for after in found[name][1:] or found[name]:
-            body += section(name, found[name][0], after, max(1, 4 // len(found[name])))
-    body += f"<p>{LEGEND}</p><h2>Training</h2>{curves(logs)}<h2>Runs</h2>{runs}"
-    write_page(out, body)
+        first, *others = found[name]
+        for after in others or [first]:
+            body += section(name, first, after, max(1, 4 // len(found[name])))
+    body += f'<p>{LEGEND}</p><h2>Training</h2><div class="grid">'
+    for title, key in CHARTS:
+        body += chart(title, key, logs)
+    write_page(out, f"{body}</div><h2>Runs</h2>{runs}")
 
 
 def refresh_report(parent, *folders):
@@ -981,10 +1005,11 @@ def load(model, device="cpu", **flags):
 
 def ask(policy, cfg):
     """--image and --question: answer greedily; print the trajectory and write its page."""
-    row = {"images": [os.path.abspath(cfg.image)], "problem": cfg.question, "solution": ""}
+    row = dict(images=[os.path.abspath(cfg.image)], problem=cfg.question, solution="")
     [traj] = rollout(policy, [row], cfg, greedy=True)
     print(show(traj, policy.proc))
-    write_page(f"{cfg.out}/question.html", trajectory_html(record(0, 0, traj, cfg.eps), "", ""))
+    entry = record(0, 0, traj, cfg.eps)
+    write_page(f"{cfg.out}/question.html", trajectory_html(entry, "", ""))
 
 
 def report(folders):
@@ -999,7 +1024,8 @@ def report(folders):
 def print_scores(cfg, scores):
     """The table, under what the answers rest on."""
     episode = env.shared(cfg, env.EpisodeConfig)
-    print(textwrap.fill(" ".join(f"{name}={value}" for name, value in episode.items()), 100))
+    text = " ".join(f"{name}={value}" for name, value in episode.items())
+    print(textwrap.fill(text, 100))
     print(f"{'':37}n{HEADER}")
     for name, whole in scores.items():
         for level, means in {"all": whole, **whole["categories"]}.items():
@@ -1027,7 +1053,8 @@ def main(cfg):
     policy = sft.load_policy(env.newest(cfg.model), device)
     if rank == 0:
         env.lock(cfg.out)
-        env.write_text(f"{cfg.out}/config.json", json.dumps({**vars(cfg), **sft.provenance()}, indent=1))
+        settings = {**vars(cfg), **sft.provenance()}
+        env.write_text(f"{cfg.out}/config.json", json.dumps(settings, indent=1))
     if cfg.image:
         return ask(policy, cfg) if rank == 0 else None
 

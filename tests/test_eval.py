@@ -24,11 +24,11 @@ def asked(monkeypatch):
     """Makes every rollout a random but fixed conversation; lists the number of rows of each."""
     numbers = []
 
-    def rollout(policy, rows, cfg, samples=1, seed=(0, 0), prompt_ids=(0,), greedy=False):
+    def rollout(policy, rows, cfg, samples=1, seed=(0, 0), streams=(0,), greedy=False):
         numbers.append(len(rows))
         trajs = []
         for i in range(len(rows) * samples):
-            rng = np.random.default_rng((prompt_ids[i // samples], i % samples, greedy, cfg.max_crops))
+            rng = np.random.default_rng((streams[i // samples], i % samples, greedy, cfg.max_crops))
             texts = [CALL % "0, 0, 500, 500"] * rng.integers(4)
             texts += [rng.choice(["<answer>red</answer>", "<answer>green</answer>", "junk"])] * 9
             traj = env.start_episode(rows[i // samples], cfg)
@@ -143,7 +143,8 @@ def test_the_same_command_continues(folder, asked):
     assert sum(asked) == 8 and again["rows"] == first["rows"]
     asked.clear()
     assert bench(folder, k=2, in_flight=1, model="moved")["rows"] == first["rows"] and not asked
-    path.write_text(path.read_text().replace('"repeat_rate": [0', '"older": [0', 1))
+    for name in ("repeat_rate", "judge_failed_rate"):
+        path.write_text(path.read_text().replace(f'"{name}": [', '"older": [', 1))
     again = bench(folder, k=2)["rows"]
     assert again["repeat_rate"] is again["older"] is None and again["accuracy"] == first["rows"]["accuracy"]
     for change in (dict(max_tokens=99), dict(limit=3), dict(k=3), dict(seed=1), dict(eps=0.2), dict(judge_url="x")):

@@ -65,18 +65,22 @@ def write_run(folder, *records, name="sampled-tool_on", log=()):
     return str(folder)
 
 
+def charts(**logs):
+    return "".join(evaluation.chart(title, key, logs) for title, key in evaluation.CHARTS)
+
+
 def test_curves(tmp_path):
     """They end at the last value of every run; accuracy begins at the cold start's; long logs stay small."""
     entry = dict(step=0, seconds=1.0, cold_start={"accuracy": 0.5}, held_out={"accuracy": 0.625}, reward=0.25)
     run = write_run(tmp_path / "a", log=[entry, dict(step=1, seconds=2.4, reward=0.75)])
     facts, log, _ = evaluation.read_run(run)
     assert facts["seconds"] == 2
-    found = Page(evaluation.curves({"rppo": log, "grpo": [dict(step=0, reward=0.375)]}))
+    found = Page(charts(rppo=log, grpo=[dict(step=0, reward=0.375)]))
     assert {"0.75", "0.375", "0.625", "0.5; steps 0 to 1"} <= set(found.texts) and len(found.find("figure")) == 2
     points = [line["points"] for line in found.find("polyline")]
     assert points == ["0,0.125 1,0 1,0", "0,0.5 1,0 1,0", "0,0.375 0,0.375"]
     log = [{"step": step, "entropy": step % 7} for step in range(100_000)]
-    assert len(evaluation.curves({"rppo": log})) < 10_000
+    assert len(charts(rppo=log)) < 10_000
 
 
 def test_crops_are_the_executed_boxes(image):
