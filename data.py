@@ -162,13 +162,13 @@ def check_row(row, where):
     if not isinstance(row["images"], list) or len(row["images"]) > 1:
         raise UserError(f"{where}: `images` is not a list of one image; several images are not supported")
 
-    # 2. What it may have
-    for key, kind in (("choices", str), ("turns", str), ("boxes", list)):
+    # 2. What it may have. A box in shares of the image is under a pixel wide.
+    for key, kind, kinds in (("choices", str, "texts"), ("turns", str, "texts"), ("boxes", list, "boxes")):
         values = row.get(key) or []
-        if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
-            raise UserError(f"{where}: `{key}` is not a list of {'texts' if kind is str else 'boxes'}")
+        if not isinstance(values, list) or set(map(type, values)) - {kind}:
+            raise UserError(f"{where}: `{key}` is not a list of {kinds}")
     for box in row.get("boxes") or []:
-        if not env.is_box(box) or box[0] >= box[2] or box[1] >= box[3]:
+        if not env.is_box(box) or min(box[2] - box[0], box[3] - box[1]) < 1:
             raise UserError(f"{where}: {box!r:.40} in `boxes` is not [x0, y0, x1, y1] in pixels")
 
     # 3. Options hold the solution.
@@ -641,7 +641,7 @@ class Job:
 
     def __init__(self, cfg):
         self.cfg = cfg
-        self.episode = env.EpisodeConfig(**{**env.REAL_EPISODE, "max_pixels": cfg.max_pixels})
+        self.episode = replace(env.EpisodeConfig(**env.REAL_EPISODE), max_pixels=cfg.max_pixels)
         self.models = {                      # address, name there, pixels a side of an image token
             "annotator": (cfg.annotator, cfg.annotator_name, cfg.annotator_factor),
             "policy": (cfg.policy, cfg.policy_name, cfg.policy_factor)}
@@ -937,8 +937,10 @@ def bench_row(item, where):
     if part and part != row["category"]:
         row["category"] += "/" + part.lower()
 
-    # 2. Its options: columns A to Z, a list, or lines of the question. A letter keeps its place: one whose
-    # cell is empty, as pandas writes the options "None" and "N/A", must not go to the next option.
+    # 2. Its options: a list, columns A to Z, a list with letters, or lines of the question. A letter keeps its
+    # place: one whose cell is empty, as pandas writes the options "None" and "N/A", must not go to the next.
+    listed = values(item.get("options") or item.get("choices"))
+    item = {**dict(zip(string.ascii_uppercase, listed)), **item}
     lines = []
     for letter in string.ascii_uppercase:
         if item.get(letter):

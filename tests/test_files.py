@@ -135,6 +135,7 @@ def test_parquet_recipe(tmp_path, monkeypatch):
 {"boxes": [[1, 2, 1e400, 4]]} -> : .* in `boxes` is not
 {"boxes": [[1, 2, NaN, 4]]} -> : .* in `boxes` is not
 {"boxes": [[1, 2, 3, HUGE]]} -> : .* in `boxes` is not
+{"boxes": [[0.1, 0.2, 0.3, 0.4]]} -> : .* in `boxes` is not
 {"boxes": [[9, 2, 3, 4]]} -> : .* in `boxes` is not
 {"problem": "\ud83d"} -> has half a character""".splitlines())
 def test_bad_rows(line, tmp_path):

@@ -69,6 +69,10 @@ ZOOM = {"images": ["a.png"], "response": "A", "question_type": "mcq", "bbox": [1
     ({**TIR, "prompt": "Which piece?", "answer": "[2, 1]"}, dict(choices=[], solution="[2, 1]")),
     ({**TIR, "image_2": "a.png"}, "several images"),
     (ZOOM, dict(choices=["red", "blue", "green"], boxes=[[1, 2, 30, 40]], category="mcq")),
+    ({**ZOOM, "query": "Which?", "options": ["red", "blue"], "response": "B"},
+     dict(choices=["red", "blue"], solution="B", problem="Which?\nA. red\nB. blue\nAnswer with the letter of the right"
+          " option.")),
+    ({**ZOOM, "query": "Which?", "choices": {"x": "red"}}, "its options are not A, B"),
     ({**ZOOM, "query": "How many?", "response": "7"}, dict(choices=[], problem="How many?", solution="7")),
     ({**ZOOM, "query": "Which?\nB. red\nC. blue", "response": "red"}, dict(choices=[], solution="red")),
     ({**ZOOM, "query": "哪个？\n（A）红\n（B）蓝"}, dict(choices=["红", "蓝"])),
