@@ -94,7 +94,7 @@ def test_demonstrations(name, policy, tmp_path):
     """Each replays without an error to an answer, within max_crops. It is right, and does not call that a
     guess, if and only if a crop has shown the evidence (a label: a second zoom)."""
     task = data.TASKS[name]
-    n = 2 if task.label else 60
+    n = 2 if task.label else 30
     data.main(data.Config(task=name, out=str(tmp_path), n_sft=n, n_train=1, n_test=1))
     rows = data.load_rows(f"{tmp_path}/sft.jsonl")
     right = repeated = 0
@@ -113,17 +113,17 @@ def test_demonstrations(name, policy, tmp_path):
         assert task.label or len(places) <= data.MOST_BOXES            # RL has to find out that going on pays
         right += env.is_right(traj)
         repeated += env.redundancy(traj.crops, 0.5) > 0
-    if n == 60:                                                        # flaws for RL to mend
+    if not task.label:                                                        # flaws for RL to mend
         assert 0.3 < right / len(rows) < 0.95 and 0.02 < repeated / len(rows) < 0.6
 
 
-def test_tiny_model(scenes, rows):
+def test_tiny_model(policy, rows):
     """It knows the format in few tokens; a seed gives the same bits, another one other weights."""
-    policy = sft.load_policy(f"{scenes}/tiny", "cpu")
     assert len(policy.proc.encode(env.SYSTEM)) == 1 and sum(p.numel() for p in policy.parameters()) < 1e6
     for seed in (0, 1):
-        made = sft.make_tiny(rows, seed).vlm.lm_head.weight
-        assert torch.equal(made, policy.vlm.lm_head.weight) == (seed == 0)
+        made = sft.make_tiny(rows, seed).vlm
+        assert torch.equal(made.lm_head.weight, policy.vlm.lm_head.weight) == (seed == 0)
+        assert (sft.fingerprint(made.state_dict()) == policy.fingerprint) == (seed == 0)
 
 
 def test_the_whole_view_tells_nothing(monkeypatch):
@@ -134,7 +134,7 @@ def test_the_whole_view_tells_nothing(monkeypatch):
     def no_marks(*args):
         return 0 * halftone(*args)
 
-    for i in range(100):
+    for i in range(40):
         views, crops = [], []
         for draw in (halftone, no_marks):
             monkeypatch.setattr(data, "halftone", draw)

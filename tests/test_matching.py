@@ -41,15 +41,16 @@ def test_choice(named):
     and the options stand in the row or, a line each, in its question."""
     lines = [f"{letter}. {option}" for letter, option in zip("ABCDEF", OPTIONS)]
     bracketed = [f" ({letter}) {option}" for letter, option in zip("ABCDEF", OPTIONS)]
-    for answer in ANSWERS[named].split(" | "):
-        for letter, option, line in zip("ABCDEF", OPTIONS, lines):
-            right = letter == named
-            for key in (letter, option, line):
-                assert match(answer, {"solution": key, "choices": OPTIONS}) is right, answer
-            for asked in (lines, bracketed):
-                problem = "\n".join(["Gate (A) is open. Which?", *asked, "Answer with the letter."])
-                for key in (letter, line):
-                    assert match(answer, {"solution": key, "problem": problem}) is right, answer
+    for letter, option, line in zip("ABCDEF", OPTIONS, lines):
+        rows = [{"solution": key, "choices": OPTIONS} for key in (option, letter, line)]
+        for asked in (lines, bracketed):
+            problem = "\n".join(["Gate (A) is open. Which?", *asked, "Answer with the letter."])
+            rows += [{"solution": key, "problem": problem} for key in (letter, line)]
+        few = rows[:1] + rows[4:5]               # the first answer meets every form of key and options
+        for answer in ANSWERS[named].split(" | "):
+            for row in rows:
+                assert match(answer, row) is (letter == named), answer
+            rows = few
 
 
 @pytest.mark.parametrize("options, answer, index", [
@@ -116,9 +117,9 @@ PIECES += ["A. a ", "A)", "(A", "option "]
 
 
 def test_hostile_texts():
-    """2,000 texts: none raises an exception, as answer, option, question or solution."""
+    """1,000 texts: none raises an exception, as answer, option, question or solution."""
     draw = random.Random(0)
-    for _ in range(2000):
+    for _ in range(1000):
         text = "".join(draw.choices(PIECES, k=draw.randrange(1, 14)))
         match(text, {"solution": "B", "choices": OPTIONS})
         match("B", {"solution": text, "choices": [text, "red"]})
@@ -126,12 +127,12 @@ def test_hostile_texts():
 
 
 def test_linear_time():
-    """A text of 100,000 characters takes well under a second, however it is made up."""
+    """A text of 50,000 characters takes well under a second, however it is made up."""
     slowest = 0
     for piece in PIECES[-12:] + [" ", ".", "1", "*", "-", "A\n", "1,", "it is "]:
-        text = (piece * 100_000)[:100_000] + "!"
+        text = (piece * 50_000)[:50_000] + "!"
         start = time.process_time()
         match(text, {"solution": "B", "choices": ["red", "3"], "problem": text})
         match(text, {"solution": "3", "problem": text})
         slowest = max(slowest, time.process_time() - start)
-    assert slowest < 5                           # on a busy machine; what is not linear takes minutes
+    assert slowest < 3                           # on a busy machine; what is not linear takes minutes

@@ -161,7 +161,7 @@ def test_hostile_text_stays_text(image, tmp_path):
 
 def test_size(image, tmp_path):
     """Four runs with many answers stay small."""
-    many = [record(image, i, right=i % 2 == 0, boxes=[[0, 0, 399, 199]] * 4) for i in range(2000)]
+    many = [record(image, i, right=i % 2 == 0, boxes=[[0, 0, 399, 199]] * 4) for i in range(800)]
     runs = [write_run(tmp_path / name, *many) for name in "abcd"]
     evaluation.refresh_report(tmp_path, *runs)
     assert (tmp_path / "report.html").stat().st_size < 2_000_000

@@ -9,13 +9,12 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from conftest import gradient, plain, refusal, stock
+from conftest import crop, gradient, plain, refusal, stock
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
-import data
 import env
 import rppo
 import sft
@@ -27,10 +26,9 @@ CFG = env.EpisodeConfig(max_pixels=150 * 150, max_crop_pixels=90 * 90, max_token
 @pytest.fixture
 def trajs(family):
     """Images of two shapes; crops of crops, an error, an early answer."""
-    call = '<tool_call>{"name":"image_zoom_in_tool","arguments":{"bbox_2d": %s,"img_idx": %d}}</tool_call>'
-    first = call % ([250, 0, 750, 1000], 0)
-    second = call % ([0, 500, 900, 1000], 1)
-    wrong = call % ([0, 0, 500, 500], 9)
+    first = crop(250, 0, 750, 1000)
+    second = crop(0, 500, 900, 1000, img_idx=1)
+    wrong = crop(0, 0, 500, 500, img_idx=9)
     answer = "<think>At A1 green.</think>\n<answer>green</answer>"
     out = []
     for size, turns in (((320, 200), [first, second, answer]), ((320, 200), [answer]),
@@ -42,14 +40,10 @@ def trajs(family):
     return out
 
 
-@pytest.mark.parametrize("chunk", [None, 40])
-def test_forward_against_transformers(family, trajs, chunk, monkeypatch):
+def test_forward_against_transformers(family, trajs, monkeypatch):
     """Log-probabilities, entropies and the gradient, with and without logits in recomputed pieces."""
     batch = sft.collate(trajs, family.proc)
     assert len(batch["images"]) == 5              # of 6 images
-    if chunk:
-        monkeypatch.setattr(sft, "max", lambda *_: chunk, raising=False)   # the size of a piece
-    logp, entropy = family(batch, 0.8)
     model = stock(family)
     expected, entropies = [], []
     for traj in trajs:
@@ -58,23 +52,27 @@ def test_forward_against_transformers(family, trajs, chunk, monkeypatch):
         ids = torch.tensor(traj.ids[1:])[sampled]
         entropies.append(-(logps.exp() * logps).nansum(-1))
         expected.append(logps.gather(1, ids[:, None])[:, 0])
-    close(logp, torch.cat(expected), atol=1e-4, rtol=0)
-    close(entropy, torch.cat(entropies), atol=1e-4, rtol=0)
-    logp.sum().backward()
     torch.cat(expected).sum().backward()
-    found = gradient(family.vlm)
-    assert (found - gradient(model)).norm() < 1e-5 * found.norm()
+    wanted = gradient(model)
+    for _ in range(2):
+        logp, entropy = family(batch, 0.8)
+        close(logp, torch.cat(expected), atol=1e-4, rtol=0)
+        close(entropy, torch.cat(entropies), atol=1e-4, rtol=0)
+        family.zero_grad()
+        logp.sum().backward()
+        assert (gradient(family.vlm) - wanted).norm() < 1e-5 * wanted.norm()
+        monkeypatch.setattr(sft, "max", lambda *_: 40, raising=False)      # the size of a piece
 
 
 def test_sft_loss_is_that_of_labels(family, rows):
     """The loss and the gradient's norm of a step are those of labels, -100 where nothing is trained."""
     cfg = sft.Config(micro_batch=2, clip_norm=1e9)
-    batches, counts = sft.render_batches(family.proc, rows[:5], cfg)
+    batches, counts = sft.render_batches(family.proc, rows[:3], cfg)
     optimizer = torch.optim.SGD(family.parameters(), 0.0)
     entry = sft.train_step(family, [optimizer], batches, 0, cfg)
     model = stock(family)
     logps, labels = [], []
-    for row in rows[:5]:
+    for row in rows[:3]:
         traj = env.render(family.proc, row, row["turns"], cfg)
         logps.append(plain(model, family, traj))
         labels.append(torch.tensor(traj.ids).where(torch.tensor(traj.mask) > 0, -100)[1:])
@@ -129,7 +127,7 @@ def test_wiring_of_imitation(scenes, tmp_path, monkeypatch):
 def test_presets():
     """The numbers that imitation runs with, without a model and with one."""
     names = "steps batch micro_batch lr lora_lr muon_lr warmup decay weight_decay clip_norm save_every save_minutes"
-    numbers = [[450, 24, 24, 4e-3, 2.5e-3, 0.03, 50, 0.3, 0.01, 1.0, 150, 0.0],
+    numbers = [[450, 24, 12, 4e-3, 2.5e-3, 0.03, 50, 0.3, 0.01, 1.0, 150, 0.0],
                [1000, 32, 1, 1e-5, 1e-4, 0.0, 50, 0.3, 0.01, 1.0, 200, 30.0]]
     for argv, expected in (([], numbers[0]), (["--model=some/name"], numbers[1])):
         cfg = env.configure(sft.Config, sft.REAL, argv)
@@ -166,6 +164,7 @@ def switch_off(policy):
             module.lora_scale = 0.0
 
 
+@pytest.mark.parametrize("any_policy", ["qwen2_5_vl", "qwen3_5"], indirect=True)
 def test_lora_of_bf16_weights(family, trajs, tmp_path, monkeypatch):
     """Updates below half a step of bf16: what is read back is the live policy to the bit, and trained on. Rounded to
     bf16 with the weights they would be lost."""
@@ -182,7 +181,7 @@ def test_lora_of_bf16_weights(family, trajs, tmp_path, monkeypatch):
     rounded = sft.load_policy(out, "cpu", train=True).bfloat16()
     again, _, _ = sft.load_trainable(cfg, out, 0, "cpu", (0.9, 0.95))
     policies = live, sft.load_policy(out, "cpu"), again, rounded
-    batch, found = sft.collate(trajs, family.proc), []
+    batch, found = sft.collate(trajs[:1], family.proc), []
     with torch.no_grad(), live.autocast():
         for policy in policies:
             found.append(policy(batch)[0])
@@ -231,16 +230,14 @@ def test_lora(family, trajs, tmp_path):
             assert ("lora_" in name) == ("training" in file)
 
 
-def test_fingerprint(scenes, policy):
-    """It is that of the weights, in whatever type they are read; another seed, name or shape is another one."""
+def test_fingerprint(policy):
+    """It is that of the weights, in whatever type they are read; another value, shape or name is another one."""
     weights = policy.vlm.state_dict()
     name, first = next(iter(weights.items()))
     others = [{**weights, name: first + 0.01}, {**weights, name: first[:, :-1]}, {**weights, "new": weights[name]}]
     half = {name: value.bfloat16() for name, value in weights.items()}
     assert policy.fingerprint == sft.fingerprint(weights) == sft.fingerprint(half)
-    tiny = [sft.make_tiny(data.read_lines(f"{scenes}/sft.jsonl"), seed).vlm.state_dict() for seed in (0, 1)]
-    assert sft.fingerprint(tiny[0]) == policy.fingerprint
-    assert len({policy.fingerprint, *map(sft.fingerprint, [*others, tiny[1]])}) == 5
+    assert len({policy.fingerprint, *map(sft.fingerprint, others)}) == 4
 
 
 def save(policy, out, step=1):
@@ -400,7 +397,7 @@ def test_hostile_config_files(scenes, tmp_path):
                             ("generation_config.json", None, "eos_token_id"),
                             ("tokenizer_config.json", None, "tokenizer_class")):
         good = (folder / file).read_text()
-        for value in HOSTILE:
+        for value in (None, "9", -1, 0, 0.5, float("nan"), 2 ** 70, [], [3], {"a": [1]}):
             changed = json.loads(good)
             inner = changed[part] if part else changed
             inner[key] = value

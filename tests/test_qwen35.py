@@ -55,9 +55,9 @@ def test_a_linear_layer_over_the_cache(policy35):
 def test_greedy_turns_are_those_of_generate(policy35, rows):
     """Every turn of a greedy rollout is what transformers' generate adds to the conversation before it."""
     model, proc = stock(policy35), policy35.proc
-    cfg = evaluation.RolloutConfig(max_crops=2, turn_tokens=12)
+    cfg = evaluation.RolloutConfig(max_crops=2, turn_tokens=8)
     banned = policy35.banned.nonzero()[:, 0].tolist()
-    for traj in evaluation.rollout(policy35, rows[:3], cfg, greedy=True):
+    for traj in evaluation.rollout(policy35, rows[:2], cfg, greedy=True):
         ids = torch.tensor([traj.ids])
         mask = torch.tensor([0, *traj.mask, 0])
         starts, ends = (mask.diff() == 1).nonzero()[:, 0], (mask.diff() == -1).nonzero()[:, 0]

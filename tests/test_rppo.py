@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from conftest import amplify, gradient, plain, refusal, stock, whole
 import torch
+import torch.distributed.fsdp    # once, not in every child
 
 import data
 import env
@@ -303,6 +304,7 @@ def forked(term):
 def test_update_against_plain_autograd(learner, samples):
     """-sum advantage * logp / n over every sampled token, one whole sequence after the other through the
     stock model. Those of advantage 0 count in n, but do not run through our model."""
+    samples = samples[:8]
     computed, kept = [], []
     learner.register_forward_pre_hook(lambda _, args: computed.append(len(args[0]["ids"])))
     optimizer = torch.optim.SGD(learner.parameters(), lr=0.0)
@@ -316,7 +318,7 @@ def test_update_against_plain_autograd(learner, samples):
         (-s.advantage * sampled.sum() / tokens(samples)).backward()
     expected = gradient(model)
     assert (kept[0] - expected).norm() < 1e-5 * expected.norm()
-    assert sum(computed) == 9
+    assert sum(computed) == 6
     assert stats["tokens"] == tokens(samples)
     assert stats["skipped"] == 0
     assert stats["grad_norm"] == pytest.approx(expected.norm().item(), rel=1e-5)
@@ -325,6 +327,7 @@ def test_update_against_plain_autograd(learner, samples):
 def test_steps_that_must_not_move_the_weights(learner, samples):
     """A NaN is logged as skipped and leaves the optimizer's state alone, too. In a step of flat groups not a
     bit changes, not even by momentum."""
+    samples = samples[:5]
     optimizer = torch.optim.AdamW(learner.parameters(), lr=1e-2)
     start = copy.deepcopy(learner.state_dict())
     broken = replace(samples[0], advantage=math.nan)
@@ -381,11 +384,11 @@ def test_mask_over_turns(learner, samples):
 def test_log_ratio_is_small(learner, rows):
     """Sampling through the cache and the update agree, also with a frozen tower, which only the rollout calls;
     at another temperature they do not."""
-    settings = dict(max_crops=2, turn_tokens=6, samples=2)
+    settings = dict(max_crops=1, turn_tokens=4, samples=2)
     learner.vlm.model.visual.requires_grad_(False)
     found = []
     for learner.reuses_features in (False, True):
-        samples = rppo.collect(learner, rows[:3], [0, 1, 2], 3, replace(CFG, **settings))
+        samples = rppo.collect(learner, rows[:2], [0, 1], 3, replace(CFG, **settings))
         for s in samples:
             s.advantage = 1.0
         if learner.reuses_features:
