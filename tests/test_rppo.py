@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 from conftest import amplify, gradient, plain, refusal, stock, whole
 import torch
-import torch.distributed.fsdp    # once, not in every child
 
 import data
 import env
