@@ -90,7 +90,9 @@ def stores(text, slots, places, dtype, device):
             layers.append((inputs, states))
         else:
             shape = (slots, text.num_key_value_heads, places + 1, head_dim(text))
-            layers.append((zeros(shape, dtype=dtype), zeros(shape, dtype=dtype)))
+            keys = zeros(shape, dtype=dtype)
+            values = zeros(shape, dtype=dtype)
+            layers.append((keys, values))
     return layers
 
 
@@ -106,7 +108,8 @@ class Cache:
 
     def __init__(self, policy, slots, places):
         text = policy.vlm.config.get_text_config()
-        self.layers = stores(text, slots, places, sft.DTYPE[policy.device.type], policy.device)
+        dtype = sft.DTYPE[policy.device.type]
+        self.layers = stores(text, slots, places, dtype, policy.device)
         self.numbers = torch.arange(slots, device=policy.device)
         self.bin = places
 
@@ -149,7 +152,8 @@ class Cache:
 def uniforms(seed, prompt, sample, n):
     """n numbers in [0, 1) that depend on seed, a pair (seed, step), prompt and sample alone, not on batch or
     ranks."""
-    return torch.from_numpy(np.random.default_rng([*seed, prompt, sample]).random(n))
+    rng = np.random.default_rng([*seed, prompt, sample])
+    return torch.from_numpy(rng.random(n))
 
 
 def draw(logp, u):
@@ -247,8 +251,8 @@ class Engine:
 
     def copy(self, source, slots):
         """Copy a slot into others (a list)."""
-        turn = self.place, self.pos, self.used, self.left, self.hidden, self.u, self.tokens, self.logps
-        for tensor in sum(self.cache.layers, turn):
+        own = self.place, self.pos, self.used, self.left, self.hidden, self.u, self.tokens, self.logps
+        for tensor in sum(self.cache.layers, own):
             for slot in slots:
                 tensor[slot] = tensor[source]
 
@@ -261,7 +265,8 @@ class Engine:
             if not seat.traj:
                 seat.traj = seat.prompt.result().fork()
             if seat.fed < len(seat.traj.ids):
-                groups[slot if seat.fed else seat.prompt].append(slot)
+                name = slot if seat.fed else seat.prompt               # a group's samples share it
+                groups[name].append(slot)
         groups = list(groups.values())
         groups.sort(key=lambda slots: self.live[slots[0]].fed)         # prompts first
 
@@ -279,8 +284,11 @@ class Engine:
 
     def feed(self, slots):
         """Feed what is new in these slots, ragged: one forward pass. Keeps the last tokens' hidden states."""
-        policy, cache, device = self.policy, self.cache, self.policy.device
-        ids, pos, places, images = [], [], [], []
+        policy = self.policy
+        cache = self.cache
+        device = policy.device
+        ids, pos, places = [], [], []            # of each slot
+        images = []                              # of all
         for slot in slots:
             seat = self.live[slot]
             traj = seat.traj
@@ -303,10 +311,12 @@ class Engine:
 
     def begin(self, slot):
         """A turn begins: all that there is has been fed."""
-        cfg, seat = self.cfg, self.live[slot]
+        cfg = self.cfg
+        seat = self.live[slot]
         traj = seat.traj
         seat.fed = len(traj.ids)
         seat.seen = len(traj.shown)
+
         self.place[slot] = seat.fed
         self.pos[slot] = int(traj.pos[0, -1]) + 1
         self.used[slot] = 0
@@ -324,7 +334,7 @@ class Engine:
         used = self.used[:n]
         left = self.left[:n]
 
-        # It is drawn from what the last token's state says.
+        # A token is drawn from what the last one's state says.
         at = used[:, None]
         logp = self.policy.logits(self.hidden[:n], self.cfg.temperature).log_softmax(-1)       # (n, V)
         if self.greedy:
@@ -335,10 +345,11 @@ class Engine:
         self.logps[:n].scatter_(1, at, logp.gather(1, token[:, None]))
 
         # It is fed; in a slot that idles, into the bin.
-        fed_to = place.where(left > 0, self.cache.bin)
-        self.cache.expect(fed_to[:, None], end, slice(n))
+        cache = self.cache
+        places = place.where(left > 0, cache.bin)
+        cache.expect(places[:, None], end, slice(n))
         axes = pos[:, None].expand(3, -1, 1)
-        h = self.policy.hidden(token[:, None], axes, None, None, self.cache.mask(), self.cache)
+        h = self.policy.hidden(token[:, None], axes, None, None, cache.mask(), cache)
         self.hidden[:n] = h[:, 0]
 
         # The turn goes on, or ends.
@@ -410,7 +421,8 @@ class Engine:
 
 def slot_bytes(config, cfg):
     """Bytes of one slot of the cache on CUDA."""
-    layers = stores(config.get_text_config(), 1, cfg.max_tokens, sft.DTYPE["cuda"], "meta")
+    text = config.get_text_config()
+    layers = stores(text, 1, cfg.max_tokens, sft.DTYPE["cuda"], "meta")
     return sum(store.nbytes for store in sum(layers, ()))
 
 
@@ -434,6 +446,7 @@ def fitting(policy, cfg, wanted):
     most = slots_in(free, policy.vlm.config, cfg)
     if most >= wanted:
         return wanted
+
     text = (f"in_flight: {most} of {wanted} trajectories of --max_tokens={cfg.max_tokens} fit into "
             f"{free / 2 ** 30:.1f} GiB")
     if most == 0:
@@ -476,8 +489,10 @@ JUDGE = ("You grade a short answer to a question about an image that you do not 
 def ask_judge(traj, cfg):
     """Set the verdict of an answer: right, wrong, or failed, without a yes or no."""
     # Quoted as JSON and cut, an answer can hardly talk to the judge.
-    row = traj.row
-    quoted = dict(question=row["problem"], accepted=row["solution"], answer=traj.answer[:300])
+    quoted = dict(
+        question=traj.row["problem"],
+        accepted=traj.row["solution"],
+        answer=traj.answer[:300])
     message = dict(role="user", content=JUDGE + json.dumps(quoted, ensure_ascii=False))
     try:
         reply = data.chat(cfg.judge_url, cfg.judge_name, [message])
@@ -496,6 +511,7 @@ def judge(trajs, cfg):
     see data.chat."""
     if not cfg.judge_url:
         return
+
     open_answers = []
     for traj in trajs:
         if traj.answer and not env.is_right(traj):
@@ -533,7 +549,8 @@ def measure(traj, eps):
 
     overlaps = [0]                               # of each crop with the nearest earlier one
     for i, box in enumerate(crops[1:], 1):
-        overlaps.append(max(env.iou(box, earlier) for earlier in crops[:i]))
+        nearest = max(env.iou(box, earlier) for earlier in crops[:i])
+        overlaps.append(nearest)
     repeats = sum(overlap >= 0.7 for overlap in overlaps)
     invalid = sum(env.calls_tool(turn.text) for turn in traj.turns if turn.error)
 
@@ -576,8 +593,8 @@ def line(means):
 def show(traj, proc):
     """A trajectory as text, a line for each run of tokens, the sampled ones marked with >."""
     lines = []
-    for sampled, run in groupby(range(len(traj.ids)), traj.mask.__getitem__):
-        text = proc.decode([traj.ids[i] for i in run])
+    for sampled, run in groupby(zip(traj.mask, traj.ids), lambda pair: pair[0]):
+        text = proc.decode([i for _, i in run])
         text = re.sub(r"(?s)(<\|image_pad\|>)+|^<\|im_start\|>system.*?<\|im_end\|>\n", "", text)
         lines.append(f"  {'>' if sampled else '|'} {text!r}")     # repr: it must not steer the terminal
     return "\n".join(lines)
@@ -610,6 +627,7 @@ def levels(row):
     if row.get("category"):
         parts = str(row["category"]).split("/")
         return ["/".join(parts[:i + 1]) for i in range(len(parts))]
+
     if row.get("difficulty") is None:
         return []
     unit = "boxes" if row.get("data_source") in data.TASKS else "crops"
@@ -626,6 +644,7 @@ def read_records(path, settings=None):
             entry = json.loads(text)
         except ValueError:
             continue                             # half a line of a killed run
+
         if "settings" in entry:
             old.update(entry["settings"])
         else:
@@ -639,8 +658,9 @@ def read_records(path, settings=None):
 
 
 def evaluate(policy, rows, cfg, rank, world_size, k=1, greedy=False, done=(), path=None):
-    """Answer rows k times each, shared out over the ranks: their records in order, on all ranks. `done` has
-    those of an earlier run; the file `path` gets the new ones. All ranks must reach this."""
+    """Answer rows k times each, shared out over the ranks: their records in order, on all ranks. `done` are
+    those of an earlier run by key (see read_records); the file `path` gets the new ones. All ranks must reach
+    this."""
     # 1. The rows that lack an answer, or a verdict that the judge failed to give.
     records = dict(done)
     complete = Counter()
@@ -668,6 +688,7 @@ def evaluate(policy, rows, cfg, rank, world_size, k=1, greedy=False, done=(), pa
         new = sum(sft.gather_objects(new), [])
         for entry in new:
             records[entry["index"], entry["sample"]] = entry
+
         if path and rank == 0:
             with open(path, "a") as f:           # newline first: a killed run may have left half a line
                 f.writelines("\n" + json.dumps(entry) for entry in new)
@@ -695,7 +716,8 @@ def score(policy, name, rows, cfg, rank, world_size, greedy):
     done = read_records(path, settings) if cfg.bench else {}
     if rank == 0 and not done:
         env.write_text(path, json.dumps({"settings": settings}))
-    tool = {}
+
+    tool = {}                                    # the answers with it
     if cfg.bench and not cfg.max_crops:
         del settings["max_crops"]
         tool = read_records(with_tool, settings)
@@ -712,7 +734,10 @@ def score(policy, name, rows, cfg, rank, world_size, greedy):
 
     # 4. What the tool changes.
     if len(tool) == len(records):
-        gains = [tool[entry["index"], entry["sample"]]["right"] - entry["right"] for entry in records]
+        gains = []
+        for entry in records:
+            with_it = tool[entry["index"], entry["sample"]]
+            gains.append(with_it["right"] - entry["right"])
         scores["repaired"] = gains.count(1) / len(gains)
         scores["broken"] = gains.count(-1) / len(gains)
     return scores
@@ -763,6 +788,10 @@ FATES = {                            # right, evidence seen; None: a row without
     (False, True): "wrong though evidence was seen",
     (False, False): "wrong without the evidence",
     (False, None): "wrong"}
+EXAMPLES = {                         # right before, right after
+    "repaired": (False, True),
+    "broken": (True, False),
+    "wrong": (False, False)}
 
 
 def table(rows):
@@ -781,7 +810,10 @@ def chart(title, key, logs):
     Long ones are thinned. Empty if none has it."""
     lines = {}
     for name, log in logs.items():
-        points = [(entry["step"], entry[key]) for entry in log if entry.get(key) is not None]
+        points = []
+        for entry in log:
+            if entry.get(key) is not None:
+                points.append((entry["step"], entry[key]))
         if points:
             lines[name] = np.array(points, float)            # (n, 2)
     if not lines:
@@ -790,6 +822,7 @@ def chart(title, key, logs):
     points = np.concatenate(list(lines.values()))
     last, high = points.max(0)
     low = points[:, 1].min()
+
     curves = legend = ""
     for (name, points), colour in zip(lines.items(), PALETTE * 9):
         thinned = points[::len(points) // 200 + 1]
@@ -858,25 +891,24 @@ def trajectory_html(record, title, outcome):
                   f'<b class="wrong">{escape(turn["error"] or "")}</b></div>')
 
     width, height = image.size
+    scene = (f'<svg viewBox="0 0 {width} {height}" font-size="{max(width, height) // 16}">'
+             f'<image width="{width}" height="{height}" href="{picture(image, 300)}"/>{frames}</svg>')
     answer = escape(f"Answer: {record['answer']}; solution: {record['solution']}")
-    return (f'<article><b>{title}</b> {escape(record["problem"])}<svg viewBox="0 0 {width} {height}" '
-            f'font-size="{max(width, height) // 16}"><image width="{width}" height="{height}" '
-            f'href="{picture(image, 300)}"/>{frames}</svg><ol>{turns}</ol>{answer} '
+    return (f'<article><b>{title}</b> {escape(record["problem"])}{scene}<ol>{turns}</ol>{answer} '
             f'<b class="{outcome[:5]}">{outcome}</b></article>\n')
 
 
 def changes(old, new, keys):
     """The table of what changed between two runs' records of the same keys."""
     rights = defaultdict(lambda: defaultdict(list))        # row -> question -> (before, after) of its samples
-    was, now = Counter(), Counter()                        # fates
     for key in keys:
         right = old[key]["right"], new[key]["right"]
         question, _ = key
         rights["Accuracy"][question].append(right)
         for level in levels(new[key]):
             rights[f"Accuracy, {level}"][question].append(right)
-        was[fate(old[key])] += 1
-        now[fate(new[key])] += 1
+    was = Counter(fate(old[key]) for key in keys)
+    now = Counter(fate(new[key]) for key in keys)
 
     rows = [["", "questions", "before", "after", "difference"]]
     for level in sorted(rights):
@@ -891,7 +923,10 @@ def section(name, before, after, n):
     """Table and n examples of each kind. before and after: (folder, records); the same twice if there is
     nothing to compare with."""
     (old_folder, old), (folder, new) = before, after
-    keys = [key for key in sorted(new) if key in old and old[key]["problem"] == new[key]["problem"]]
+    keys = []
+    for key in sorted(new):
+        if key in old and old[key]["problem"] == new[key]["problem"]:
+            keys.append(key)
     if not keys:
         return section(name, after, after, n)
 
@@ -906,7 +941,7 @@ def section(name, before, after, n):
     html = f"<h2>{escape(heading)}</h2>{table(rows)}"
 
     # 2. Examples
-    for kind, right in ("repaired", (False, True)), ("broken", (True, False)), ("wrong", (False, False)):
+    for kind, right in EXAMPLES.items():
         found = [key for key in keys if (old[key]["right"], new[key]["right"]) == right]
         html += f'<details><summary>{len(found)} {kind}: examples</summary><div class="grid">'
         for key in found[:n]:
@@ -928,7 +963,8 @@ def read_run(folder):
         facts["seconds"] = round(entry["seconds"])
         for name, updates in (("cold_start", 0), ("held_out", 1)):
             if name in entry:
-                log.append(dict(step=entry["step"] + updates, held_out_accuracy=entry[name]["accuracy"]))
+                accuracy = entry[name]["accuracy"]
+                log.append(dict(step=entry["step"] + updates, held_out_accuracy=accuracy))
 
     results = {}
     for path in Path(folder).glob("results-*.jsonl"):
@@ -958,8 +994,10 @@ def write_report(folders, out):
         except (Exception, env.UserError) as e:
             runs += f"<p>{escape(folder)} is damaged: {escape(f'{e!r:.200}')}</p>"
             continue
+
         if facts:                                # if not, nothing is there as yet
-            runs += f"<p><b>{escape(folder)}</b> {escape(FACTS.format_map(defaultdict(str, facts)))}</p>\n"
+            text = FACTS.format_map(defaultdict(str, facts))
+            runs += f"<p><b>{escape(folder)}</b> {escape(text)}</p>\n"
         for name, records in results.items():
             if records:
                 found[name].append((folder, records))
@@ -1026,6 +1064,7 @@ def print_scores(cfg, scores):
     episode = env.shared(cfg, env.EpisodeConfig)
     text = " ".join(f"{name}={value}" for name, value in episode.items())
     print(textwrap.fill(text, 100))
+
     print(f"{'':37}n{HEADER}")
     for name, whole in scores.items():
         for level, means in {"all": whole, **whole["categories"]}.items():
@@ -1063,7 +1102,8 @@ def main(cfg):
         tasks, left_out = data.read_benches(cfg.bench, cfg.image_root, cfg.limit)
         rows = sum(tasks.values(), [])
     else:
-        rows = data.load_rows(data.split_path(cfg.data, "test"), cfg.image_root)[:cfg.limit or None]
+        path = data.split_path(cfg.data, "test")
+        rows = data.load_rows(path, cfg.image_root)[:cfg.limit or None]
         tasks = {"sampled": rows, "greedy": rows}
         left_out = {}
     sft.together(data.check_rows, rows, rank, world_size, policy.proc, cfg)
@@ -1077,15 +1117,18 @@ def main(cfg):
             print(f"eval: {cfg.model} answers {len(rows)} questions, {name}", flush=True)
         if rank == 0 and missing:
             print(f"{name}: {len(missing)} questions are left out, the first: {env.printable(missing[0])}")
+
         greedy = cfg.k == 1 if cfg.bench else name == "greedy"
         scores[name] = score(policy, name, rows, cfg, rank, world_size, greedy)
         scores[name]["left_out"] = len(missing)
 
     # 5. What they are worth
-    result = {"config": vars(cfg), "weights": policy.fingerprint, **scores}
+    result = dict(config=vars(cfg), weights=policy.fingerprint, **scores)
     if not cfg.bench:
-        result.update(result.pop("sampled"), accuracy_greedy=scores["greedy"]["accuracy"])
+        sampled = result.pop("sampled")
+        result.update(sampled, accuracy_greedy=scores["greedy"]["accuracy"])
     result["seconds"] = round(time.time() - started, 1)
+
     if rank == 0:
         env.write_text(f"{cfg.out}/eval.json", json.dumps(result, indent=1))
         print_scores(cfg, scores)
