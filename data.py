@@ -403,14 +403,16 @@ def listing(question):
 def oracle(question, rng, task, max_crops):
     """The assistant's turns: list the boxes, look at those of the asked colour in turn from any one on, read,
     answer; with the flaws above. A thought states what can be seen by then, and needs a short look back."""
-    marks, answer = question["marks"], question["answer"]
+    marks = question["marks"]
+    answer = question["answer"]
     boxes = list(enumerate(marks, 1))                    # (number, cell)
     first = rng.integers(len(boxes))
     boxes = boxes[-first:] + boxes[:-first]
     beyond = answer not in [marks[cell] for _, cell in boxes[:MOST_BOXES]]
     thought = f"Boxes {listing(question)}."
     verb = "Look"
-    turns, at = [], 0
+    turns = []
+    at = 0
     while len(turns) < max_crops:
         # 1. Look at the cell of a box; again: a fifth of its width nearer to the middle of the image.
         number, cell = boxes[at]
@@ -581,7 +583,8 @@ def chat(url, name, messages, temperature=0.0, max_tokens=2048):
     if not url.startswith("http"):
         raise UserError(f"{url!r}: not an address; that of an endpoint begins with http:// or https://")
     model = url, name
-    waits, patience = [1, 2, 4, 8, 16, 32], PATIENCE
+    waits = [1, 2, 4, 8, 16, 32]
+    patience = PATIENCE
     while True:
         # 1. One request. OpenAI's models that think refuse max_tokens, temperature and top_p.
         body = dict(model=name, messages=messages)
@@ -769,7 +772,8 @@ def read_question(job, row):
     said = row["problem"]
     try:
         made = json.loads(said[said.find("{"):said.rfind("}") + 1])       # it is often in a code fence
-        problem, answer = made["question"].strip(), str(made["answer"]).strip()
+        problem = made["question"].strip()
+        answer = str(made["answer"]).strip()
     except Exception:                        # a model can write anything
         return "malformed"
 
@@ -937,8 +941,9 @@ def bench_row(item, where):
     if part and part != row["category"]:
         row["category"] += "/" + part.lower()
 
-    # 2. Its options: a list, columns A to Z, a list with letters, or lines of the question. A letter keeps its
-    # place: one whose cell is empty, as pandas writes the options "None" and "N/A", must not go to the next.
+    # 2. Its options: a list, columns A to Z, a list with letters, or lines of the question. A letter keeps
+    # its place: one whose cell is empty, as pandas writes the options "None" and "N/A", must not go to the
+    # next option.
     listed = values(item.get("options") or item.get("choices"))
     item = {**dict(zip(string.ascii_uppercase, listed)), **item}
     lines = []

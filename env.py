@@ -629,7 +629,8 @@ def step(traj, text, cfg, proc=None):
 
     # 1. An answer ends the episode; the turn after the last tool turn may only answer.
     if action.kind == "answer":
-        traj.answer, traj.status = action.answer, "answered"
+        traj.answer = action.answer
+        traj.status = "answered"
         return
     if len(traj.turns) > cfg.max_crops:
         traj.status = "over_turns"
@@ -756,8 +757,9 @@ def contradicts(text, options, index):
     """Does what follows a letter deny something, or name an option other than its own, the one at index?"""
     words = normalise(text)
     for i, (letter, option) in enumerate(zip(string.ascii_uppercase, options)):
-        named = normalise(option) in words or same_answer(text, option) or re.search(rf"\b{letter}\b", text)
-        if named and i != index:
+        named = re.escape(normalise(option))     # 5 is not in 15, 3.5 or 5.1
+        named = re.search(rf"(?<![\d.]){named}(?!\.?\d)", words) or re.search(rf"\b{letter}\b", text)
+        if i != index and (named or same_answer(text, option)):
             return True
 
     return bool(DENIAL.search(words))
@@ -768,20 +770,20 @@ def choice(text, options):
     agree. A letter alone is the letter, even if it is also the text of another option."""
     text = unwrap(text)
     by_words = worded(text, options)
+    letters = string.ascii_uppercase[:len(options)]
     lettered = LETTERED.fullmatch(text.strip(OUTER))
-    if not lettered:
+    if not lettered or lettered[1].upper() not in letters:
         return by_words
 
+    # 1. A letter alone; or words that begin with a letter, "a big car"
     letter, mark, rest = lettered.groups()
-    index = string.ascii_uppercase.index(letter.upper())
-    if index >= len(options):
-        return by_words
+    index = letters.index(letter.upper())
     if not rest:
         return index
-    if by_words is not None:                     # "a big car"
+    if by_words is not None:
         return by_words
 
-    # A letter and its words, "B dark green"; or, after a mark, what does not contradict it: "B. Green."
+    # 2. A letter and its words, "B dark green"; or, after a mark, what does not contradict it: "B. Green."
     if same_answer(rest, options[index]):
         return index
     marked = mark.startswith((". ", ") ", ": "))
@@ -928,7 +930,8 @@ def same_settings(folder, cfg, cure="give another folder"):
     saved = read_json(f"{folder}/config.json", asdict(cfg))
     changes = []
     for f in fields(cfg):
-        old, new = saved.get(f.name, f.default), getattr(cfg, f.name)
+        old = saved.get(f.name, f.default)
+        new = getattr(cfg, f.name)
         if old != new and not f.metadata.get("free"):
             changes.append(f"{f.name}: {old} -> {new}")
 

@@ -65,6 +65,9 @@ def test_choice(named):
     ("3 | 5 | .5", "C. .5", 2),
     ("3 | 5 | -.5", "C: -.5.", 2),
     ("3 | 5 | .5", "B.5", 1),
+    ("5 | 15 mph", "B. 15 miles per hour", 1),   # in which there is no 5
+    ("5 | 15 mph", "B. 5 miles per hour", None),
+    ("3 | 5 | 3.5 m", "C. 3.5 metres", 2),
     ("5 | 5% | 05", "5", 0),                     # its own words before another's number
     ("upper left | upper right", "upper-left", 0),
     ("a | b | c | d | e | f | g | h | i | j | k", "K", 10),
