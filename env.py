@@ -166,7 +166,7 @@ def resolve_box(bbox, parent, full_size, min_side):
 
 
 # --- Tools. FORK: a new tool is an entry of TOOLS, the two functions that it names, its errors in ERRORS --
-@dataclass
+@dataclass(eq=False)                 # each is itself, a key of dicts: trajectories share images
 class Shown:
     """One image that the policy was shown: `box` of `frame`, resized into a pixel budget."""
     frame: Image.Image               # full resolution, RGB; crops are cut from it, never from a shrunken view

@@ -304,9 +304,7 @@ class Engine:
         places = pad_sequence(places, batch_first=True, padding_value=cache.bin).to(device)      # (B, n)
         cache.expect(places, end, torch.tensor(slots, device=device))
 
-        images, feature = sft.pack(images, policy.proc)
-        features = policy.see(images)
-        h = policy.hidden(ids, pos, features, feature.to(device), cache.mask(), cache)
+        h = policy.hidden(ids, pos, policy.see(images), cache.mask(), cache)
         self.hidden[slots] = h[torch.arange(len(h)), last].float()
 
     def begin(self, slot):
@@ -349,7 +347,7 @@ class Engine:
         places = place.where(left > 0, cache.bin)
         cache.expect(places[:, None], end, slice(n))
         axes = pos[:, None].expand(3, -1, 1)
-        h = self.policy.hidden(token[:, None], axes, None, None, cache.mask(), cache)
+        h = self.policy.hidden(token[:, None], axes, None, cache.mask(), cache)
         self.hidden[:n] = h[:, 0]
 
         # The turn goes on, or ends.
@@ -1089,7 +1087,7 @@ def main(cfg):
         raise env.UserError("--image and --question go together; give both")
 
     # 2. The policy, and one answer.
-    policy = sft.load_policy(env.newest(cfg.model), device)
+    policy = sft.load_policy(cfg.model, device)
     if rank == 0:
         env.lock(cfg.out)
         settings = {**vars(cfg), **sft.provenance()}

@@ -267,20 +267,21 @@ def update(policy, optimizers, samples, cfg, reference=None):
 
 def update_bytes(config, cfg):
     """An estimate of the memory that one trajectory of max_tokens takes in the update, on CUDA: in bf16, with
-    recomputation, by itself. The factors are counted from what PyTorch keeps of a block; what the allocator
-    cannot use, and the vision tower, are left out."""
+    recomputation, by itself. The factors (8, 34, 7) say how many vectors of a width PyTorch keeps for each
+    token, as counted. What the allocator cannot use, and the vision tower, are left out."""
     text = config.get_text_config()
     heads = text.num_attention_heads * evaluation.head_dim(text)
     width = text.hidden_size
     n = cfg.max_tokens
 
-    kept = 2 * n * width * (text.num_hidden_layers + 2)           # inputs of the blocks
-    attention = 2 * n * 8 * heads
-    if hasattr(text, "linear_num_value_heads"):                   # Qwen3.5's linear layers: fp32, much more
-        attention = 4 * n * 34 * text.linear_num_value_heads * text.linear_value_head_dim
-    block = attention + 2 * n * (7 * text.intermediate_size + 8 * width)      # within one of them
-    logits = 8 * 4 * 2 ** 26                                      # fp32, of a part: see Policy.forward
-    return kept + max(block, logits)
+    bf16, fp32 = 2, 4                    # bytes of a number
+    kept = bf16 * n * width * (text.num_hidden_layers + 2)        # inputs of the blocks
+    attention = bf16 * n * 8 * heads                              # within one of them
+    if hasattr(text, "linear_num_value_heads"):                   # Qwen3.5's linear layers take much more
+        attention = fp32 * n * 34 * text.linear_num_value_heads * text.linear_value_head_dim
+    mlp = bf16 * n * (7 * text.intermediate_size + 8 * width)
+    logits = fp32 * 8 * 2 ** 26                                   # of a part: see Policy.forward
+    return kept + max(attention + mlp, logits)
 
 
 def check_memory(policy, first, cfg):
@@ -328,10 +329,11 @@ def mark_best(out):
     log. Returns its step, None without one."""
     best = dict(step=None, accuracy=-1.0)
     for entry in sft.read_log(out):
-        accuracy = entry.get("held_out", best)["accuracy"]
-        step = entry["step"] + 1
-        if accuracy > best["accuracy"] and os.path.exists(f"{out}/checkpoints/{step}"):
-            best = dict(step=step, accuracy=accuracy)
+        if "held_out" in entry:
+            found = dict(step=entry["step"] + 1, accuracy=entry["held_out"]["accuracy"])
+            is_there = os.path.exists(f"{out}/checkpoints/{found['step']}")
+            if is_there and found["accuracy"] > best["accuracy"]:
+                best = found
     env.write_text(f"{out}/best.json", json.dumps(best))
     return best["step"]
 
@@ -357,13 +359,16 @@ def print_step(entry, samples, proc, first, cfg):
 
 
 # --- RPPO: steps, and what is saved ---------------------------------------------------------------------
+ORDER = 11      # tells the random numbers of the rows' order from others of the same seed
+
+
 def prompts_of(step, cfg, n):
     """Row numbers of a step: pieces of a permutation of the n rows that is drawn anew for each pass over
     them."""
     chosen = []
     for p in range(cfg.prompts):
         again, place = divmod(step * cfg.prompts + p, n)
-        order = np.random.default_rng([cfg.seed, 11, again]).permutation(n)
+        order = np.random.default_rng([cfg.seed, ORDER, again]).permutation(n)
         chosen.append(int(order[place]))
     return chosen
 
@@ -495,7 +500,7 @@ def cold_start(cfg):
 def compare(cfg, start, rank, started):
     """Score the cold start and the final policy on the test rows; print the table and write summary.json."""
     summary = {}
-    models = dict(sft=start, rppo=env.newest(cfg.out))
+    models = dict(sft=start, rppo=f"{cfg.out}/checkpoints/{cfg.steps}")
     for name, model in models.items():
         given = env.shared(cfg, evaluation.Config)
         given.update(model=model, out=f"{parent(cfg)}/eval/{name}", limit=cfg.n_score)
@@ -536,7 +541,7 @@ def main(cfg):
     if not start:
         say(rank, f"2 of 4: cold start by imitation, {imitation.steps} steps, into {imitation.out}")
         sft.main(imitation)
-        start = env.newest(imitation.out)
+        start = f"{imitation.out}/checkpoints/{imitation.steps}"      # which every run ends with
 
     # 3. RL
     say(rank, f"3 of 4: RL from {start}, {cfg.prompts} prompts x {cfg.samples} a step, into {cfg.out}")

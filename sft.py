@@ -22,8 +22,8 @@ Writes <out>/{config.json, log.jsonl, checkpoints/<step>/, last}.
 
 Shapes:
     B   conversations of a micro-batch        N   image tokens of a micro-batch
-    T   tokens of the longest of them         M   those of its distinct images: samples of a prompt share one
-    n   trained tokens of them all            V   rows of the head, one for each id
+    T   tokens of the longest of them         V   rows of the head, one for each id
+    n   trained tokens of them all
 """
 import json
 import math
@@ -46,7 +46,6 @@ import env  # before torch: see there
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -110,36 +109,28 @@ REAL = dict(
 
 
 DTYPE = {"cuda": torch.bfloat16, "cpu": torch.float32}     # of matrix products; trained weights stay fp32
-ADAPTERS = "training/adapters.safetensors"                 # of a checkpoint that was trained with LoRA
 
 
 # --- The policy: a Qwen VLM, driven through its parts so that positions, caches and logits are explicit -
-def pack(images, proc):
-    """The distinct Shown images, sorted by shape, and for each image token of `images`, in order, the row of
-    its feature (N,) among those of the distinct images (M, width), see Policy.see. The G samples of a prompt
-    share the original, see Trajectory.fork."""
-    distinct = sorted({id(image): image for image in images}.values(), key=lambda image: image.view.shape)
-    sizes = [math.prod(proc.grid(image.view)) for image in distinct]
-    rows = dict(zip(map(id, distinct), torch.arange(sum(sizes)).split(sizes)))
-    return distinct, torch.cat([torch.arange(0), *(rows[id(image)] for image in images)])
-
-
 def collate(trajs, proc):
     """Trajectories padded on the right: CPU tensors ids, mask, logp (as recorded while sampling) (B, T) and
-    pos (3, B, T); from `pack` the images and the `feature` (N,) of all image tokens in reading order."""
-    images, feature = pack(sum([t.shown for t in trajs], []), proc)
-    ids, mask, logp, pos = [], [], [], []
-    for traj in trajs:
-        ids.append(torch.tensor(traj.ids))
-        mask.append(torch.tensor(traj.mask).float())
-        logp.append(torch.tensor(traj.logp).float())
-        pos.append(torch.from_numpy(traj.pos.T))
+    pos (3, B, T), and their images, a list of Shown in reading order."""
+    B = len(trajs)
+    T = max(len(traj.ids) for traj in trajs)
+    ids = torch.full((B, T), proc.end)
+    mask = torch.zeros(B, T)
+    logp = torch.zeros(B, T)
+    pos = torch.zeros(3, B, T, dtype=torch.long)
+    images = []
 
-    ids = pad_sequence(ids, batch_first=True, padding_value=proc.end)
-    mask = pad_sequence(mask, batch_first=True)
-    logp = pad_sequence(logp, batch_first=True)
-    pos = pad_sequence(pos, batch_first=True).permute(2, 0, 1)
-    return dict(ids=ids, mask=mask, logp=logp, pos=pos, images=images, feature=feature)
+    for i, traj in enumerate(trajs):
+        n = len(traj.ids)
+        ids[i, :n] = torch.tensor(traj.ids)
+        mask[i, :n] = torch.tensor(traj.mask)
+        logp[i, :n] = torch.tensor(traj.logp)
+        pos[:, i, :n] = torch.from_numpy(traj.pos)
+        images += traj.shown
+    return dict(ids=ids, mask=mask, logp=logp, pos=pos, images=images)
 
 
 class Policy(torch.nn.Module):
@@ -193,38 +184,47 @@ class Policy(torch.nn.Module):
                 module.reshard()
                 module.set_reshard_after_forward(module is not self, recurse=False)    # FSDP2's default
 
-    def see(self, images):
-        """Encode distinct Shown images: features (M, width), or with those of Qwen3-VL's L deepstack levels
-        beside them (M, (1 + L) width); None without an image. Of a frozen tower they stay in host memory from
-        the rollout to the update."""
-        if not images:
-            return None
-        if self.reuses_features and all(image.features is not None for image in images):
-            return torch.cat([image.features for image in images]).to(self.device)
-
+    def encode(self, images):
+        """The vision tower: of Shown images the features (their tokens, width), or with those of Qwen3-VL's L
+        deepstack levels beside them (their tokens, (1 + L) width)."""
         views = [image.view.numpy() for image in images]
         pixels = self.image_processor(images=views, return_tensors="pt", input_data_format="channels_last")
-        patches = pixels["pixel_values"].to(self.device)     # (4 M, values of a patch)
+        patches = pixels["pixel_values"].to(self.device)     # 4 for each token
         grid = pixels["image_grid_thw"]                      # (images, 3), in patches
         ends = F.pad(grid.prod(1).cumsum(0), (1, 0))         # on the CPU, so that no block waits for the GPU
         out = self.vlm.model.visual(patches, grid_thw=grid.to(self.device), cu_seqlens=ends)
-        features = torch.cat([out.pooler_output, *getattr(out, "deepstack_features", [])], 1)
+        return torch.cat([out.pooler_output, *getattr(out, "deepstack_features", [])], 1)
 
-        if self.reuses_features and not torch.is_grad_enabled():
-            sizes = grid.prod(1) // 4                        # a token is 2 x 2 patches
-            for image, part in zip(images, features.cpu().split(sizes.tolist())):
-                image.features = part
-        return features
+    def see(self, images):
+        """Of Shown images the features of their N tokens, in reading order, see `encode`; None without an
+        image. Samples of a prompt share the original, which is encoded once. Of a frozen tower the features
+        stay in host memory from the rollout to the update."""
+        if not images:
+            return None
+        # Any order would do. It decides in which order the gradients of the tower's weights are summed.
+        distinct = sorted(dict.fromkeys(images), key=lambda image: image.view.shape)
+        sizes = [math.prod(self.proc.grid(image.view)) for image in distinct]
 
-    def hidden(self, ids, pos, features, feature, mask=None, cache=None):
-        """Last hidden states (B, T, width) of ids (B, T) at pos (3, B, T). features: from `see`; feature
-        (N,): for each image token its row in them. mask and cache: eval.Cache's, in a rollout. Positions are
-        given: inferred beside a cache, they are wrong."""
+        if self.reuses_features and all(image.features is not None for image in distinct):
+            features = torch.cat([image.features for image in distinct]).to(self.device)
+        else:
+            features = self.encode(distinct)
+            if self.reuses_features and not torch.is_grad_enabled():
+                for image, part in zip(distinct, features.cpu().split(sizes)):
+                    image.features = part
+
+        part_of = dict(zip(distinct, features.split(sizes)))
+        return torch.cat([part_of[image] for image in images])
+
+    def hidden(self, ids, pos, features, mask=None, cache=None):
+        """Last hidden states (B, T, width) of ids (B, T) at pos (3, B, T). features: of the image tokens,
+        from `see`. mask and cache: eval.Cache's, in a rollout. Positions are given: inferred beside a cache,
+        they are wrong."""
         x = self.vlm.get_input_embeddings()(ids)
         extra = {}
         if features is not None:
             at = ids == self.proc.image
-            own, *deepstack = features[feature].to(x.dtype).split(x.shape[2], 1)
+            own, *deepstack = features.to(x.dtype).split(x.shape[2], 1)
             x = x.masked_scatter(at[..., None], own)
             if deepstack:
                 extra = dict(visual_pos_masks=at, deepstack_visual_embeds=deepstack)
@@ -255,8 +255,8 @@ class Policy(torch.nn.Module):
         """Log-probability and entropy (n,) of every trained token of a batch, see `collate`. Logits exist
         only there; if they are more than 2^26 entries, one part at a time, recomputed in the backward pass.
         Padding is on the right, where causal attention never looks."""
-        ids, mask, pos, feature = (batch[k].to(self.device) for k in ("ids", "mask", "pos", "feature"))
-        h = self.hidden(ids, pos, self.see(batch["images"]), feature)         # (B, T, width)
+        ids, mask, pos = (batch[name].to(self.device) for name in ("ids", "mask", "pos"))
+        h = self.hidden(ids, pos, self.see(batch["images"]))      # (B, T, width)
 
         trained = mask[:, 1:] > 0                                 # (B, T-1): state t predicts token t + 1
         h = h[:, :-1][trained]                                    # (n, width)
@@ -396,7 +396,6 @@ def make_policy(vlm, tokenizer):
         do_resize=False,
         do_convert_rgb=False,
         patch_size=vision.patch_size,
-        temporal_patch_size=2,
         merge_size=vision.spatial_merge_size,
         image_mean=list(family.mean),
         image_std=list(family.std))
@@ -423,25 +422,26 @@ def fingerprint(weights):
     return f"{crc:08x}"
 
 
+# In a config.json, what would be sampled and trained differently, or is no matrix that can be trained.
+UNSUPPORTED = re.compile(
+    '"sliding_attention"|"use_sliding_window": true|"dynamic"|"longrope"|"quantization_config": {')
+
+
 def read_config(path):
     """The config of a folder or hub id, without dropouts and without what chooses code: the boolean mask of a
-    rollout is right under sdpa only. UserError for what would be sampled and trained differently, or
-    would hang a load."""
+    rollout is right under sdpa only. UserError for what is not supported, or would hang a load."""
     from transformers import AutoConfig, PretrainedConfig
-    env.find_model(path)
     raw, _ = PretrainedConfig.get_config_dict(path)
     family = raw.get("model_type")
     if not family:
         raise UserError(f"{path}: no model, or a run that has not saved a checkpoint yet; check --model")
     if family not in FAMILIES:
         raise UserError(f"{path}: a {family} model; --model takes Qwen3-VL, Qwen2.5-VL or Qwen3.5 (not MoE)")
+    if UNSUPPORTED.search(json.dumps(raw)):
+        raise UserError(f"{path}: config.json asks for a sliding window, dynamic rope or quantized weights, "
+                        "which are not supported")
 
     for part in (raw, raw.get("text_config", {}), raw.get("vision_config", {})):
-        kinds = str([part.get(key) for key in ("layer_types", "rope_scaling", "rope_parameters")])
-        other = any(kind in kinds for kind in ("sliding", "dynamic", "longrope"))
-        if other or part.get("use_sliding_window") or part.get("quantization_config"):
-            raise UserError(f"{path}: config.json asks for a sliding window, dynamic rope or quantized "
-                            "weights, which are not supported")
         if max(part.get("num_hidden_layers", 0), part.get("depth", 0)) > 200:
             raise UserError(f"{path}: config.json asks for more than 200 layers")
         for key in list(part):
@@ -453,14 +453,15 @@ def read_config(path):
 
 
 def load_policy(path, device, train=False):
-    """A Policy from a folder or a hub id. On CUDA its weights are bf16, enough for rollouts; with train=True
-    they are fp32, still on the CPU. Only safetensors are read, no code of a checkpoint is run. UserError for
-    what is no model of FAMILIES, or is damaged."""
+    """A Policy from a checkpoint, a run folder (its newest checkpoint) or a hub id. On CUDA its weights are
+    bf16, enough for rollouts; with train=True they are fp32, still on the CPU. Only safetensors are read, no
+    code of a checkpoint is run. UserError for what is no model of FAMILIES, or is damaged."""
     from transformers import AutoModelForImageTextToText, PreTrainedTokenizerFast
     from transformers.utils import logging
+    path = env.find_model(path)
     if os.path.isdir(path):
         logging.disable_progress_bar()           # of the loading; a download shows its own
-    merged = os.path.exists(f"{path}/{ADAPTERS}")
+    merged = os.path.exists(f"{path}/training/adapters.safetensors")
     dtype = DTYPE[torch.device(device).type]
 
     try:
@@ -513,8 +514,8 @@ def make_tokenizer(rows):
     # 1. Texts that are one token each
     frames = []
     for name, tool in env.TOOLS.items():
-        call = env.call_text(tool.example, name).replace("<tool_call>", "").replace("</tool_call>", "")
-        frames += [piece for piece in call.split("0") if len(piece) > 2]
+        pieces = re.split("0|</?tool_call>", env.call_text(tool.example, name))
+        frames += [piece for piece in pieces if len(piece) > 2]
     whole = [*env.TAGS, env.SYSTEM, *frames]
 
     # 2. What lies between them, to learn words from
@@ -652,19 +653,11 @@ def merge_lora(weights, cfg):
     return adapters
 
 
-def read_lora(folder):
-    """A checkpoint's adapters (name -> tensor) and its notes on them: base (a fingerprint), rank, scale."""
-    from safetensors import safe_open
-    with safe_open(f"{folder}/{ADAPTERS}", "pt") as file:
-        adapters = {name: file.get_tensor(name) for name in file.keys()}
-        return adapters, file.metadata()
-
-
 @torch.no_grad()
 def split_lora(policy, folder, dtype):
     """Take a checkpoint's adapters out of its merged weights again and put them beside. Most of what LoRA
     learns is smaller than a step of bf16: rounded with the weights, three quarters of it can be lost."""
-    adapters, notes = read_lora(folder)
+    adapters, notes = read_training(folder, "adapters")
     add_lora(policy, int(notes["rank"]), float(notes["scale"]))
     policy.vlm.load_state_dict(adapters, strict=False)
 
@@ -725,34 +718,53 @@ def save_model(folder, policy, weights, cfg, preset):
         env.write_text(f"{folder}/{name}", json.dumps(content, indent=1))
 
 
+def whole(named):
+    """Tensors by name, sharded or not, as whole ones on the CPU of rank 0; {} elsewhere. All ranks must reach
+    this."""
+    tensors = {}
+    for name, value in named.items():
+        if hasattr(value, "full_tensor"):        # one at a time, as each rank gathers it on its GPU
+            value = value.full_tensor()
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            tensors[name] = value.detach().cpu()
+    return tensors
+
+
+def optimizer_state(policy, optimizers):
+    """The optimizers' tensors, named "<which optimizer>.<what it is>.<the parameter's name>"."""
+    state = {}
+    for i, optimizer in enumerate(optimizers):
+        for name, p in policy.vlm.named_parameters():
+            for key, value in optimizer.state.get(p, {}).items():
+                state[f"{i}.{key}.{name}"] = value
+    return state
+
+
 def save_checkpoint(step, policy, optimizers, cfg, preset):
     """Write cfg.out/checkpoints/<step>. All ranks must reach this; rank 0 writes, and holds the weights, then
     the optimizers' state. It is renamed when it is on the disk, and only then does cfg.out/last name it."""
     from safetensors.torch import save_file
-    from torch.distributed.checkpoint import state_dict
-    options = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True,    # to rank 0; {} elsewhere
-                                          flatten_optimizer_state_dict=True)
     folder = f"{cfg.out}/checkpoints/{step}"
-    tmp = f"{folder}.tmp"
+    tmp = f"{cfg.out}/checkpoints/unfinished"
 
-    # 1. The model, whole
-    weights = state_dict.get_model_state_dict(policy.vlm, options=options)
-    if weights:
-        shutil.rmtree(tmp, ignore_errors=True)
-        os.makedirs(f"{tmp}/training", exist_ok=True)
+    # 1. The model
+    weights = whole(policy.vlm.state_dict())
+    writes = bool(weights)
+    if writes:
+        shutil.rmtree(tmp, ignore_errors=True)             # of a run that was killed while it wrote
+        os.makedirs(f"{tmp}/training")
         adapters = merge_lora(weights, cfg)
         if adapters:
             rank, scale = policy.lora
             notes = dict(base=policy.fingerprint, rank=str(rank), scale=str(scale))
-            save_file(adapters, f"{tmp}/{ADAPTERS}", notes)
+            save_file(adapters, f"{tmp}/training/adapters.safetensors", notes)
         save_model(tmp, policy, weights, cfg, preset)
     del weights
 
     # 2. Optimizers; then the folder gets its name
-    state = state_dict.get_optimizer_state_dict(policy.vlm, optimizers, options=options)
-    if state:
-        tensors = {name: value for name, value in state.items() if name.startswith("state.")}
-        save_file(tensors, f"{tmp}/training/optimizer.safetensors")
+    state = whole(optimizer_state(policy, optimizers))
+    if writes:
+        save_file(state, f"{tmp}/training/optimizer.safetensors")
         for path in Path(tmp).rglob("*.safetensors"):
             path.chmod(0o644)                              # safetensors leaves them unreadable to others
 
@@ -763,45 +775,61 @@ def save_checkpoint(step, policy, optimizers, cfg, preset):
     barrier()                                              # it is there before anyone reads it
 
 
-def checkpoint_steps(out, suffix=""):
-    """The steps whose checkpoints a run folder has, in order; suffix=".tmp": unfinished ones."""
+def read_training(folder, name):
+    """Tensors, and notes (texts), in the file `name` of a checkpoint's subfolder training/. UserError if it
+    is damaged."""
+    from safetensors import safe_open
+    try:
+        with safe_open(f"{folder}/training/{name}.safetensors", "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+    except Exception as e:
+        raise damaged(folder, e)
+
+
+def checkpoint_steps(out):
+    """The steps whose checkpoints a run folder has, in order."""
     steps = []
-    for path in Path(out, "checkpoints").glob("*" + suffix):
-        name = path.name.removesuffix(suffix)
-        if name.isdecimal() and path.is_dir() and not path.is_symlink():
-            steps.append(int(name))
+    for path in Path(out, "checkpoints").glob("*"):
+        if path.name.isdecimal() and path.is_dir() and not path.is_symlink():
+            steps.append(int(path.name))
     return sorted(steps)
 
 
 def prune(cfg, step, best=None):
-    """Keep the newest checkpoints up to `step` and that of step `best`. Other ones go, with those that killed
-    runs left half-written; what else lies there is the user's."""
+    """Keep the newest checkpoints up to `step` and that of step `best`. Other ones go; what else lies there
+    is the user's."""
     steps = checkpoint_steps(cfg.out)
     newest = [s for s in steps if s <= step][-cfg.keep:]
-    gone = [str(s) for s in steps if s not in (*newest, best)]
-    gone += [f"{s}.tmp" for s in checkpoint_steps(cfg.out, ".tmp")]
-    for name in gone:
+    for s in steps:
+        if s in newest or s == best:
+            continue
         try:
-            shutil.rmtree(f"{cfg.out}/checkpoints/{name}")
+            shutil.rmtree(f"{cfg.out}/checkpoints/{s}")
         except OSError as e:                     # as of a network file system that still has a file open
-            print(f"{cfg.out}/checkpoints/{name} could not be removed ({e})", flush=True)
+            print(f"{cfg.out}/checkpoints/{s} could not be removed ({e})", flush=True)
 
 
 def load_trainable(cfg, start, first, device, betas, muon_lr=0.0):
     """Policy, optimizers and preset of a stage: from `start` (a checkpoint or hub id), or, where a run goes
     on, as it was saved at step `first`; 0: it begins. With LoRA the weights are always those of `start`, and
-    the adapters on top of them come from the subfolder training/ of the checkpoint of step `first`."""
+    the adapters on top of them come from the checkpoint of step `first`. UserError if that is damaged, or if
+    `start` has other weights by now."""
     last = f"{cfg.out}/checkpoints/{first}"
     policy = load_policy(last if first and not cfg.lora else start, device, train=not cfg.lora)
     policy.vlm.model.visual.requires_grad_(cfg.train_vision)
 
     if cfg.lora:
-        rank, scale = cfg.lora, cfg.lora_alpha / cfg.lora
+        mine = cfg.lora, cfg.lora_alpha / cfg.lora
         if policy.lora is None:
-            add_lora(policy, rank, scale, cfg.seed)
-        elif policy.lora != (rank, scale):       # its adapters are trained on
+            add_lora(policy, *mine, cfg.seed)
+        elif policy.lora != mine:                # the adapters of `start` are trained on
             raise UserError(f"{start} has LoRA updates of rank {policy.lora[0]}, multiplied by "
                             f"{policy.lora[1]}; give --lora and --lora_alpha that lead to the same")
+        if first:
+            adapters, notes = read_training(last, "adapters")
+            if notes["base"] != policy.fingerprint:
+                raise UserError(f"{start}: not the weights that {last} was trained on; give another --out")
+            policy.vlm.load_state_dict(adapters, strict=False)
     policy.reuses_features = bool(cfg.lora) or not cfg.train_vision
     if cfg.recompute:
         policy.vlm.gradient_checkpointing_enable({"use_reentrant": False})
@@ -814,32 +842,22 @@ def load_trainable(cfg, start, first, device, betas, muon_lr=0.0):
 
     optimizers = make_optimizers(policy, cfg, betas, muon_lr)
     if first:
-        restore(policy, optimizers, last, start, cfg)
+        restore(policy, optimizers, last)
     return policy, optimizers, env.load_episode(start)[0]
 
 
-def restore(policy, optimizers, folder, start, cfg):
-    """Set the optimizers, and with LoRA the adapters on top of `start`, as the checkpoint in `folder` has
-    them: to each rank its part. UserError if it is damaged, or if `start` has other weights by now."""
-    from safetensors.torch import load_file
-    from torch.distributed.checkpoint import state_dict
-    options = state_dict.StateDictOptions(full_state_dict=True, strict=False)
-    state = state_dict.get_optimizer_state_dict(policy.vlm, optimizers)         # for its param_groups
-    state["state"] = {}                          # torch 2.13 fails to load it flat
-
-    try:
-        if cfg.lora:
-            adapters, notes = read_lora(folder)
-            if notes["base"] != policy.fingerprint:
-                raise UserError(f"{start}: not the weights that {folder} was trained on; give another --out")
-            state_dict.set_model_state_dict(policy.vlm, adapters, options=options)
-
-        for path, value in load_file(f"{folder}/training/optimizer.safetensors").items():
-            name, key = path.removeprefix("state.").rsplit(".", 1)
-            state["state"].setdefault(name, {})[key] = value
-        state_dict.set_optimizer_state_dict(policy.vlm, optimizers, state, options=options)
-    except Exception as e:
-        raise damaged(folder, e)
+def restore(policy, optimizers, folder):
+    """Set the optimizers' state as the checkpoint in `folder` has it: on each rank its part."""
+    from torch.distributed.tensor import distribute_tensor
+    state, _ = read_training(folder, "optimizer")
+    for path, value in state.items():
+        i, key, name = path.split(".", 2)
+        p = policy.vlm.get_parameter(name)
+        if value.ndim:                           # AdamW's count of steps stays on the CPU
+            value = value.to(p.device)
+            if policy.sharded:
+                value = distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None)
+        optimizers[int(i)].state[p][key] = value
 
 
 # --- Optimizers, and gradients over the ranks -----------------------------------------------------------
@@ -988,8 +1006,8 @@ def all_sum(*values):
 
 def leave():
     """Ranks leave together: one that is gone while others still write can end in an abort."""
+    barrier()
     if dist.is_initialized():
-        dist.barrier()
         dist.destroy_process_group()
 
 
@@ -1081,11 +1099,10 @@ def open_run(cfg, rank, rows):
             if old.get("rows", identity) != identity:
                 raise UserError(f"{cfg.out} has learned from other rows than those of {cfg.data} now; give "
                                 "another --out")
-            print(f"{cfg.out}: going on from step {step} of {cfg.steps}", flush=True)
-            planned = old.get("steps", cfg.steps)
-            if planned != cfg.steps:
-                print(f"{cfg.out}: planned for {planned} steps; the rate is now that of {cfg.steps}",
-                      flush=True)
+            text = f"{cfg.out}: going on from step {step} of {cfg.steps}"
+            if old.get("steps", cfg.steps) != cfg.steps:
+                text += f"; it was planned for {old['steps']} steps; the rate is now that of {cfg.steps}"
+            print(text, flush=True)
 
         settings = {**asdict(cfg), **provenance(), "rows": identity}
         env.write_text(f"{cfg.out}/config.json", json.dumps(settings, indent=1))
@@ -1106,25 +1123,25 @@ def cli(main, cls, real):
 
 # --- Imitation ------------------------------------------------------------------------------------------
 def render_batches(proc, rows, cfg):
-    """Rows as micro-batches of conversations of like length, and two counts for the log. left_out:
+    """Rows as micro-batches of conversations of like length, and two numbers for the log. left_out:
     conversations that are not trained, as they call a tool in the turn that may only answer. refused: turns
     whose call failed, or that had neither call nor answer, as when rows are written in another dialect. A
     conversation that outgrows max_tokens is trained as far as it goes."""
-    counts = dict(left_out=0, refused=0)
+    left_out = refused = 0
     trajs = []
     for row in rows:
         traj = env.render(proc, row, row["turns"], cfg)
         if traj.status == "over_turns":      # it stays, as ranks must have equal numbers of batches
             traj.mask = [0] * len(traj.mask)
-            counts["left_out"] += 1
-        counts["refused"] += sum(turn.error is not None for turn in traj.turns)
+            left_out += 1
+        refused += sum(turn.error is not None for turn in traj.turns)
         trajs.append(traj)
 
     trajs.sort(key=lambda traj: len(traj.ids))
     batches = []
     for i in range(0, len(trajs), cfg.micro_batch):
         batches.append(collate(trajs[i:i + cfg.micro_batch], proc))
-    return batches, counts
+    return batches, left_out, refused
 
 
 def train_step(policy, optimizers, batches, step, cfg):
@@ -1162,8 +1179,8 @@ def train(policy, optimizers, rows, first, preset, cfg, rank, world_size):
     """The steps from `first` on. After a signal, or when an image cannot be read any more, what has been
     learned is saved before it ends. preset: saved with checkpoints."""
     def prepare(step):
-        chosen = [rows[i % len(rows)] for i in range(step * cfg.batch, (step + 1) * cfg.batch)]
-        return render_batches(policy.proc, chosen[rank::world_size], cfg)
+        mine = range(step * cfg.batch + rank, (step + 1) * cfg.batch, world_size)
+        return render_batches(policy.proc, [rows[i % len(rows)] for i in mine], cfg)
 
     def save(done):
         if done > first:
@@ -1178,7 +1195,7 @@ def train(policy, optimizers, rows, first, preset, cfg, rank, world_size):
         for step in tqdm(range(first, cfg.steps), "sft", disable=rank > 0 or None, leave=False):
             # 1. batch; the next one is rendered while this step computes
             try:
-                batches, counts = together(pending.result)
+                batches, left_out, refused = together(pending.result)
             except UserError:            # an image that cannot be read any more
                 save(step)
                 raise
@@ -1188,7 +1205,7 @@ def train(policy, optimizers, rows, first, preset, cfg, rank, world_size):
             entry = train_step(policy, optimizers, batches, step, cfg)
 
             # 3. log
-            left_out, refused = all_sum(*counts.values())
+            left_out, refused = all_sum(left_out, refused)
             entry.update(left_out=left_out, refused=refused, seconds=time.time() - started)
             if rank == 0:
                 append_log(cfg.out, entry)

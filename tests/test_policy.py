@@ -43,7 +43,9 @@ def trajs(family):
 def test_forward_against_transformers(family, trajs, monkeypatch):
     """Log-probabilities, entropies and the gradient, with and without logits in recomputed pieces."""
     batch = sft.collate(trajs, family.proc)
-    assert len(batch["images"]) == 5              # of 6 images
+    seen = []
+    family.vlm.model.visual.register_forward_pre_hook(lambda _, args, kwargs: seen.append(len(kwargs["grid_thw"])),
+                                                      with_kwargs=True)
     model = stock(family)
     expected, entropies = [], []
     for traj in trajs:
@@ -62,12 +64,13 @@ def test_forward_against_transformers(family, trajs, monkeypatch):
         logp.sum().backward()
         assert (gradient(family.vlm) - wanted).norm() < 1e-5 * wanted.norm()
         monkeypatch.setattr(sft, "max", lambda *_: 40, raising=False)      # the size of a piece
+    assert seen == [5, 5]                         # of 6 images
 
 
 def test_sft_loss_is_that_of_labels(family, rows):
     """The loss and the gradient's norm of a step are those of labels, -100 where nothing is trained."""
     cfg = sft.Config(micro_batch=2, clip_norm=1e9)
-    batches, counts = sft.render_batches(family.proc, rows[:3], cfg)
+    batches, left_out, _ = sft.render_batches(family.proc, rows[:3], cfg)
     optimizer = torch.optim.SGD(family.parameters(), 0.0)
     entry = sft.train_step(family, [optimizer], batches, 0, cfg)
     model = stock(family)
@@ -78,7 +81,7 @@ def test_sft_loss_is_that_of_labels(family, rows):
         labels.append(torch.tensor(traj.ids).where(torch.tensor(traj.mask) > 0, -100)[1:])
     loss = torch.nn.functional.nll_loss(torch.cat(logps), torch.cat(labels), ignore_index=-100)
     loss.backward()
-    assert counts["left_out"] == 0 and entry["tokens"] == (torch.cat(labels) >= 0).sum()
+    assert left_out == 0 and entry["tokens"] == (torch.cat(labels) >= 0).sum()
     assert entry["loss"] == pytest.approx(loss.item(), rel=1e-5)
     assert entry["grad_norm"] == pytest.approx(gradient(model).norm().item(), rel=1e-5)
 
@@ -90,9 +93,9 @@ def test_sft_leaves_out_what_ends_in_a_call(policy, rows):
     rows = sorted(rows, key=lambda row: len(row["turns"]))[::40]
     long = [row for row in rows if len(row["turns"]) > 2]
     rows[0] = {**rows[0], "turns": ["<tool_call>zoom(1, 2)</tool_call>", rows[0]["turns"][-1]]}
-    [batch], counts = sft.render_batches(policy.proc, rows, cfg)
-    assert 0 < counts["left_out"] == len(long) < len(rows)
-    assert len(rows) == (batch["mask"].sum(1) > 0).sum() + len(long) and counts["refused"] == 1
+    [batch], left_out, refused = sft.render_batches(policy.proc, rows, cfg)
+    assert 0 < left_out == len(long) < len(rows)
+    assert len(rows) == (batch["mask"].sum(1) > 0).sum() + len(long) and refused == 1
 
 
 @pytest.mark.parametrize("step, scale", [(0, 0.25), (2, 0.75), (3, 1), (4, 1), (14, 1), (15, 5 / 6), (19, 1 / 6)])
@@ -265,6 +268,9 @@ def test_hub_folders_and_ours(family, trajs, tmp_path):
     copies = {name: value.clone() for name, value in loaded.vlm.state_dict().items()}    # as ranks give them
     sft.save_model(f"{out}.copies", loaded, copies, CFG, "real")
     assert load_file(f"{out}.copies/model.safetensors").keys() == index["weight_map"].keys()
+    for folder, longest in ((out, 49 * 49), (f"{out}.copies", 150 * 150)):      # of crops, of originals
+        images = json.loads(Path(folder, "preprocessor_config.json").read_text())
+        assert images["size"] == dict(shortest_edge=32 * 32, longest_edge=longest)
     files = [path for path in Path(out).rglob("*") if path.is_file()]
     assert {path.stat().st_mode & 0o777 for path in files} == {0o644}
     is_new = family.vlm.config.model_type != "qwen2_5_vl"                 # their servers ask for that file

@@ -288,6 +288,10 @@ def sgd(learner, samples, /, lr=0.0, module=rppo, **settings):
     return module.update(learner, [optimizer], samples, replace(CFG, **settings))
 
 
+def is_sharded(tensor):
+    return hasattr(tensor, "full_tensor")
+
+
 def forked(term):
     """rppo.py as a fork has it: a term, in a line or three, at the mark for one, and no sample left out."""
     code = Path(rppo.__file__).read_text()
@@ -424,6 +428,10 @@ def test_a_kl_term_on_two_sharded_ranks(learner, policy, samples, tmp_path):
         if len(shares) > 1:
             sft.dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=rank, world_size=2)
             sft.shard(learner, torch.device("cpu"))
+            with pytest.raises(env.UserError), learner.gathered():       # whole for a rollout, also if that fails
+                assert not any(map(is_sharded, learner.parameters()))
+                raise env.UserError("a cut image")
+            assert all(map(is_sharded, learner.parameters()))
         optimizer = torch.optim.SGD(learner.parameters(), lr=0.0)
         optimizer.register_step_pre_hook(lambda *_: kept.append([whole(p.grad) for p in learner.parameters()]))
         fork.update(learner, [optimizer], mine, replace(CFG, micro_batch=2), policy)

@@ -19,7 +19,6 @@ import sys
 from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -74,7 +73,7 @@ def test_folders(chain):
         for file in ("model.safetensors", "tokenizer.json", "episode.json", "training/optimizer.safetensors"):
             promised += f"{run}/checkpoints/2/{file} "
     assert not [path for path in promised.split() if not (chain["top"] / path).is_file()]
-    assert not list(chain["top"].rglob("*.tmp"))
+    assert not [*chain["top"].rglob("*.tmp"), *chain["top"].rglob("unfinished")]
     page = (chain["top"] / "runs/report.html").read_text()
     assert page.count("<figure>") > 4 and "<article>" in page and "<script" not in page
     assert "runs/sft" in page and f"runs/eval/rppo after {chain['top']}/runs/eval/sft" in page
@@ -357,20 +356,20 @@ def test_pruning_and_the_best(tmp_path, monkeypatch, capsys):
     for step, accuracy in ((0, 0.9), (1, 0.5), (2, 0.7), (4, 0.7), (5, 0.1)):
         text += json.dumps(dict(step=step, held_out=dict(accuracy=accuracy))) + "\n"
     (tmp_path / "log.jsonl").write_text(text + '{"step": 6, "held_out": {"accu')     # half a line of a kill
-    for name in ("2", "3", "4", "5", "6", "7.tmp", "10"):
+    for name in ("2", "3", "4", "5", "6", "10"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
     best = rppo.mark_best(str(tmp_path))
     assert best == 3 and json.loads((tmp_path / "best.json").read_text()) == {"step": 3, "accuracy": 0.7}
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     (tmp_path / "checkpoints/8").symlink_to(elsewhere)
-    for name in ("notes", "notes.tmp", "x.tmp"):
+    for name in ("notes", "unfinished"):
         (tmp_path / "checkpoints" / name).mkdir()
     rmtree = shutil.rmtree
     monkeypatch.setattr(shutil, "rmtree", lambda path: rmtree(path) if path[-2:] != "/2" else os.rmdir("/no/where"))
     sft.prune(sft.Config(out=str(tmp_path), keep=2), 6, best)
     left = set(os.listdir(tmp_path / "checkpoints"))
-    assert left == {"2", "3", "5", "6", "8", "notes", "notes.tmp", "x.tmp"}
+    assert left == {"2", "3", "5", "6", "8", "notes", "unfinished"}
     assert re.search("checkpoints/2 could not be removed .*No such file", capsys.readouterr().out)
 
 
@@ -414,19 +413,20 @@ def test_one_thread():
 
 
 def test_two_threads_add_in_one_order(policy, monkeypatch):
-    """Features that many image tokens share get the same bits of gradient each time. The kill tests are too
-    small to see two threads add in changing order."""
-    def language_model(inputs_embeds, **_):
-        return SimpleNamespace(last_hidden_state=inputs_embeds)
+    """Features that many samples share get the same bits of gradient each time. The kill tests are too small to see
+    two threads add in changing order."""
     sft.setup()
     torch.set_num_threads(2)
-    monkeypatch.setattr(policy.vlm.model.language_model, "forward", language_model)
-    ids = torch.full((1, 40_000), policy.proc.image)
-    feature = torch.randint(40, (40_000,))
     features = torch.randn(40, 96, requires_grad=True)
+    images = []
+    for _ in range(40):
+        image = env.Shown(None, (), 0, 0)
+        image.view = torch.zeros(16, 16, 3)
+        images += [image] * 1000
+    monkeypatch.setattr(policy, "encode", lambda images: features)
     noise, found = torch.randn(40_000, 96), set()
     for _ in range(4):
-        loss = (policy.hidden(ids, None, features, feature) * noise).sum()
+        loss = (policy.see(images) * noise).sum()
         found.add(torch.autograd.grad(loss, features)[0].numpy().tobytes())
     torch.set_num_threads(1)
     assert len(found) == 1
