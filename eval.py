@@ -308,7 +308,7 @@ class Engine:
         self.hidden[slots] = h[torch.arange(len(h)), last].float()
 
     def begin(self, slot):
-        """A turn begins: all that there is has been fed."""
+        """A turn begins in a slot, all of whose tokens have been fed."""
         cfg = self.cfg
         seat = self.live[slot]
         traj = seat.traj
@@ -320,7 +320,7 @@ class Engine:
         self.used[slot] = 0
         self.left[slot] = min(cfg.turn_tokens, cfg.max_tokens - 1 - seat.fed)
 
-        # Of the trajectory's numbers every turn has its own.
+        # Every turn has its own of the trajectory's numbers. The host does not wait until they are there.
         start = cfg.turn_tokens * len(traj.turns)
         u = uniforms(*seat.stream, start + cfg.turn_tokens)[start:]
         self.u[slot, :-1] = u.to(self.policy.device, non_blocking=True)
@@ -418,7 +418,7 @@ class Engine:
 
 
 def slot_bytes(config, cfg):
-    """Bytes of one slot of the cache on CUDA."""
+    """Bytes of one slot of the cache on CUDA: counted on `meta`, which allocates nothing."""
     text = config.get_text_config()
     layers = stores(text, 1, cfg.max_tokens, sft.DTYPE["cuda"], "meta")
     return sum(store.nbytes for store in sum(layers, ()))
@@ -1113,8 +1113,8 @@ def main(cfg):
         missing = left_out.get(name, [])
         if rank == 0:
             print(f"eval: {cfg.model} answers {len(rows)} questions, {name}", flush=True)
-        if rank == 0 and missing:
-            print(f"{name}: {len(missing)} questions are left out, the first: {env.printable(missing[0])}")
+            if missing:
+                print(f"{name}: {len(missing)} questions are left out, the first: {env.printable(missing[0])}")
 
         greedy = cfg.k == 1 if cfg.bench else name == "greedy"
         scores[name] = score(policy, name, rows, cfg, rank, world_size, greedy)
