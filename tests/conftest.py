@@ -3,6 +3,7 @@ import copy
 import http.server
 import json
 import os
+import re
 import sys
 import threading
 import zlib
@@ -197,9 +198,15 @@ def picture(seed=0, size=(40, 30)):
     return Image.new("RGB", size, (20 * seed, 90, 160))
 
 
-def refusal(function, *args):
+def refusal(function, *args, **settings):
     """The message of the UserError that a call ends with: one line."""
     with pytest.raises(env.UserError) as e:
-        function(*args)
+        function(*args, **settings)
     assert "\n" not in str(e.value)
     return str(e.value)
+
+
+def refused(words, function, *args, **settings):
+    """The call ends with a UserError in whose line `words` are found."""
+    said = refusal(function, *args, **settings)
+    assert re.search(words, said), said

@@ -14,7 +14,7 @@ from threading import Event
 
 import numpy as np
 import pytest
-from conftest import serving
+from conftest import refused, serving
 from PIL import Image
 
 import data
@@ -255,8 +255,7 @@ def test_endpoint_fails_and_run_is_killed(done, tmp_path, monkeypatch):
     cfg = replace(cfg, images=f"{cfg.images}/few", out=f"{tmp_path}/whole")
     script.seen.clear()
     script.broken = {"evidence": 403}
-    with pytest.raises(env.UserError, match="403"):
-        data.main(cfg)
+    refused("403", data.main, cfg)
     script.broken = {"evidence": 400}
     data.answering.clear()
     data.main(cfg)
@@ -290,5 +289,4 @@ def test_nothing_to_use(done, scenes, tmp_path):
     cfg = replace(done[1], out=f"{tmp_path}/out")
     for change, words in (({"images": str(tmp_path)}, "a folder of photographs"),
                           ({"annotator": ""}, "an endpoint begins with"), ({"out": scenes}, "did not make")):
-        with pytest.raises(env.UserError, match=words):
-            data.main(replace(cfg, **change))
+        refused(words, data.main, replace(cfg, **change))

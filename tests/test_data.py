@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import refused
 
 import data
 import env
@@ -64,11 +65,10 @@ def test_the_same_command_again(tmp_path):
     (tmp_path / "rows/sft.jsonl").unlink()
     data.main(cfg)
     assert files(cfg.out) == before
-    with pytest.raises(env.UserError, match="n_test: 8 -> 9"):
-        data.main(data.Config(out=cfg.out, **{**SMALL, "n_test": 9}))
+    refused("n_test: 8 -> 9", data.main, data.Config(out=cfg.out, **{**SMALL, "n_test": 9}))
     (tmp_path / "train.jsonl").write_text("{}")
-    with pytest.raises(env.UserError, match="holds rows that this command did not make; give another --out"):
-        data.main(data.Config(out=str(tmp_path), **SMALL))
+    words = "holds rows that this command did not make; give another --out"
+    refused(words, data.main, data.Config(out=str(tmp_path), **SMALL))
     assert files(cfg.out) == before and (tmp_path / "train.jsonl").read_text() == "{}"
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 import env
 import sft
-from conftest import ROOT
+from conftest import ROOT, crop, refused
 from env import EpisodeConfig, Shown, parse_action
 
 # An original of up to 96 x 96 pixels and crops of up to 64 x 64, as the model sees them.
@@ -29,10 +29,6 @@ ANSWER = "<think>At A1 green.</think>\n<answer>green</answer>"
 def call(arguments):
     """The text of a crop call; arguments is the text of its JSON object."""
     return f"<tool_call>\n{CALL % arguments}\n</tool_call>"
-
-
-def crop(*bbox, img_idx=0):
-    return call('{"bbox_2d": %s, "img_idx": %d}' % (list(bbox), img_idx))
 
 
 def picture(width, height):
@@ -407,8 +403,7 @@ def test_token_limit(policy, row):
         traj = env.render(proc, row, SEARCH[:1], replace(ROOMY, max_tokens=limit))
         assert traj.ids == ids and len(traj.crops) == (ids == whole)
         assert traj.status == ("open" if traj.crops else "over_tokens")
-    with pytest.raises(env.UserError, match="row 5: .*max_tokens"):
-        env.reset(proc, row, replace(ROOMY, max_tokens=len(prompt) + 1))
+    refused("row 5: .*max_tokens", env.reset, proc, row, replace(ROOMY, max_tokens=len(prompt) + 1))
 
 
 @pytest.mark.parametrize("family", ["policy", "policy25", "policy35"])
@@ -475,8 +470,7 @@ def test_newest(tmp_path):
     assert env.newest(str(tmp_path)) == f"{tmp_path}/checkpoints/40"
     for text in (b"", b"41", b"41.tmp", b"..", b"\xff\x00"):
         last.write_bytes(text)
-        with pytest.raises(env.UserError, match=f"^{last} names no checkpoint.*: 40, 5$"):
-            env.newest(str(tmp_path))
+        refused(f"^{last} names no checkpoint.*: 40, 5$", env.newest, str(tmp_path))
 
 
 def test_lock(tmp_path, monkeypatch, capsys):
@@ -488,8 +482,7 @@ def test_lock(tmp_path, monkeypatch, capsys):
     env.lock(f"{tmp_path}/a")
     assert "cannot be locked (no locks)" in capsys.readouterr().out
     error = BlockingIOError()
-    with pytest.raises(env.UserError, match="b is in use"):
-        env.lock(f"{tmp_path}/b")
+    refused("b is in use", env.lock, f"{tmp_path}/b")
 
 
 @pytest.mark.parametrize("flags, line", [
@@ -508,8 +501,7 @@ def test_flags_in_one_line(flags, line, monkeypatch):
     """What would fail later, or be looked for on the hub, is said at once."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", ["sft.py", *flags])
-    with pytest.raises(env.UserError, match=f"^.*{line}.*$"):
-        env.command(lambda cfg: env.lock(cfg.out), sft.Config, sft.REAL)
+    refused(f"^.*{line}.*$", env.command, lambda cfg: env.lock(cfg.out), sft.Config, sft.REAL)
 
 
 def test_full_disk(monkeypatch):
@@ -522,10 +514,3 @@ def test_full_disk(monkeypatch):
                           (BrokenPipeError(), BrokenPipeError), (KeyError("No"), KeyError)):
         with pytest.raises(raised):
             env.command(main, sft.Config, sft.REAL)
-
-
-def test_flags_as_people_write_them():
-    """In any case; a name of the hub stays one."""
-    for text in ("True", "true", "TRUE"):
-        assert env.configure(sft.Config, sft.REAL, [f"--shard={text}"]).shard is True
-    assert env.configure(sft.Config, sft.REAL, ["--model=some/name"]).model == "some/name"

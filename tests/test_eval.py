@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import serving
+from conftest import refused, serving
 from PIL import Image
 
 import data
@@ -148,8 +148,7 @@ def test_the_same_command_continues(folder, asked):
     again = bench(folder, k=2)["rows"]
     assert again["repeat_rate"] is again["older"] is None and again["accuracy"] == first["rows"]["accuracy"]
     for change in (dict(max_tokens=99), dict(limit=3), dict(k=3), dict(seed=1), dict(eps=0.2), dict(judge_url="x")):
-        with pytest.raises(env.UserError, match="results-rows-tool_on.jsonl: .*give another --out"):
-            bench(folder, **{"k": 2, **change})
+        refused("results-rows-tool_on.jsonl: .*give another --out", bench, folder, **{"k": 2, **change})
 
 
 @pytest.mark.parametrize("max_crops", [5, 0])
@@ -157,8 +156,7 @@ def test_other_weights_are_refused(folder, asked, max_crops):
     """Under the same path, and as the pair of answers without the tool."""
     bench(folder)
     sft.load_policy("m", "cpu").fingerprint = "beef"
-    with pytest.raises(env.UserError, match="tool_on.jsonl: .*weights f00d, not beef; give another --out"):
-        bench(folder, max_crops=max_crops)
+    refused("tool_on.jsonl: .*weights f00d, not beef; give another --out", bench, folder, max_crops=max_crops)
 
 
 @pytest.mark.parametrize("fields, words", [
@@ -167,8 +165,7 @@ def test_other_weights_are_refused(folder, asked, max_crops):
     (dict(image="a.png"), "--image and --question go together"),
     (dict(question="what?"), "--image and --question go together")])
 def test_what_is_missing(folder, fields, words):
-    with pytest.raises(env.UserError, match=words):
-        run(folder, **fields)
+    refused(words, run, folder, **fields)
 
 
 def test_loading_from_a_script(scenes, tmp_path):
@@ -182,8 +179,7 @@ def test_loading_from_a_script(scenes, tmp_path):
     assert len(traj.turns) == 1 and policy.fingerprint
     (tmp_path / "checkpoints/3/training").mkdir()
     (tmp_path / "checkpoints/3/episode.json").unlink()
-    with pytest.raises(env.UserError, match="checkpoints/3/episode.json is missing.*copy another step's"):
-        evaluation.load(str(tmp_path))
+    refused("checkpoints/3/episode.json is missing.*copy another step's", evaluation.load, str(tmp_path))
 
 
 def test_with_and_without_the_tool(folder, capsys):
@@ -223,8 +219,7 @@ def test_who_is_judged(row, answer, verdict):
     with serving(lambda body: 422 if verdict == "failed" else "yes") as url:
         cfg = evaluation.Config(judge_url=url, judge_name="j")
         if verdict == "failed":
-            with pytest.raises(env.UserError, match="422"):
-                evaluation.judge([traj], cfg)
+            refused("422", evaluation.judge, [traj], cfg)
             data.answering.add((url, "j"))
         evaluation.judge([traj], cfg)
     assert traj.verdict == verdict

@@ -12,7 +12,7 @@ from PIL import Image
 
 import data
 import env
-from conftest import ROOT, picture
+from conftest import ROOT, picture, refused
 
 
 def test_readable_images(tmp_path):
@@ -53,8 +53,7 @@ def test_unreadable_images(tmp_path, monkeypatch):
     to_rgb, opened = env.to_rgb, []
     monkeypatch.setattr(env, "to_rgb", lambda image: opened.append(image) or to_rgb(image))
     for path in tmp_path.iterdir():
-        with pytest.raises(env.UserError, match=f"{path.name}: not a readable image.*remove its row"):
-            env.open_image(path)
+        refused(f"{path.name}: not a readable image.*remove its row", env.open_image, path)
     assert len(opened) == 2                      # half, half-nan
 
 
@@ -71,8 +70,7 @@ def test_image_root(tmp_path):
         expected = str(root / path).replace("a/../", "")
         assert data.find_image(str(root), path, "row 5", True) == expected
     for path in ("../root2/x.png", "link/../../root2/x.png", "/etc/passwd", "..", "x\0/../../y\ud800"):
-        with pytest.raises(env.UserError, match="row 5: .*outside"):
-            data.find_image(str(root), path, "row 5", True)
+        refused("row 5: .*outside", data.find_image, str(root), path, "row 5", True)
 
 
 ROW = {"images": ["a.png"], "problem": "<image>a\u2028b", "solution": "red", "extra": "é"}
@@ -94,8 +92,7 @@ def test_rows(tmp_path):
         assert rows == [{**expected, "doc_id": f"x.json: row {i}"} for i in range(2)]
     for text, message in (("[" * 100_000, ": not JSON"), ("", ": no rows"), ("5", ": row 0 has no"),
                           ("PAR1\0", " is Parquet.*README")):
-        with pytest.raises(env.UserError, match=f"x.json{message}"):
-            load(tmp_path, text)
+        refused(f"x.json{message}", load, tmp_path, text)
 
 
 def test_splits(tmp_path):
@@ -141,8 +138,7 @@ def test_parquet_recipe(tmp_path, monkeypatch):
 def test_bad_rows(line, tmp_path):
     """What is wrong is one line that names file and row."""
     change, message = line.replace("HUGE", "1" + "0" * 400).split(" -> ")
-    with pytest.raises(env.UserError, match="x.json: row 0 ?" + message):
-        load(tmp_path, json.dumps({**ROW, **json.loads(change)}))
+    refused("x.json: row 0 ?" + message, load, tmp_path, json.dumps({**ROW, **json.loads(change)}))
 
 
 def test_rows_are_checked_before_hours_are_spent(tmp_path, policy):
@@ -159,11 +155,9 @@ def test_rows_are_checked_before_hours_are_spent(tmp_path, policy):
 
     check(0, 1, max_tokens=n)
     check(3, 4, max_tokens=1)                    # there are three questions: none is this rank's
-    with pytest.raises(env.UserError, match="row 2: its prompt of .*max_tokens"):
-        check(0, 1, max_tokens=n - 1)
+    refused("row 2: its prompt of .*max_tokens", check, 0, 1, max_tokens=n - 1)
     (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:-30])
-    with pytest.raises(env.UserError, match="a.png: not a readable image"):
-        check(0, 1)
+    refused("a.png: not a readable image", check, 0, 1)
 
 
 @pytest.mark.parametrize("key", [*ROW, "choices", "boxes", "turns", "doc_id"])

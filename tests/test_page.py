@@ -4,9 +4,9 @@ import re
 from html.parser import HTMLParser
 
 import pytest
+from conftest import refused
 from PIL import Image
 
-import env
 import eval as evaluation
 
 HOSTILE = '</p><script>alert("1")</script><img src=x onerror=alert(1)>&lt;'
@@ -143,10 +143,8 @@ def test_only_given_runs_and_a_damaged_one(image, tmp_path):
     assert "sft is damaged" in page and Page(page).rows["Accuracy"][1:3] == ["0.0 %", "100.0 %"]
 
     (runs / "report.html").write_text("mine")
-    with pytest.raises(env.UserError, match="report.html is another file"):
-        evaluation.report([str(runs)])
-    with pytest.raises(env.UserError, match="no run in nowhere"):
-        evaluation.main(evaluation.Config(report="nowhere"))
+    refused("report.html is another file", evaluation.report, [str(runs)])
+    refused("no run in nowhere", evaluation.main, evaluation.Config(report="nowhere"))
 
 
 def test_hostile_text_stays_text(image, tmp_path):

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import crop, plain, refusal, stock
+from conftest import crop, plain, refusal, refused, stock
 import torch
 from PIL import Image
 
@@ -169,8 +169,7 @@ def test_budgets(policy, pictures, monkeypatch):
         [traj] = evaluation.rollout(policy, pictures[:1], cfg)
         assert len(traj.ids) <= cfg.max_tokens
         assert traj.ids[-1] == policy.proc.end
-    with pytest.raises(env.UserError, match="max_tokens"):
-        evaluation.rollout(policy, pictures[:1], replace(ROOMY, max_tokens=prompt + 1))
+    refused("max_tokens", evaluation.rollout, policy, pictures[:1], replace(ROOMY, max_tokens=prompt + 1))
 
 
 def test_several_end_ids(policy, pictures, monkeypatch):
@@ -242,8 +241,7 @@ def test_draws_follow_the_distribution():
 def test_logits_that_are_no_numbers_end_in_one_line(policy, rows, greedy):
     broken = copy.deepcopy(policy)
     torch.nn.init.constant_(broken.vlm.model.language_model.norm.weight, float("nan"))
-    with pytest.raises(env.UserError, match="logits are not finite"):
-        evaluation.rollout(broken, rows[:2], SHORT, greedy=greedy)
+    refused("logits are not finite", evaluation.rollout, broken, rows[:2], SHORT, greedy=greedy)
 
 
 def test_memory_is_arithmetic(any_policy, monkeypatch):
