@@ -111,7 +111,7 @@ def test_logs_and_scores(chain):
 def small(monkeypatch):
     """The defaults with which the main job makes rows and cold start, made small."""
     monkeypatch.setattr(data, "Config", partial(data.Config, **SCENES))
-    monkeypatch.setattr(sft, "Config", partial(sft.Config, **SFT))
+    monkeypatch.setattr(sft, "Config", partial(sft.Config, **dict(SFT, steps=1)))
     return monkeypatch
 
 
