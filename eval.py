@@ -896,22 +896,23 @@ def trajectory_html(record, title, outcome):
             f'<b class="{outcome[:5]}">{outcome}</b></article>\n')
 
 
-def changes(old, new, keys):
-    """The table of what changed between two runs' records of the same keys."""
+def changes(pairs):
+    """The table of what changed. pairs: the records of a question before and after."""
     rights = defaultdict(lambda: defaultdict(list))        # row -> question -> (before, after) of its samples
-    for key in keys:
-        right = old[key]["right"], new[key]["right"]
-        question, _ = key
+    was, now = Counter(), Counter()                        # fates
+    for old, new in pairs:
+        right = old["right"], new["right"]
+        question = new["index"]
         rights["Accuracy"][question].append(right)
-        for level in levels(new[key]):
+        for level in levels(new):
             rights[f"Accuracy, {level}"][question].append(right)
-    was = Counter(fate(old[key]) for key in keys)
-    now = Counter(fate(new[key]) for key in keys)
+        was[fate(old)] += 1
+        now[fate(new)] += 1
 
     rows = [["", "questions", "before", "after", "difference"]]
     for level in sorted(rights):
         rows.append(change_row(level, rights[level].values()))
-    for outcome in sorted({*was, *now}):
+    for outcome in sorted(was | now):
         change = f"{now[outcome] - was[outcome]:+}"
         rows.append([outcome.capitalize(), "", was[outcome], now[outcome], change])
     return rows
@@ -921,17 +922,17 @@ def section(name, before, after, n):
     """Table and n examples of each kind. before and after: (folder, records); the same twice if there is
     nothing to compare with."""
     (old_folder, old), (folder, new) = before, after
-    keys = []
+    pairs = []
     for key in sorted(new):
         if key in old and old[key]["problem"] == new[key]["problem"]:
-            keys.append(key)
-    if not keys:
+            pairs.append((old[key], new[key]))
+    if not pairs:
         return section(name, after, after, n)
 
     # 1. The table
     compared = folder != old_folder
     heading = f"{name.replace('-tool_', ', tool ')}: {folder}"
-    rows = changes(old, new, keys)
+    rows = changes(pairs)
     if compared:
         heading += f" after {old_folder}"
     else:
@@ -940,12 +941,12 @@ def section(name, before, after, n):
 
     # 2. Examples
     for kind, right in EXAMPLES.items():
-        found = [key for key in keys if (old[key]["right"], new[key]["right"]) == right]
+        found = [pair for pair in pairs if (pair[0]["right"], pair[1]["right"]) == right]
         html += f'<details><summary>{len(found)} {kind}: examples</summary><div class="grid">'
-        for key in found[:n]:
+        for old, new in found[:n]:
             if compared:
-                html += trajectory_html(old[key], "Before:", fate(old[key]))
-            html += trajectory_html(new[key], "After:", fate(new[key]))
+                html += trajectory_html(old, "Before:", fate(old))
+            html += trajectory_html(new, "After:", fate(new))
         html += "</div></details>\n"
     return html
 
@@ -1114,7 +1115,8 @@ def main(cfg):
         if rank == 0:
             print(f"eval: {cfg.model} answers {len(rows)} questions, {name}", flush=True)
             if missing:
-                print(f"{name}: {len(missing)} questions are left out, the first: {env.printable(missing[0])}")
+                first = env.printable(missing[0])
+                print(f"{name}: {len(missing)} questions are left out, the first: {first}")
 
         greedy = cfg.k == 1 if cfg.bench else name == "greedy"
         scores[name] = score(policy, name, rows, cfg, rank, world_size, greedy)
