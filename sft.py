@@ -193,7 +193,8 @@ class Policy(torch.nn.Module):
         grid = pixels["image_grid_thw"]                      # (images, 3), in patches
         ends = F.pad(grid.prod(1).cumsum(0), (1, 0))         # on the CPU, so that no block waits for the GPU
         out = self.vlm.model.visual(patches, grid_thw=grid.to(self.device), cu_seqlens=ends)
-        return torch.cat([out.pooler_output, *getattr(out, "deepstack_features", [])], 1)
+        deepstack = getattr(out, "deepstack_features", [])
+        return torch.cat([out.pooler_output, *deepstack], 1)
 
     def see(self, images):
         """Of Shown images the features of their N tokens, in reading order, see `encode`; None without an
@@ -201,7 +202,7 @@ class Policy(torch.nn.Module):
         stay in host memory from the rollout to the update."""
         if not images:
             return None
-        # Any order would do. It decides in which order the gradients of the tower's weights are summed.
+        # Any order would do. It decides how gradients of the tower are summed, so the last bits of a run.
         distinct = sorted(dict.fromkeys(images), key=lambda image: image.view.shape)
         sizes = [math.prod(self.proc.grid(image.view)) for image in distinct]
 
@@ -241,7 +242,8 @@ class Policy(torch.nn.Module):
     def logits(self, h, temperature):
         """Of hidden states h (..., width) the logits (..., V) of the sampling distribution, in fp32: divided
         by the temperature, banned ids at -inf. Rollout and update both take them from here."""
-        return (self.vlm.lm_head(h).float() / temperature).masked_fill(self.banned, -torch.inf)
+        logits = self.vlm.lm_head(h).float() / temperature
+        return logits.masked_fill(self.banned, -torch.inf)
 
     def token_logp(self, h, target, temperature):
         """Of hidden states h (n, width): log-probability of each target, entropy of what is sampled (n,)."""
@@ -274,7 +276,8 @@ class Policy(torch.nn.Module):
 # --- Families: what a model needs to be a policy, and where it comes from -------------------------------
 def linear_patches(self, hidden_states):
     """The patch convolution (its kernel is its stride) as the matrix product that it is."""
-    return F.linear(hidden_states.to(self.proj.weight.dtype), self.proj.weight.flatten(1), self.proj.bias)
+    weight = self.proj.weight.flatten(1)
+    return F.linear(hidden_states.to(weight.dtype), weight, self.proj.bias)
 
 
 def vision_attention(self, hidden_states, cu_seqlens, position_embeddings, **_):
@@ -297,13 +300,15 @@ def vision_attention(self, hidden_states, cu_seqlens, position_embeddings, **_):
 @torch.autocast("cuda", enabled=False)           # with torch 2.13's it would go through fp32
 def rms_norm(self, x):
     """One kernel; transformers' takes six."""
-    return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.variance_epsilon)
+    weight = self.weight.to(x.dtype)
+    return F.rms_norm(x, weight.shape, weight, self.variance_epsilon)
 
 
 @torch.autocast("cuda", enabled=False)
 def centred_rms_norm(self, x):
     """Qwen3.5's, whose factor is 1 + weight: in fp32, as bf16 would round a small weight away."""
-    return F.rms_norm(x.float(), self.weight.shape, 1 + self.weight.float(), self.eps).to(x.dtype)
+    factor = 1 + self.weight.float()
+    return F.rms_norm(x.float(), factor.shape, factor, self.eps).to(x.dtype)
 
 
 def gated_delta_net(self, hidden_states, cache_params=None, **_):
@@ -369,21 +374,18 @@ class Family:
     forwards: dict                   # end of a class's name -> what its modules compute in place of `forward`
     mean: tuple = (0.5, 0.5, 0.5)    # of the pixels that the vision tower expects
     std: tuple = (0.5, 0.5, 0.5)
-    video: str = ""                  # the video processor whose file servers ask for
+    video: str = "Qwen3VLVideoProcessor"  # whose file servers ask for, if any
 
 
+FORWARDS = {"PatchEmbed": linear_patches, "VisionAttention": vision_attention, "RMSNorm": rms_norm}
 FAMILIES = {   # by transformers' model_type
-    "qwen3_vl": Family(
-        forwards={"PatchEmbed": linear_patches, "VisionAttention": vision_attention, "RMSNorm": rms_norm},
-        video="Qwen3VLVideoProcessor"),
+    "qwen3_vl": Family(FORWARDS),
     "qwen2_5_vl": Family(
-        forwards={"PatchEmbed": linear_patches, "VisionAttention": vision_attention, "RMSNorm": rms_norm},
+        FORWARDS,
         mean=(0.48145466, 0.4578275, 0.40821073),
-        std=(0.26862954, 0.26130258, 0.27577711)),
-    "qwen3_5": Family(
-        forwards={"PatchEmbed": linear_patches, "VisionAttention": vision_attention,
-                  "RMSNorm": centred_rms_norm, "GatedDeltaNet": gated_delta_net},
-        video="Qwen3VLVideoProcessor")}
+        std=(0.26862954, 0.26130258, 0.27577711),
+        video=""),
+    "qwen3_5": Family({**FORWARDS, "RMSNorm": centred_rms_norm, "GatedDeltaNet": gated_delta_net})}
 
 
 def make_policy(vlm, tokenizer):
@@ -400,9 +402,9 @@ def make_policy(vlm, tokenizer):
         image_mean=list(family.mean),
         image_std=list(family.std))
 
-    ends = vlm.generation_config.eos_token_id
-    ends = ends if isinstance(ends, list) else [ends]
-    ends = [i for i in ends if type(i) is int and 0 <= i < len(tokenizer)]
+    given = vlm.generation_config.eos_token_id
+    given = given if isinstance(given, list) else [given]
+    ends = [i for i in given if type(i) is int and 0 <= i < len(tokenizer)]
     proc = env.Processor(tokenizer, vision.patch_size * vision.spatial_merge_size, ends)
 
     # A server samples as the checkpoint's generation config says: the hub's top_k of 1 would make it greedy.
@@ -416,13 +418,15 @@ def fingerprint(weights):
     each, rounded to bf16, so that it is the same whether they were read in bf16 or in fp32."""
     crc = 0
     for name, value in sorted(weights.items()):
-        some = value.detach().flatten()[::max(value.numel() // 16, 1)].bfloat16().float().cpu()
+        step = max(value.numel() // 16, 1)
+        some = value.detach().flatten()[::step]
+        some = some.bfloat16().float().cpu()
         crc = zlib.crc32(f"{name} {tuple(value.shape)}".encode(), crc)
         crc = zlib.crc32(some.numpy().tobytes(), crc)
     return f"{crc:08x}"
 
 
-# In a config.json, what would be sampled and trained differently, or is no matrix that can be trained.
+# In a config.json, what would be computed in two ways in rollout and update, or cannot be trained.
 UNSUPPORTED = re.compile(
     '"sliding_attention"|"use_sliding_window": true|"dynamic"|"longrope"|"quantization_config": {')
 
@@ -610,7 +614,8 @@ def make_tiny(rows, seed, name="tiny"):
 
 def save_tiny(folder, seed, name="tiny"):
     """Write <folder>/<name>, whole or not at all: a random model for the texts of <folder>/sft.jsonl."""
-    policy = make_tiny(data.read_lines(data.split_path(folder, "sft")), seed, name)
+    rows = data.read_lines(data.split_path(folder, "sft"))
+    policy = make_tiny(rows, seed, name)
     unfinished = f"{folder}/{name}.tmp"
     save_model(unfinished, policy, policy.vlm.state_dict(), env.EpisodeConfig(), "tiny")
     os.replace(unfinished, f"{folder}/{name}")
@@ -749,7 +754,7 @@ def save_checkpoint(step, policy, optimizers, cfg, preset):
 
     # 1. The model
     weights = whole(policy.vlm.state_dict())
-    writes = bool(weights)
+    writes = bool(weights)                                 # rank 0
     if writes:
         shutil.rmtree(tmp, ignore_errors=True)             # of a run that was killed while it wrote
         os.makedirs(f"{tmp}/training")
@@ -1031,8 +1036,10 @@ def due(done, asked, saved, cfg):
     this."""
     everyone = gather_objects((len(asked), time.time() - saved))
     stopped = any(signals for signals, _ in everyone)
-    late = 0 < cfg.save_minutes * 60 < everyone[0][1]
-    return stopped, stopped or late or done % cfg.save_every == 0 or done == cfg.steps
+    _, age = everyone[0]
+    late = 0 < cfg.save_minutes * 60 < age
+    is_due = stopped or late or done % cfg.save_every == 0 or done == cfg.steps
+    return stopped, is_due
 
 
 def stop(step, rank):
@@ -1052,7 +1059,10 @@ def read_log(folder):
 
 
 def append_log(folder, entry):
-    finite = {k: v for k, v in entry.items() if not isinstance(v, float) or math.isfinite(v)}
+    finite = {}                                  # NaN and infinity are no JSON
+    for name, value in entry.items():
+        if not isinstance(value, float) or math.isfinite(value):
+            finite[name] = value
     with open(f"{folder}/log.jsonl", "a") as f:
         f.write(json.dumps(finite) + "\n")
 
