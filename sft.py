@@ -815,10 +815,11 @@ def prune(cfg, step, best=None):
 
 
 def load_trainable(cfg, start, first, device, betas, muon_lr=0.0):
-    """Policy, optimizers and preset of a stage: from `start` (a checkpoint or hub id), or, where a run goes
-    on, as it was saved at step `first`; 0: it begins. With LoRA the weights are always those of `start`, and
-    the adapters on top of them come from the checkpoint of step `first`. UserError if that is damaged, or if
+    """Policy, optimizers and preset of a stage: from `start` (see load_policy), or, where a run goes on, as
+    it was saved at step `first`; 0: it begins. With LoRA the weights are always those of `start`, and the
+    adapters on top of them come from the checkpoint of step `first`. UserError if that is damaged, or if
     `start` has other weights by now."""
+    start = env.find_model(start)
     last = f"{cfg.out}/checkpoints/{first}"
     policy = load_policy(last if first and not cfg.lora else start, device, train=not cfg.lora)
     policy.vlm.model.visual.requires_grad_(cfg.train_vision)

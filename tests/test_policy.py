@@ -284,7 +284,7 @@ def test_damaged_checkpoints(policy, tmp_path):
     last = save(policy, run, 2)
     cfg = sft.Config(out=run)
     for file, load in (("training/optimizer", lambda: sft.load_trainable(cfg, last, 2, "cpu", (0.9, 0.98))),
-                       ("model", lambda: sft.load_policy(last, "cpu"))):
+                       ("model", lambda: sft.load_policy(run, "cpu"))):
         load()                                   # nothing is wrong with it yet
         os.truncate(f"{last}/{file}.safetensors", 40)
         said = refusal(load)
