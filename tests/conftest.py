@@ -34,9 +34,10 @@ def parsers():
     kept, make = {}, env.make_parser
 
     def make_parser(cls, real):
-        if cls not in kept:
-            kept[cls] = make(cls, real)
-        return kept[cls]
+        key = cls, str(real)
+        if key not in kept:
+            kept[key] = make(cls, real)
+        return kept[key]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(env, "make_parser", make_parser)
         yield
