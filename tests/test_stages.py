@@ -33,7 +33,7 @@ import sft
 ROOT = Path(__file__).parent.parent
 FILES = ("env", "data", "sft", "eval", "rppo")
 STAGES = {"sft": sft, "data": data, "eval": evaluation, "rppo": rppo}
-DEFAULTS = {"sft": sft.REAL, "data": {}, "eval": env.REAL_EPISODE, "rppo": rppo.REAL}
+DEFAULTS = {"sft": sft.REAL, "data": {}, "eval": evaluation.REAL, "rppo": rppo.REAL}
 SHORT = dict(max_crops=1, turn_tokens=4)
 SFT = dict(SHORT, steps=2, batch=4, micro_batch=3, warmup=1, save_every=1, log_every=1)
 RPPO = dict(SHORT, steps=2, prompts=2, samples=4, micro_batch=3, warmup=1, lr=1e-3, save_every=1,
