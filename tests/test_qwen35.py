@@ -3,6 +3,7 @@
     python -m pytest tests/test_qwen35.py
 """
 import torch
+from conftest import stock
 from transformers import AutoTokenizer
 
 import env
@@ -48,6 +49,31 @@ def test_a_linear_layer_over_the_cache(policy35):
     done[0] = 0                                  # another conversation takes the slot
     feed([0, 3], [5, 3])
     feed([0, 1], [1, 1])
+
+
+@torch.no_grad()
+def test_greedy_turns_are_those_of_generate(policy35, rows):
+    """Every turn of a greedy rollout is what transformers' generate adds to the conversation before it."""
+    model, proc = stock(policy35), policy35.proc
+    cfg = evaluation.RolloutConfig(max_crops=2, turn_tokens=8)
+    banned = policy35.banned.nonzero()[:, 0].tolist()
+    for traj in evaluation.rollout(policy35, rows[:2], cfg, greedy=True):
+        ids = torch.tensor([traj.ids])
+        mask = torch.tensor([0, *traj.mask, 0])
+        starts, ends = (mask.diff() == 1).nonzero()[:, 0], (mask.diff() == -1).nonzero()[:, 0]
+        assert len(starts) == len(traj.turns)
+        pixels = policy35.image_processor([shown.view.numpy() for shown in traj.shown], return_tensors="pt",
+                                          input_data_format="channels_last")
+        for start, end in zip(starts, ends):
+            prompt = ids[:, :start]
+            kinds = (prompt == proc.image).int()
+            n = int(kinds[0].diff().eq(1).sum())                         # images so far
+            grid = pixels["image_grid_thw"][:n]
+            out = model.generate(
+                prompt, attention_mask=torch.ones_like(prompt), mm_token_type_ids=kinds, image_grid_thw=grid,
+                pixel_values=pixels["pixel_values"][:grid.prod(1).sum()], do_sample=False,
+                max_new_tokens=int(end - start), suppress_tokens=banned, eos_token_id=sorted(proc.ends))
+            assert out[0, start:].tolist() == ids[0, start:end].tolist()
 
 
 def test_the_tokenizer_file_is_read_as_it_is(scenes, policy, policy35, rows):
