@@ -1093,6 +1093,8 @@ def main(cfg):
         raise UserError(f"{cfg.out} holds rows that this command did not make; give another --out")
     if cfg.task not in TASKS:
         raise UserError(f"--task={cfg.task}: the tasks are {', '.join(TASKS)}")
+    if cfg.agree > cfg.votes:
+        raise UserError(f"--agree={cfg.agree} of --votes={cfg.votes}: no question would be kept; lower it")
     if not cfg.images:
         env.same_settings(cfg.out, cfg)
         if os.path.exists(f"{cfg.out}/sft.jsonl"):      # it is written last

@@ -288,5 +288,6 @@ def test_nothing_to_use(done, scenes, tmp_path):
     """What cannot work is said in one line that names the cure; rows of others stay as they are."""
     cfg = replace(done[1], out=f"{tmp_path}/out")
     for change, words in (({"images": str(tmp_path)}, "a folder of photographs"),
-                          ({"annotator": ""}, "an endpoint begins with"), ({"out": scenes}, "did not make")):
+                          ({"annotator": ""}, "an endpoint begins with"), ({"out": scenes}, "did not make"),
+                          ({"agree": 5}, "--agree=5 of --votes=3")):
         refused(words, data.main, replace(cfg, **change))
