@@ -750,8 +750,9 @@ STYLE = """
 body{max-width:1100px;margin:auto;padding:8px;font:15px/1.5 system-ui,sans-serif;overflow-wrap:anywhere}
 .right{color:light-dark(#13703a,#63d291)}
 .wrong,.out{color:light-dark(#b3261e,#ff8f85)}
-table{display:block;overflow-x:auto;border-spacing:14px 2px;text-align:right;white-space:nowrap}
-:is(th,td):first-child{text-align:left}
+table{display:block;overflow-x:auto;border-spacing:8px 2px;text-align:right}
+th,td{white-space:nowrap}
+:is(th,td):first-child{text-align:left;white-space:normal}
 .grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,400px),1fr));gap:14px}
 figure,article{margin:0;padding:10px;background:#8881;break-inside:avoid}
 figure svg{width:100%;height:170px;overflow:visible}
@@ -762,12 +763,14 @@ li{display:flex;gap:10px;margin:8px 0}
 img{flex:none;align-self:start;width:90px;border:3px solid}
 @media print{
 :root{color-scheme:light}
-.grid{grid-template-columns:1fr 1fr}
+body{font-size:10px}
+img{width:45px}
+.grid{grid-template-columns:repeat(4,1fr)}
 details::details-content{content-visibility:visible;block-size:auto}
 }
 </style>
 """
-LEGEND = """Difference of accuracies: in percentage points, with a 95 % interval, each question compared with
+LEGEND = """n: questions. Difference of accuracies: in percentage points, with a 95 % interval, each question compared with
 itself. Evidence seen: a crop held it. Numbered boxes: crops; yellow: evidence."""
 # Charts: a title, and the logged number that it shows.
 CHARTS = [
@@ -909,7 +912,7 @@ def changes(pairs):
         was[fate(old)] += 1
         now[fate(new)] += 1
 
-    rows = [["", "questions", "before", "after", "difference"]]
+    rows = [["", "n", "before", "after", "difference"]]
     for level in sorted(rights):
         rows.append(change_row(level, rights[level].values()))
     for outcome in sorted(was | now):
