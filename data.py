@@ -815,9 +815,22 @@ def grade(job, row):
     row.update(difficulty=min(crops), solve_rate=rate)
 
 
+def side_of(job, row):
+    """Where a question goes, "sft", "train" or "test": the hash of the photograph decides, so that copies are on
+    one side and a new photograph moves no other."""
+    place = int(row["doc_id"][:8], 16) / 2 ** 32
+    if place < job.cfg.share_test:
+        return "test"
+    return "sft" if place < job.cfg.share_test + job.cfg.share_sft else "train"
+
+
 def demonstrate(job, row):
-    """6. Cold-start trajectories of the annotator (lists of texts): of the faultless ones first those that
-    recovered (looked where nothing of the evidence is, and then where it is). There may be none."""
+    """6. Of an sft question cold-start trajectories of the annotator (lists of texts): of the faultless ones
+    first those that recovered (looked where nothing of the evidence is, and then where it is). There may be
+    none."""
+    if side_of(job, row) != "sft":
+        return
+
     recovered, others = [], []
     for traj in converse(job, row, "annotator", job.cfg.attempts):
         refused = any(turn.error for turn in traj.turns)
@@ -831,7 +844,7 @@ def demonstrate(job, row):
     row["turns"] = (recovered + others)[:job.cfg.per_question]
 
 
-STEPS = (open_photo, propose, read_question, verify, grade, demonstrate)
+PROPOSAL_STEPS = (open_photo, propose, read_question, verify, grade, demonstrate)
 
 
 def build(job, proposal):
@@ -839,7 +852,7 @@ def build(job, proposal):
     side ("sft", "train" or "test"), its rows."""
     path, n = proposal
     row = {"images": [path], "doc_id": n, "data_source": "photographs"}
-    for step in STEPS:
+    for step in PROPOSAL_STEPS:
         try:
             reason = step(job, row)
         except NoReply as e:
@@ -848,16 +861,12 @@ def build(job, proposal):
         if reason:
             return f"{step.__name__}: {reason}", "train", []
 
-    # 7. The hash of the photograph decides where a question goes, so that copies are on one side and a new
-    # photograph moves no other. A question without a trajectory cannot be sft.
-    place = int(row["doc_id"][:8], 16) / 2 ** 32 - job.cfg.share_test
+    # 7. A question without a trajectory cannot be sft.
     row["images"] = [os.path.relpath(path, job.cfg.out)]
-    found = row.pop("turns")
-    if place < 0:
-        return "kept", "test", [row]
-    if place < job.cfg.share_sft and found:
+    found = row.pop("turns", [])
+    if found:
         return "kept", "sft", [{**row, "turns": turns} for turns in found]
-    return "kept", "train", [row]
+    return "kept", "test" if side_of(job, row) == "test" else "train", [row]
 
 
 def find_photos(folder):

@@ -679,7 +679,8 @@ def render(proc, row, turns, cfg):
 BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
 LEAD_IN = re.compile(
     r"^(?:(?:so|thus|therefore),? )?"
-    r"(?:(?:(?:it is|it's|(?:the )?(?:correct |best |right |final )?(?:answer|option|choice)(?: is)?)\b"
+    r"(?:(?:(?:it is|it's|(?:the )?(?:correct |best |right |final )?"
+    r"(?:answer|(?:option|choice)(?= is\b|:| \W*[A-Z]\b))(?: is)?)\b"
     r"|故?选[择项]?|(?:正确)?答案[是为]?):? ?)+(?=.)", re.IGNORECASE)
 UNITS = "$€£%"
 OUTER = " .,;:!?\"'`*()[]。"
@@ -699,19 +700,24 @@ DENIAL = re.compile(r"\b(not?|wrong|incorrect|false)\b|n't")
 OPTION_LINE = re.compile(r"^ *[(（]?([A-Z])[.):）：] *(\S.*)$", re.MULTILINE)       # such a line of a question
 
 
-def unwrap(text):
-    """The answer in a text: its last LaTeX box, without a lead-in, with plain letters, spaces and quotes."""
+def plain(text):
+    """The last LaTeX box of a text, or all of it, with plain letters, spaces and quotes."""
     text = str(text).translate(PLAIN).replace("**", "")
     boxed = BOXED.findall(text)
     if boxed:
         text = boxed[-1]
-    return LEAD_IN.sub("", " ".join(text.split()))
+    return " ".join(text.split())
+
+
+def unwrap(text):
+    """A plain text without its lead-in."""
+    return LEAD_IN.sub("", plain(text))
 
 
 def normalise(text):
     """The words of an answer: lower case, no outer punctuation or article, 0.5 for .5, 3-5 for 3 - 5, upper
     left for upper-left. Punctuation alone stays."""
-    words = unwrap(text).lower()
+    words = plain(text).lower()
     words = re.sub(r"(?<![\w.])\.(?=[0-9])", "0.", words)
     words = re.sub(r"(?<=[0-9]) ?([/-]) ?(?=[0-9])", r"\1", words)
     words = re.sub(r"(?<=[^\W\d])-(?=[^\W\d])", " ", words)
@@ -732,17 +738,18 @@ def number(words):
 
 
 def same_answer(answer, solution):
-    """The same words, or the same number; one of the two may lack the unit. A number that is given twice,
-    "3 (three)", has to be right twice."""
-    answer, solution = normalise(answer), normalise(solution)
-    if answer == solution:
-        return True
-
+    """The same words, or the same number; one of the two may lack the unit. The answer may have a lead-in. A
+    number that is given twice, "3 (three)", has to be right twice."""
+    solution = normalise(solution)
     right = number(solution)
-    units = set(UNITS) & set(answer + solution)
-    if right is None or len(units) > 1:
-        return False
-    return all(number(part) == right for part in answer.split(" ("))
+    for said in (normalise(answer), normalise(unwrap(answer))):
+        if said == solution:
+            return True
+
+        units = set(UNITS) & set(said + solution)
+        if right is not None and len(units) <= 1 and all(number(part) == right for part in said.split(" (")):
+            return True
+    return False
 
 
 def worded(text, options):
@@ -768,8 +775,8 @@ def contradicts(text, options, index):
 def choice(text, options):
     """Index of the option that an answer names, or None: by its letter, by its words, or by both if they
     agree. A letter alone is the letter, even if it is also the text of another option."""
-    text = unwrap(text)
     by_words = worded(text, options)
+    text = unwrap(text)
     letters = string.ascii_uppercase[:len(options)]
     lettered = LETTERED.fullmatch(text.strip(OUTER))
     if not lettered or lettered[1].upper() not in letters:
@@ -898,6 +905,7 @@ def newest(folder):
 def find_model(path):
     """A --model as `newest` gives it. UserError for what is neither a folder nor can be a name of the hub:
     OWNER/NAME, its owner no folder of ours."""
+    path = path.rstrip("/") or path
     owner = path.partition("/")[0]
     hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", path) and owner != "runs" and not os.path.isdir(owner)
     if not hub_id and not os.path.exists(path):
@@ -962,7 +970,7 @@ def make_parser(cls, real):
         for name, comment in FIELD.findall(inspect.getsource(base)):
             if name not in flags:
                 flags[name] = group.add_argument(f"--{name}")
-            flags[name].help = comment or flags[name].help
+            flags[name].help = comment or flags[name].help or ""
 
     # 2. Types and defaults are those of the last class.
     for f in fields(cls):

@@ -28,7 +28,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from html import escape
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 
 import env  # before torch: see there
@@ -54,7 +54,7 @@ class RolloutConfig(env.EpisodeConfig):
 @dataclass
 class Config(RolloutConfig):
     """The evaluation."""
-    seed: int = env.setting(0, least=0)
+    seed: int = env.setting(0, least=0)  # of what is sampled
     model: str = ""                  # a run folder, a checkpoint or a hub id
     data: str = "data/scenes-{seed}" # its test.jsonl is scored, unless there is a benchmark or an image
     image_root: str = ""             # where the images of rows lie; empty: relative to the file of the rows
@@ -505,8 +505,8 @@ def ask_judge(traj, cfg):
 
 def judge(trajs, cfg):
     """With --judge_url, ask about the answers that the rules leave open: neither right by them nor another
-    option of the row. One that the judge fails to judge is counted, and left out of the gradient. UserError:
-    see data.chat."""
+    option of the row. One that the judge fails to judge is counted; in training its group has no gradient.
+    UserError: see data.chat."""
     if not cfg.judge_url:
         return
 
@@ -570,7 +570,7 @@ def metrics(measures):
     """Sums of measures (at least one) over their counts; n is their number. None where the count is 0, or if
     some of them, older than the metric, lack it: then it was not measured."""
     means = {"n": len(measures)}
-    for name in set().union(*measures):
+    for name in dict.fromkeys(chain(*measures)):
         pairs = [m[name] for m in measures if name in m]
         total, count = np.sum(pairs, 0, dtype=float).tolist()
         measured = count > 0 and len(pairs) == len(measures)
@@ -667,7 +667,7 @@ def evaluate(policy, rows, cfg, rank, world_size, k=1, greedy=False, done=(), pa
         complete[entry["index"]] += not failed
     missing = [i for i in range(len(rows)) if complete[i] < k]
 
-    size = max(1, 4 * cfg.in_flight // k) * world_size    # slots are refilled
+    size = max(1, 2 * cfg.in_flight // k) * world_size    # slots are refilled; images of all lie in memory
     starts = range(0, len(missing), size)
     for start in tqdm(starts, "eval", disable=rank > 0 or None, leave=False):
         # 2. This rank's rows; it may have none, but ranks go together.
@@ -1061,6 +1061,11 @@ def report(folders):
     write_report(runs, f"{folders[0]}/report.html")
 
 
+def scores_path(cfg):
+    """Without the tool the scores have a file of their own: both belong to one --out, which compares them."""
+    return f"{cfg.out}/eval.json" if cfg.max_crops else f"{cfg.out}/eval-tool_off.json"
+
+
 def print_scores(cfg, scores):
     """The table, under what the answers rest on."""
     episode = env.shared(cfg, env.EpisodeConfig)
@@ -1075,11 +1080,11 @@ def print_scores(cfg, scores):
         for extra in ("repaired", "broken", "judge_failed_rate", "left_out"):
             if whole.get(extra):
                 print(f"    {extra} {whole[extra]:.4g}")
-    print(f"answers: {cfg.out}/results-*.jsonl, numbers: {cfg.out}/eval.json")
+    print(f"answers: {cfg.out}/results-*.jsonl, numbers: {scores_path(cfg)}")
 
 
 def main(cfg):
-    """Measure a policy as cfg says; all ranks call it. Returns the contents of <out>/eval.json; None if one
+    """Measure a policy as cfg says; all ranks call it. Returns what the file of scores gets; None if one
     question was asked, or only the page written."""
     # 1. A page needs no policy.
     rank, world_size, device = sft.setup()
@@ -1133,7 +1138,7 @@ def main(cfg):
     result["seconds"] = round(time.time() - started, 1)
 
     if rank == 0:
-        env.write_text(f"{cfg.out}/eval.json", json.dumps(result, indent=1))
+        env.write_text(scores_path(cfg), json.dumps(result, indent=1))
         print_scores(cfg, scores)
         refresh_report(cfg.out, cfg.out)
     return result

@@ -36,6 +36,7 @@ import json
 import os
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import env  # before torch: see there
 import numpy as np
@@ -61,7 +62,7 @@ class Config(sft.TrainConfig, evaluation.RolloutConfig, env.RewardConfig):
     decay: float = 0.4
     weight_decay: float = 0.0
     train_vision: bool = False       # false: the tower stays; rollout and update share its features
-    clip_low: float = 0.2
+    clip_low: float = 0.2            # ratios are held above 1 - clip_low and below 1 + clip_high
     clip_high: float = 0.28          # a wider upper clip, as in DAPO (arXiv 2503.14476)
     norm_std: bool = False           # divide advantages by the group's std
     mask_over_turns: bool = False    # no loss on trajectories that ran out of turns or tokens (Mini-o3)
@@ -347,7 +348,7 @@ def print_step(entry, samples, proc, first, cfg):
     seconds = entry["rollout_s"] + entry["update_s"]
     text += f" {entry['entropy']:5.2f} {entry['grad_norm']:5.2f} {seconds:5.1f} "
     failed = entry["judge_failed_rate"]                  # of the answers that the judge was asked about
-    text += f"failed {failed:.1%}" if failed else sft.eta(entry, first, cfg)
+    text += f"failed {failed:.1%}" if failed else sft.eta(entry, cfg)
     print(text, flush=True)
 
     for name in ("cold_start", "held_out"):
@@ -359,7 +360,7 @@ def print_step(entry, samples, proc, first, cfg):
 
 
 # --- RPPO: steps, and what is saved ---------------------------------------------------------------------
-ORDER = 11      # tells the random numbers of the rows' order from others of the same seed
+ORDER = 11      # stands in the seed of the rows' order
 
 
 def prompts_of(step, cfg, n):
@@ -400,7 +401,8 @@ def train(policy, optimizers, preset, rows, held_out, first, cfg, rank, world_si
             refresh_report(cfg)
 
     mine = list(range(rank, cfg.prompts, world_size))      # this rank's prompts of a step
-    started = saved = time.time()
+    saved = time.time()
+    started = saved - sft.spent(cfg.out)
     with sft.deferred_signals() as signals:
         for step in range(first, cfg.steps):
             entry = dict(step=step)
@@ -497,6 +499,14 @@ def cold_start(cfg):
     return sft.Config(**given, out=f"{parent(cfg)}/sft")
 
 
+def check_scores(cfg):
+    """UserError if the scores of another run lie where those of this one would go."""
+    folder = f"{parent(cfg)}/eval/rppo"
+    scored = env.read_json(f"{folder}/config.json", {}).get("model")       # .../rppo/checkpoints/40
+    if cfg.n_score and scored and Path(scored).parent.parent.name != Path(cfg.out).name:
+        raise env.UserError(f"{folder} has the scores of {scored}; scores go beside --out: give {cfg.out}/rppo")
+
+
 def compare(cfg, start, rank, started):
     """Score the cold start and the final policy on the test rows; print the table and write summary.json."""
     summary = {}
@@ -530,8 +540,10 @@ def main(cfg):
     imitation = cold_start(cfg)
     if rank == 0:
         sft.saved_step(cfg)
+        if not cfg.model:
+            sft.saved_step(imitation, f"the cold start goes beside --out: give --out={cfg.out}/rppo")
+        check_scores(cfg)
     if rank == 0 and not cfg.model:
-        sft.saved_step(imitation, f"the cold start goes beside --out: give --out={cfg.out}/rppo")
         make_scenes(cfg)
     sft.barrier()
     rows, held_out = read_rows(cfg)

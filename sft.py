@@ -56,7 +56,7 @@ from env import UserError
 @dataclass
 class TrainConfig(env.EpisodeConfig):
     """Training: what sft.py and rppo.py have in common."""
-    seed: int = env.setting(0, least=0)
+    seed: int = env.setting(0, least=0)  # of all that is drawn
     model: str = ""                  # a checkpoint, a run folder or a hub id; empty: a tiny built-in model
     tiny: str = "tiny"               # which one: tiny (a Qwen3-VL) or tiny3_5 (a Qwen3.5)
     data: str = "data/scenes-{seed}" # folder of the rows
@@ -67,7 +67,7 @@ class TrainConfig(env.EpisodeConfig):
     lr: float = 1e-3                 # AdamW's peak rate
     warmup: int = env.setting(30, least=0)  # steps to reach the peak
     decay: float = 0.3               # last share of the steps: linear to zero
-    weight_decay: float = 0.01
+    weight_decay: float = 0.01       # AdamW's
     clip_norm: float = 1.0           # largest norm of a gradient
     save_every: int = 150            # steps between checkpoints
     save_minutes: float = env.setting(0.0, free=True)  # a step that ends later saves, too; 0: off
@@ -822,7 +822,7 @@ def load_trainable(cfg, start, first, device, betas, muon_lr=0.0):
     start = env.find_model(start)
     last = f"{cfg.out}/checkpoints/{first}"
     policy = load_policy(last if first and not cfg.lora else start, device, train=not cfg.lora)
-    policy.vlm.model.visual.requires_grad_(cfg.train_vision)
+    policy.vlm.model.visual.requires_grad_(cfg.train_vision and not cfg.lora)
 
     if cfg.lora:
         mine = cfg.lora, cfg.lora_alpha / cfg.lora
@@ -1171,19 +1171,24 @@ def train_step(policy, optimizers, batches, step, cfg):
     return dict(step=step, loss=loss_sum, tokens=n_tokens, grad_norm=norm, skipped=skipped, lr=lr)
 
 
-def eta(entry, first, cfg):
-    """Time that is left, as minutes:seconds, at the mean pace since step `first`, where this process
-    began."""
-    left = entry["seconds"] / (entry["step"] + 1 - first) * (cfg.steps - entry["step"] - 1)
+def spent(folder):
+    """Seconds of a run's steps so far, of all processes that made them."""
+    log = read_log(folder)
+    return log[-1]["seconds"] if log else 0.0
+
+
+def eta(entry, cfg):
+    """Time that is left, as minutes:seconds, at the run's mean pace."""
+    left = entry["seconds"] / (entry["step"] + 1) * (cfg.steps - entry["step"] - 1)
     return f"eta {left // 60:3.0f}:{left % 60:02.0f}"
 
 
-def print_step(entry, first, cfg):
+def print_step(entry, cfg):
     text = f"step {entry['step']} loss {entry['loss']:.4f} norm {entry['grad_norm']:.3f}"
     for name in ("left_out", "refused", "skipped"):
         text += f" {name} {entry[name]}"
     with tqdm.external_write_mode():       # above the bar
-        print(text, eta(entry, first, cfg), flush=True)
+        print(text, eta(entry, cfg), flush=True)
 
 
 def train(policy, optimizers, rows, first, preset, cfg, rank, world_size):
@@ -1200,7 +1205,8 @@ def train(policy, optimizers, rows, first, preset, cfg, rank, world_size):
                 prune(cfg, done)
 
     policy.train()
-    started = saved = time.time()
+    saved = time.time()
+    started = saved - spent(cfg.out)
     with deferred_signals() as asked, ThreadPoolExecutor(1) as pool:
         pending = pool.submit(prepare, first)
         for step in tqdm(range(first, cfg.steps), "sft", disable=rank > 0 or None, leave=False):
@@ -1221,7 +1227,7 @@ def train(policy, optimizers, rows, first, preset, cfg, rank, world_size):
             if rank == 0:
                 append_log(cfg.out, entry)
                 if step % cfg.log_every == 0 or step + 1 == cfg.steps or entry["skipped"]:
-                    print_step(entry, first, cfg)
+                    print_step(entry, cfg)
 
             # 4. save
             stopped, is_due = due(step + 1, asked, saved, cfg)

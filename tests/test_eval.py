@@ -185,6 +185,8 @@ def test_loading_from_a_script(scenes, tmp_path):
 def test_with_and_without_the_tool(folder, capsys):
     on = bench(folder)["rows"]
     off = bench(folder, max_crops=0)["rows"]
+    for name, scores in ("eval", on), ("eval-tool_off", off):
+        assert json.loads((folder / f"runs/eval/{name}.json").read_text())["rows"] == scores
     printed = capsys.readouterr().out
     assert "max_crops=0 " in printed and "repaired 0." in printed
     assert "repaired" not in on and off["repaired"] > 0

@@ -87,6 +87,7 @@ def test_options(options, answer, index):
     ("*", "*", "? | ** |  | ( | ..."),
     ("A", "A | (A) | a. | The answer is A", "A. red | B | not A"),        # the question shows no options
     ("J. Smith", "j. smith", "J | Smith"),
+    ("Choice Hotels", "Choice Hotels | The answer is Choice Hotels", "Hotels | Choice"),
     ("3", "3 | 3.0 | 3. | three | Three. | \\boxed{3} | The answer is 3 | It is $\\boxed{3}$. | 3 (three)"
           " | three (3) | ３ | +3 | 6/2 | (3) | 答案是3",
      "-3 | 4 | four | nan | 3.00001 | 3-5 | 3–5 | 3 or 4 | \\boxed{4} | \\boxed{\\frac{3}{4}}"

@@ -141,6 +141,8 @@ def test_main_job(small, tmp_path, capsys):
     with pytest.raises(env.UserError, match="runs/sft was made .*seed: 3 -> 1.*give --out=.*/runs/s1/rppo"):
         rppo.main(replace(cfg, seed=1, data=f"{tmp_path}/others", out=f"{tmp_path}/runs/s1"))
     assert not (tmp_path / "others").exists()      # refused before anything is drawn
+    other = replace(cfg, lam=0.0, out=f"{tmp_path}/runs/grpo")
+    refused("eval/rppo has the scores of .*/runs/rppo/checkpoints/2; .*give .*/runs/grpo/rppo", rppo.main, other)
     rppo.main(replace(cfg, steps=3, n_score=0))
     assert [entry["step"] for entry in sft.read_log(cfg.out)] == [0, 1, 2]
     printed = capsys.readouterr().out
@@ -281,6 +283,9 @@ def test_lora_stays_on_its_base(chain, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "--muon_lr: AdamW trains all" in printed and "--shard: one process" in printed
     sft.main(cfg)
+    again = replace(cfg, model=cfg.out, out=str(tmp_path / "again"), shard=False)       # also of adapters that go on
+    policy = sft.load_trainable(again, cfg.out, 0, torch.device("cpu"), (0.9, 0.95))[0]
+    assert again.train_vision and all("lora_" in name for name, p in policy.named_parameters() if p.requires_grad)
     shutil.rmtree(base / "tiny")
     sft.save_tiny(str(base), 9)
     refused("tiny: not the weights that .* was trained on; give another --out", sft.main, cfg)
@@ -298,8 +303,10 @@ def test_whatever_ends_a_run_saves_first(chain, tmp_path, monkeypatch):
     monkeypatch.setattr(env, "render", breaks)
     refused("x.png", sft.main, cfg)
     assert sft.checkpoint_steps(cfg.out) == [2] and len(sft.read_log(cfg.out)) == 2
+    before = sft.read_log(cfg.out)[-1]["seconds"]
     sft.main(replace(cfg, save_minutes=1e-9))
     assert sft.checkpoint_steps(cfg.out) == [2, 3, 4]
+    assert sft.read_log(cfg.out)[2]["seconds"] > before              # of all processes
 
 
 @pytest.mark.parametrize("done, minutes, signals, age, expected", [
