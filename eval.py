@@ -1056,7 +1056,7 @@ def report(folders):
     """--report: write the page of runs into the first folder. A main job's folder stands for its runs."""
     runs = []
     for folder in folders:
-        for part in ("", "sft", "rppo", "eval/sft", "eval/rppo"):
+        for part in ("", "sft", "rppo", "eval/sft", "eval/rppo", "eval"):
             runs.append(str(Path(folder, part)))
     write_report(runs, f"{folders[0]}/report.html")
 
