@@ -408,7 +408,7 @@ def oracle(question, rng, task, max_crops):
     boxes = list(enumerate(marks, 1))                    # (number, cell)
     first = rng.integers(len(boxes))
     boxes = boxes[-first:] + boxes[:-first]
-    beyond = answer not in [marks[cell] for _, cell in boxes[:MOST_BOXES]]
+    beyond = answer not in [marks[cell] for _, cell in boxes[:MOST_BOXES]]     # then it gives up after two
     thought = f"Boxes {listing(question)}."
     verb = "Look"
     turns = []
@@ -444,7 +444,7 @@ def oracle(question, rng, task, max_crops):
             continue
         verb = "Look"
         at += 1
-        if at == MOST_BOXES - 1 and beyond or rng.random() < GIVE_UP:
+        if (beyond and at == MOST_BOXES - 1) or rng.random() < GIVE_UP:
             break
 
     guess = rng.choice(question["answers"])
@@ -816,8 +816,8 @@ def grade(job, row):
 
 
 def side_of(job, row):
-    """Where a question goes, "sft", "train" or "test": the hash of the photograph decides, so that copies are on
-    one side and a new photograph moves no other."""
+    """Where a question goes, "sft", "train" or "test". The hash of the photograph decides, so that copies are
+    on one side and a new photograph moves no other."""
     place = int(row["doc_id"][:8], 16) / 2 ** 32
     if place < job.cfg.share_test:
         return "test"

@@ -252,7 +252,7 @@ class Engine:
     def copy(self, source, slots):
         """Copy a slot into others (a list)."""
         own = self.place, self.pos, self.used, self.left, self.hidden, self.u, self.tokens, self.logps
-        for tensor in sum(self.cache.layers, own):
+        for tensor in (*own, *chain(*self.cache.layers)):
             for slot in slots:
                 tensor[slot] = tensor[source]
 
@@ -421,7 +421,7 @@ def slot_bytes(config, cfg):
     """Bytes of one slot of the cache on CUDA: counted on `meta`, which allocates nothing."""
     text = config.get_text_config()
     layers = stores(text, 1, cfg.max_tokens, sft.DTYPE["cuda"], "meta")
-    return sum(store.nbytes for store in sum(layers, ()))
+    return sum(store.nbytes for store in chain(*layers))
 
 
 def slots_in(free, config, cfg):
@@ -770,8 +770,8 @@ details::details-content{content-visibility:visible;block-size:auto}
 }
 </style>
 """
-LEGEND = """n: questions. Difference of accuracies: in percentage points, with a 95 % interval, each question compared with
-itself. Evidence seen: a crop held it. Numbered boxes: crops; yellow: evidence."""
+LEGEND = """n: questions. Difference of accuracies: in percentage points, with a 95 % interval, each question
+compared with itself. Evidence seen: a crop held it. Numbered boxes: crops; yellow: evidence."""
 # Charts: a title, and the logged number that it shows.
 CHARTS = [
     ("Held-out accuracy, from the cold start on", "held_out_accuracy"),

@@ -504,7 +504,8 @@ def check_scores(cfg):
     folder = f"{parent(cfg)}/eval/rppo"
     scored = env.read_json(f"{folder}/config.json", {}).get("model")       # .../rppo/checkpoints/40
     if cfg.n_score and scored and Path(scored).parent.parent.name != Path(cfg.out).name:
-        raise env.UserError(f"{folder} has the scores of {scored}; scores go beside --out: give {cfg.out}/rppo")
+        raise env.UserError(f"{folder} has the scores of {scored}; scores go beside --out: "
+                            f"give --out={cfg.out}/rppo")
 
 
 def compare(cfg, start, rank, started):

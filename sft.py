@@ -202,7 +202,7 @@ class Policy(torch.nn.Module):
         stay in host memory from the rollout to the update."""
         if not images:
             return None
-        # Any order would do. It decides how gradients of the tower are summed, so the last bits of a run.
+        # Any order would do, but always the same one: in it the tower's gradients are summed.
         distinct = sorted(dict.fromkeys(images), key=lambda image: image.view.shape)
         sizes = [math.prod(self.proc.grid(image.view)) for image in distinct]
 
@@ -844,7 +844,7 @@ def load_trainable(cfg, start, first, device, betas, muon_lr=0.0):
         shard(policy, device)
     elif cfg.shard:
         print("--shard: one process has nothing to share; start several with torchrun", flush=True)
-    policy.to(device)                            # with FSDP2 also shards the root again, left gathered
+    policy.to(device)                            # FSDP2 also lets go of the root, gathered by `shard`'s pass
 
     optimizers = make_optimizers(policy, cfg, betas, muon_lr)
     if first:
