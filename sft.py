@@ -311,7 +311,7 @@ def centred_rms_norm(self, x):
     return F.rms_norm(x.float(), factor.shape, factor, self.eps).to(x.dtype)
 
 
-def gated_delta_net(self, hidden_states, cache_params=None, **_):
+def gated_delta_net(self, hidden_states, cache_params=None, cache=None, **_):
     """A linear layer of Qwen3.5: Gated DeltaNet (arXiv 2412.06464). hidden_states (B, n, width) -> the same.
 
     q, k, v are causal convolutions over the last 4 inputs. Each head has a state, a matrix S that learns
@@ -324,7 +324,8 @@ def gated_delta_net(self, hidden_states, cache_params=None, **_):
     ones before it. Without a cache nothing is kept, and only padding sees padding.
     """
     from transformers.models.qwen3_5 import modeling_qwen3_5 as qwen
-    cache = cache_params
+    if cache is None:
+        cache = cache_params                     # its name before transformers 5.24
     # 1. projections: inputs of the convolution, step size, logarithm of the factor a
     x = self.in_proj_qkv(hidden_states)                              # (B, n, channels)
     b = self.in_proj_b(hidden_states).sigmoid()                      # (B, n, heads)
