@@ -203,6 +203,17 @@ def test_long_trajectories_fit(shape):
     assert min(job.rollout(64 * 32) for _ in range(3)) >= 2
 
 
+@pytest.mark.parametrize("shape", ["qwen3-vl-8b", "qwen2.5-vl-3b", "qwen3.5-0.8b", "qwen3.5-9b"])
+def test_the_estimate_of_an_update(shape):
+    """What is replayed for a trajectory of max_tokens is a little less than the estimate that refuses a run."""
+    job = Job(shape, CARDS["80 GB"], lora=16)
+    job.rng = SimpleNamespace(integers=lambda low, high: high - 1)
+    held = job.card.allocated + 12 * sum(job.trained)            # with gradients and moments
+    job.update()
+    estimate = rppo.update_bytes(job.config, job.cfg)
+    assert 0.9 * estimate < job.card.peak - held < estimate
+
+
 def test_a_cache_that_is_not_given_back_does_not_fit():
     """The rules bite: with 80 % of the free memory a rollout, nothing given back, and the prompts' cache beside it,
     the next cache finds no place."""
