@@ -203,7 +203,7 @@ def test_long_trajectories_fit(shape):
     assert min(job.rollout(64 * 32) for _ in range(3)) >= 2
 
 
-@pytest.mark.parametrize("shape", ["qwen3-vl-8b", "qwen2.5-vl-3b", "qwen3.5-0.8b", "qwen3.5-9b"])
+@pytest.mark.parametrize("shape", ["qwen3-vl-2b", "qwen2.5-vl-3b", "qwen3.5-0.8b", "qwen3.5-9b"])
 def test_the_estimate_of_an_update(shape):
     """What is replayed for a trajectory of max_tokens is a little less than the estimate that refuses a run."""
     job = Job(shape, CARDS["80 GB"], lora=16)
