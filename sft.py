@@ -292,6 +292,7 @@ def vision_attention(self, hidden_states, cu_seqlens, position_embeddings, **_):
     out = torch.empty_like(q)
     for length in lengths.unique().tolist():
         at = starts[lengths == length][:, None] + torch.arange(length, device=starts.device)
+        at = at.to(q.device, non_blocking=True)                 # no block waits for the GPU
         q_of, k_of, v_of = (x[at].transpose(1, 2) for x in (q, k, v))         # (images, heads, length, size)
         out[at] = F.scaled_dot_product_attention(q_of, k_of, v_of).transpose(1, 2)
     return self.proj(out.flatten(1))
