@@ -1,4 +1,4 @@
-"""What an episode is (env.py): parser, boxes, tools, tokens and mask, positions, views."""
+"""What an episode is (env.py): parser, boxes, tools, tokens and mask, views."""
 import collections
 import copy
 import doctest
@@ -12,7 +12,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 import env
@@ -65,7 +64,7 @@ TURNS = {
                  ' | <tool_call>{"name": "rm", "arguments": {"bbox_2d": [1, 2, 3, 4]}}</tool_call>'}
 # Values of bbox_2d that are refused, some with another argument.
 REFUSED = """null | [1, 2, 3] | "1234" | [[1, 2], [3, 4]] | [1, 2, "3", 4] | [true, 2, 3, 4] | [1, 2, NaN, 4]
- | [1, 2, 1e999, 4] | [1, 2, 3, 4], "img_idx": 1.0 | [1, 2, 3, 4], "img_idx": true"""
+ | [1, 2, 1e999, 4] | [1, 2, 3, -1e10] | [1, 2, 3, 4], "img_idx": 1.0 | [1, 2, 3, 4], "img_idx": true"""
 
 
 @pytest.mark.parametrize("kind", TURNS)
@@ -194,6 +193,8 @@ def test_a_second_tool(policy, row, monkeypatch):
     assert [turn.error for turn in traj.turns] == [None, "malformed", None, None, None]
     assert [shown.tool for shown in traj.shown] == [None, "rotate", "crop", "crop"]
     assert traj.crops == [(0, 0, 160, 100)]
+    assert [traj.place(shown)["frame"] for shown in traj.shown] == [0, 1, 1, 0]
+    assert traj.place(traj.shown[2]) == {"box": (0, 0, 100, 160), "frame": 1}
 
 
 def test_the_prompt_is_one_that_stock_models_know():
@@ -201,11 +202,6 @@ def test_the_prompt_is_one_that_stock_models_know():
     before, after = env.SYSTEM.split(json.dumps(env.CROP_SCHEMA))
     assert "You may call one or more functions to assist with the user query." in before
     assert "For each function call, return a json object with function name and arguments within" in after
-
-
-def test_prompt_without_tools(policy, row):
-    text = policy.proc.decode(env.reset(policy.proc, row, EpisodeConfig(max_crops=0)).ids)
-    assert env.SYSTEM_NO_TOOL in text and "tool" not in text
 
 
 HALF = crop(0, 0, 500, 500)
@@ -406,23 +402,6 @@ def test_token_limit(policy, row):
     refused("row 5: .*max_tokens", env.reset, proc, row, replace(ROOMY, max_tokens=len(prompt) + 1))
 
 
-@pytest.mark.parametrize("family", ["policy", "policy25", "policy35"])
-def test_positions(family, request):
-    """M-RoPE positions of whole conversations are transformers' own, for images of many shapes."""
-    family = request.getfixturevalue(family)
-    proc = family.proc
-    cfg = replace(ROOMY, max_pixels=150 * 150, max_crop_pixels=90 * 90, max_tokens=3000)
-    thin = [crop(0, 300, 1000, 600), "hm", HALF]
-    for size, texts in (((320, 200), SEARCH), ((150, 400), thin), ((320, 200), [ANSWER])):
-        traj = env.render(proc, {"images": [picture(*size)], "problem": "Which?"}, texts, cfg)
-        grids = [proc.grid(shown.view) for shown in traj.shown]
-        ids = torch.tensor([traj.ids])
-        patches = torch.tensor([(1, 2 * h, 2 * w) for h, w in grids])
-        pos, _ = family.vlm.model.get_rope_index(ids, mm_token_type_ids=(ids == proc.image).int(),
-                                                 image_grid_thw=patches)
-        assert np.array_equal(traj.pos, pos[:, 0].numpy())
-
-
 @pytest.mark.parametrize("factor", [16, 28, 32])
 @pytest.mark.parametrize("cfg", [EpisodeConfig(), EpisodeConfig(**env.REAL_EPISODE)])
 def test_views_keep_to_their_budget(factor, cfg):
@@ -436,28 +415,10 @@ def test_views_keep_to_their_budget(factor, cfg):
             assert size[0] % factor == size[1] % factor == 0 < size[0] * size[1] <= shown.max_pixels
 
 
-def test_places_of_images(row):
-    """A record says of which image's pixels a box is: after a rotation not the original's."""
-    turned = Shown(row["images"][0].rotate(90, expand=True), (0, 0, 200, 320), 1024, 4096, tool="rotate")
-    traj = env.start_episode(row, ROOMY)
-    traj.shown.append(turned)
-    env.step(traj, crop(0, 0, 500, 500), ROOMY)
-    env.step(traj, crop(0, 0, 500, 500, img_idx=1), ROOMY)
-    assert [traj.place(shown)["frame"] for shown in traj.shown] == [0, 1, 0, 1]
-    assert json.loads(json.dumps(traj.place(traj.shown[3]))) == {"box": [0, 0, 100, 160], "frame": 1}
-
-
-def test_half_a_surrogate_pair(policy, row, tmp_path):
-    """JSON may hold it in a row or a call; it breaks neither tokens nor a file."""
+def test_half_a_surrogate_pair(policy, row):
+    """JSON may hold it in a row or a call; it does not break the tokens."""
     traj = env.render(policy.proc, {**row, "problem": "a\ud800b"}, ["<answer>\udfff</answer>"], ROOMY)
     assert traj.status == "answered" and "a?b" in policy.proc.decode(traj.ids)
-    env.write_text(f"{tmp_path}/page.html", "é\ud800")
-    assert (tmp_path / "page.html").read_text(encoding="utf-8") == "é?"
-
-
-@pytest.mark.parametrize("value", [10 ** 400, -1e10, float("nan"), float("inf"), True, "1", None])
-def test_numbers_of_a_box(value):
-    assert not env.is_box([0, 0, 1, value]) and env.is_box([0, 0, 1, 2.5])
 
 
 def test_newest(tmp_path):
@@ -473,28 +434,21 @@ def test_newest(tmp_path):
         refused(f"^{last} names no checkpoint.*: 40, 5$", env.newest, str(tmp_path))
 
 
-def test_lock(tmp_path, monkeypatch, capsys):
-    """A folder in use is refused; where the file system knows no locks it is said, and the work goes on."""
+def test_without_locks(tmp_path, monkeypatch, capsys):
+    """Where the file system knows no locks it is said, and the work goes on."""
     def flock(file, flags):
-        raise error
+        raise OSError(errno.ENOLCK, "no locks")
     monkeypatch.setattr(env.fcntl, "flock", flock)
-    error = OSError(errno.ENOLCK, "no locks")
     env.lock(f"{tmp_path}/a")
     assert "cannot be locked (no locks)" in capsys.readouterr().out
-    error = BlockingIOError()
-    refused("b is in use", env.lock, f"{tmp_path}/b")
 
 
 @pytest.mark.parametrize("flags, line", [
     (["--model=runs/nothing"], "runs/nothing: there is no such folder.*--model"),
-    (["--model=/nothing"], "no such folder"),
-    (["--model=./nothing"], "no such folder"),
     (["--model=nothing"], "no such folder"),
     (["--model=tests/nothing"], "no such folder"),
     (["--out="], "cannot read or write .*--out"),
     (["--out=README.md"], "cannot read or write .*README.md.*--out"),
-    (["--out=README.md/x"], "cannot read or write .*README.md/x"),
-    (["--out=/proc/x"], "cannot read or write .*/proc/x"),
     (["--steps=" + "9" * 400], "flags: steps is 9{20,40}; it has to"),
 ])
 def test_flags_in_one_line(flags, line, monkeypatch):

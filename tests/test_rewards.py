@@ -1,8 +1,11 @@
-"""What a trajectory is worth (env.py): redundancy of its crops, named rewards, evidence that was seen."""
+"""What a trajectory is worth (env.py; forks of it, study.py): redundancy of its crops, named rewards, evidence that
+was seen."""
 import pytest
 from PIL import Image
 
 import env
+import rppo
+import study
 from env import Shown, Trajectory, parse_action
 
 MOVED = [(0, 0, 800, 800), (80, 0, 880, 800), (160, 0, 960, 800), (240, 0, 1040, 800)]
@@ -38,9 +41,7 @@ def played(answer, crops, boxes=None):
 red  AAA 1 0.3 0.2 0.5 -> 1 0 0.2 0
 red  A!  1 0.3 0.0 0.5 -> 1 0 0 -0.5
 blue A   1 0.3 0.2 0.5 -> 0 0 0 0
-blue AB  1 0.3 0.0 0.0 -> 0 0 0 0
 blue AA  1 0.3 0.0 0.0 -> 0 -0.175 0 0
-blue AC  1 0.3 0.0 0.0 -> 0 -0.00833333 0 0
 blue AAB 1 0.4 0.0 0.0 -> 0 -0.0666667 0 0
 blue AA  2 0.0 0.0 0.0 -> 0 -0.5 0 0
 None AA  1 0.3 0.0 0.5 -> 0 -0.175 0 -0.5""".splitlines())
@@ -65,3 +66,27 @@ def test_covers():
     assert env.covers(played("red", "AB", [spot, other]))
     assert not env.covers(played("red", "A", [spot, other]))
     assert not env.covers(played("red", "W", [spot]))
+
+
+def test_forked_rewards():
+    """Red is right. A and B are new places, a second A is not; A holds a fifth of the evidence."""
+    box = [[98, 0, 108, 10]]
+    group = [played("red", "A", box), played("blue", "AA", box), played("blue", "AB", box),
+             played("blue", "-", box)]
+    totals = {study.exploration: [1, -0.8, -0.6, -1], study.curiosity: [1, -0.05, -0.05, 0],
+              study.evidence_overlap: [1.1, 0.1, 0.1, 0]}
+    for fork, expected in totals.items():
+        scored = fork(group, rppo.Config(lam=0.0))
+        assert [parts["total"] for parts in scored] == pytest.approx(expected)
+    one = study.curiosity(group[-1:] * 9 + group[:1], rppo.Config(lam=0.0))[-1]     # a tenth crops
+    assert one["total"] == pytest.approx(1 + 0.2 / 2 / 0.1 * 0.25)
+
+
+def test_decisions():
+    """What is done after an empty crop, until the evidence (in B) has been seen."""
+    traj = played("blue", "-", [[210, 210, 220, 220]])
+    traj.turns = [env.Turn("", None, shown=env.Shown(None, BOXES[name], 1, 1)) for name in "ACAB"]
+    traj.turns += [env.Turn("", env.Action("crop")), env.Turn("", env.Action("answer"))]    # one had no turn left
+    assert study.classify(traj) == {1: "next", 2: "again", 3: "next"}
+    traj.turns[3:4] = []
+    assert study.classify(traj) == {1: "next", 2: "again", 4: "answer"}

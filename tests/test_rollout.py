@@ -149,7 +149,6 @@ def test_render_is_a_scripted_rollout(policy, pictures, monkeypatch):
     for name in ("ids", "mask", "crops", "answer", "status"):
         assert getattr(sampled, name) == getattr(rendered, name), name
     assert np.array_equal(sampled.pos, rendered.pos)
-    assert rendered.crops == [(80, 0, 240, 200), (80, 100, 160, 200)]
     assert rendered.answer == "green"
 
 
@@ -173,15 +172,12 @@ def test_budgets(policy, pictures, monkeypatch):
 
 
 def test_several_end_ids(policy, pictures, monkeypatch):
-    """Any id in proc.ends ends a turn; <|im_end|> is put behind one that is another."""
+    """Any id in proc.ends ends a turn."""
     other = policy.proc.tokenizer.convert_tokens_to_ids("<|endoftext|>")
     monkeypatch.setattr(policy.proc, "ends", {policy.proc.end, other})
     first, second = turns_of(policy, [IDLE, ANSWER])
     script(monkeypatch, {(0, 0): [first[:-1] + [other, 5, 5], second]}, ROOMY)
     [traj] = evaluation.rollout(policy, pictures[:1], ROOMY)
-    at = traj.ids.index(other)
-    assert traj.ids[at + 1] == policy.proc.end
-    assert traj.mask[at:at + 2] == [1, 0]
     assert [turn.text for turn in traj.turns] == [IDLE, ANSWER]
     assert traj.answer == "green"
 
@@ -262,9 +258,3 @@ def test_memory_is_arithmetic(any_policy, monkeypatch):
     assert evaluation.fitting(on_cuda, cfg, 3) == 3
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2 ** 32, enough))
     assert "0 of 3 trajectories of --max_tokens=900" in refusal(evaluation.fitting, on_cuda, cfg, 3)
-
-
-def test_an_image_that_is_gone_is_one_line(policy, rows):
-    gone = {**rows[0], "images": ["gone.png"]}
-    said = refusal(evaluation.rollout, policy, [rows[0], gone, rows[1]], SHORT)
-    assert "gone.png: not a readable image" in said

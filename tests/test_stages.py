@@ -143,14 +143,10 @@ def test_main_job(small, tmp_path, capsys):
     assert not (tmp_path / "others").exists()      # refused before anything is drawn
     other = replace(cfg, lam=0.0, out=f"{tmp_path}/runs/grpo")
     refused("eval/rppo has the scores of .*/runs/rppo/checkpoints/2; .*give .*/runs/grpo/rppo", rppo.main, other)
-    rppo.main(replace(cfg, steps=3, n_score=0))
-    assert [entry["step"] for entry in sft.read_log(cfg.out)] == [0, 1, 2]
     printed = capsys.readouterr().out
-    assert "planned for 2 steps; the rate is now that of 3" in printed
-    refused("has made 3 steps already; raise --steps=2", rppo.main, cfg)
     lines = re.findall(r"(?m)^(?:step|cold|held|RPPO| {10}).*", printed)
     assert max(map(len, lines)) <= 100
-    assert re.findall(r"(?m)^(\d) of 4: ", printed) == list("12341234123")
+    assert re.findall(r"(?m)^(\d) of 4: ", printed) == list("12341234")
 
 
 def test_main_job_on_foreign_rows(small, scenes, tmp_path):
@@ -166,7 +162,6 @@ def test_main_job_on_foreign_rows(small, scenes, tmp_path):
     saved = json.loads(Path(env.newest(cfg.out), "config.json").read_text())
     assert saved["model_type"] == "qwen3_5"
     assert json.loads((tmp_path / "runs/summary.json").read_text())["rppo"]["n"] == 3
-    refused("holds rows that this command did not make", data.main, data.Config(out=str(tmp_path)))
 
 
 def refusal(capsys, name, *argv):
@@ -201,7 +196,7 @@ def test_ranges(capsys):
 
 @pytest.mark.parametrize("name", STAGES)
 def test_help(name, monkeypatch):
-    """--help is the file's docstring and every field: with default, preset and comment, in named groups."""
+    """--help is the file's docstring and every field: with default, preset and comment."""
     monkeypatch.setenv("COLUMNS", "1000")
     stage = STAGES[name]
     text = env.make_parser(stage.Config, DEFAULTS[name]).format_help()
@@ -211,8 +206,6 @@ def test_help(name, monkeypatch):
         shown = re.search(rf"(?m)^  --{f.name} [A-Z_]+\s.*{default}(.*)$", text)
         preset = DEFAULTS[name].get(f.name, f.default)
         assert shown[1] == ("" if preset == f.default else f" [{preset}]")
-    for cls in stage.Config.__mro__[:-1]:
-        assert f"\n{cls.__doc__.splitlines()[0]}" in text
     for field, comment in re.findall(r"(?m)^    (\w+): [^#\n]*# (.*)$", inspect.getsource(stage.Config)):
         assert re.search(rf"(?m)^  --{field} [A-Z_]+\s+{re.escape(comment)} ", text)
 
@@ -336,10 +329,8 @@ def test_missing_inputs(chain, tmp_path):
     for stage, values, words in (
             (sft, dict(tiny="tiny4"), "--tiny=tiny4.*tiny3_5"),
             (sft, dict(data="nowhere"), "nowhere/sft.jsonl.*data.py.*--data"),
-            (rppo, dict(data="nowhere", model=model, n_score=0), "nowhere/train.jsonl.*--data"),
             (rppo, dict(data=scenes, model=model, eval_rows=9, steps=0), "train.jsonl.*--eval_rows=9"),
             (sft, dict(data=scenes, model=str(tmp_path)), f"{tmp_path}: no model.* checkpoint yet; .*--model"),
-            (sft, dict(data=scenes, model="runs/none"), "runs/none: there is no such folder.*--model"),
             (sft, dict(data=scenes, max_crops=0), "--max_crops=0"),
             (data, dict(task="huge"), "--task=huge.*tiny")):
         refused(words, stage.main, stage.Config(**values, out=out))
