@@ -8,9 +8,10 @@ import sys
 import threading
 import zlib
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path[:0] = [ROOT, os.path.join(ROOT, "tests")]
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import env  # noqa: E402, before torch: see there
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -26,21 +27,6 @@ torch.set_num_threads(1)   # the models are tiny: on busy cores a second thread 
 def pytest_configure(config):
     config.addinivalue_line("markers", 'slow: left out unless -m names it; all run with -m "slow or not slow"')
     config.option.markexpr = config.option.markexpr or "not slow"
-
-
-@pytest.fixture(scope="session", autouse=True)
-def parsers():
-    """A stage's parser is made once: that takes longer than all else that a test of flags does."""
-    kept, make = {}, env.make_parser
-
-    def make_parser(cls, real):
-        key = cls, str(real)
-        if key not in kept:
-            kept[key] = make(cls, real)
-        return kept[key]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(env, "make_parser", make_parser)
-        yield
 
 
 @pytest.fixture(scope="session")
@@ -193,6 +179,17 @@ def crop(*bbox, img_idx=0):
     """The text of a crop call."""
     arguments = {"bbox_2d": bbox, "img_idx": img_idx}
     return f"<tool_call>\n{json.dumps({'name': 'image_zoom_in_tool', 'arguments': arguments})}\n</tool_call>"
+
+
+def traj_of(answer, crops, boxes=((10, 10, 20, 20),), errors=(), size=(100, 100)):
+    """A finished trajectory on a black image. errors: (text, key of ERRORS) of its refused turns."""
+    image = Image.new("RGB", size)
+    shown = [env.Shown(image, (0, 0, *size), 1024, 4096)]
+    for box in crops:
+        shown.append(env.Shown(image, box, 1024, 4096, tool="crop"))
+    turns = [env.Turn(text, None, error) for text, error in errors]
+    row = {"solution": "red", "boxes": list(boxes)}
+    return env.Trajectory(row, shown, turns, answer=answer, status="answered" if answer else "over_turns")
 
 
 def picture(seed=0, size=(40, 30)):

@@ -14,22 +14,16 @@ from threading import Event
 
 import numpy as np
 import pytest
-from conftest import refused, serving
+from conftest import crop, refused, serving
 from PIL import Image
 
 import data
 import env
 
-
-def zoom(box, k):
-    call = {"name": "image_zoom_in_tool", "arguments": {"bbox_2d": box, "img_idx": k}}
-    return f"<tool_call>\n{json.dumps(call)}\n</tool_call>"
-
-
 EVIDENCE = (560, 280, 640, 320)     # where ZOOMS ends, in pixels of a photograph of 1000 x 500
-ZOOMS = [zoom([400, 400, 800, 800], 0), zoom([250, 250, 750, 750], 1), zoom([300, 300, 700, 700], 2)]
-FINDS = [zoom([400, 400, 800, 800], 0), zoom([350, 350, 650, 650], 1)]    # the evidence, by another way
-RECOVERS = [zoom([0, 0, 300, 300], 0), zoom([500, 500, 700, 700], 0)]     # after a look elsewhere
+ZOOMS = [crop(400, 400, 800, 800), crop(250, 250, 750, 750, img_idx=1), crop(300, 300, 700, 700, img_idx=2)]
+FINDS = [crop(400, 400, 800, 800), crop(350, 350, 650, 650, img_idx=1)]    # the evidence, by another way
+RECOVERS = [crop(0, 0, 300, 300), crop(500, 500, 700, 700)]     # after a look elsewhere
 BAD = "<tool_call>zoom!</tool_call>"
 MOVED = {"Location": "http://127.0.0.1:9/v1"}
 ARGUMENTS = {"bbox_2d": [1, 2, 3, 4], "img_idx": 0}
@@ -50,7 +44,7 @@ RIGHT = {"propose": (0,), "blind": (0,), "whole": (), "evidence": (0, 2), "grade
          ("grade", 8): (0, 1), ("grade", 9): ()}
 # Their calls, likewise. Photograph 2 gets no faultless trajectory.
 CALLS = {"propose": [ZOOMS], ("propose", 3): [ZOOMS[:1]], ("propose", 11): [[BAD] * 9],
-         ("propose", 12): [ZOOMS[:2]], ("propose", 13): [[zoom([100, 100, 900, 900], 0), *ZOOMS[1:]]],
+         ("propose", 12): [ZOOMS[:2]], ("propose", 13): [[crop(100, 100, 900, 900), *ZOOMS[1:]]],
          "grade": [FINDS, FINDS], ("grade", 10): [FINDS[:1], []],
          "collect": [FINDS, RECOVERS, [BAD, *FINDS]], ("collect", 2): [[], [BAD, *FINDS], RECOVERS[:1]]}
 
@@ -132,8 +126,8 @@ def talk(monkeypatch):
 @pytest.mark.parametrize("message, text", [
     ({"content": " a\n"}, "a"), ({"content": "a\ud83d"}, "a?"), ({"content": WORDS}, "<answer>red</answer>"),
     ({"content": "b", "reasoning_content": "\nlook\n"}, "<think>look</think>\nb"),
-    ({"content": "", "tool_calls": [OBJECT]}, zoom([1, 2, 3, 4], 0)),
-    ({"content": None, "reasoning": "c", "tool_calls": [CALL]}, "<think>c</think>\n" + zoom([1, 2, 3, 4], 0))])
+    ({"content": "", "tool_calls": [OBJECT]}, crop(1, 2, 3, 4)),
+    ({"content": None, "reasoning": "c", "tool_calls": [CALL]}, "<think>c</think>\n" + crop(1, 2, 3, 4))])
 def test_a_reply_becomes_a_turn(talk, message, text):
     """What a server takes out of the text is put back."""
     said, [body], _ = talk({"message": message, "finish_reason": "stop"}, answered=False)

@@ -16,7 +16,7 @@ from PIL import Image
 
 import env
 import sft
-from conftest import ROOT, crop, refused
+from conftest import ROOT, crop, refused, traj_of
 from env import EpisodeConfig, Shown, parse_action
 
 # An original of up to 96 x 96 pixels and crops of up to 64 x 64, as the model sees them.
@@ -38,11 +38,7 @@ def picture(width, height):
 
 def images_of(width, height, *boxes):
     """A blank original and crops of it, as `Shown`."""
-    frame = Image.new("RGB", (width, height))
-    shown = [Shown(frame, (0, 0, width, height), 1024, 4096)]
-    for box in boxes:
-        shown.append(Shown(frame, tuple(box), 1024, 4096, tool="crop"))
-    return shown
+    return traj_of(None, boxes, size=(width, height)).shown
 
 
 @pytest.fixture(scope="module")
@@ -374,18 +370,6 @@ def test_the_end_of_a_turn(policy, row):
         assert traj.ids[n:] == sampled + given
         assert traj.mask[n:] == [1] * len(sampled) + [0] * len(given)
         assert traj.logp[n:] == [-1.0] * len(sampled) + [0.0] * len(given)
-
-
-@pytest.mark.parametrize("mode", "L LA P PA RGB RGBA RGBa CMYK YCbCr HSV I I;16 F".split())
-def test_images_in_memory(mode):
-    """A script may hand over a Pillow image of any mode; what is transparent is white."""
-    image = Image.new("RGBA", (60, 40), (200, 200, 200, 255))
-    image.paste((0, 0, 0, 0), (30, 0, 60, 40))
-    image = image.convert({"PA": "P", "I": "L", "F": "L", "I;16": "L"}.get(mode, mode)).convert(mode)
-    frame = env.start_episode({"images": [image]}, ROOMY).shown[0].frame
-    assert frame.mode == "RGB" and frame.getpixel((3, 3))[1] == pytest.approx(200, abs=2)
-    white = mode in ("LA", "P", "PA", "RGBA", "RGBa")
-    assert frame.getpixel((50, 3)) == ((255, 255, 255) if white else (0, 0, 0))
 
 
 def test_token_limit(policy, row):

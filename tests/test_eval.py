@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import refused, serving
+from conftest import crop, refused, serving, traj_of
 from PIL import Image
 
 import data
@@ -14,7 +14,6 @@ import env
 import eval as evaluation
 import sft
 
-CALL = '<tool_call>{"name": "image_zoom_in_tool", "arguments": {"bbox_2d": [%s]}}</tool_call>'
 ROW = """{"images": ["a.png"], "problem": "q%d", "solution": "%s", "doc_id": "t%d", "difficulty": %d,\
  "boxes": [[0, 0, 20, 20]], "data_source": "tiny"}"""
 
@@ -29,7 +28,7 @@ def asked(monkeypatch):
         trajs = []
         for i in range(len(rows) * samples):
             rng = np.random.default_rng((streams[i // samples], i % samples, greedy, cfg.max_crops))
-            texts = [CALL % "0, 0, 500, 500"] * rng.integers(4)
+            texts = [crop(0, 0, 500, 500)] * rng.integers(4)
             texts += [rng.choice(["<answer>red</answer>", "<answer>green</answer>", "junk"])] * 9
             traj = env.start_episode(rows[i // samples], cfg)
             while traj.status == "open":
@@ -66,17 +65,6 @@ def bench(folder, **fields):
     return run(folder, bench=f"rows:{folder}/test.jsonl", **fields)
 
 
-def traj_of(answer, crops, boxes=((10, 10, 20, 20),), errors=()):
-    """A finished trajectory on a 100 x 100 image. errors: (text, key of ERRORS) of its refused turns."""
-    image = Image.new("RGB", (100, 100))
-    shown = [env.Shown(image, (0, 0, 100, 100), 1, 1)]
-    for box in crops:
-        shown.append(env.Shown(image, box, 1, 1, tool="crop"))
-    turns = [env.Turn(text, None, error) for text, error in errors]
-    row = {"solution": "red", "boxes": list(boxes)}
-    return env.Trajectory(row, shown, turns, answer=answer, status="answered" if answer else "over_turns")
-
-
 def metrics_of(*trajs):
     return evaluation.metrics([evaluation.measure(traj, 0.3) for traj in trajs])
 
@@ -85,8 +73,8 @@ def test_metrics():
     """Every metric of eight hand-made trajectories, worked out by hand."""
     same = (60, 60, 100, 100)
     errors = [("<tool_call>{}</tool_call>", "malformed"),
-              (CALL % "5, 5, 5, 5", "empty"),
-              (f"<think>{CALL}</think>", "none")]                # a thought is no call
+              (crop(5, 5, 5, 5), "empty"),
+              (f"<think>{crop(5, 5, 5, 5)}</think>", "none")]    # a thought is no call
     got = metrics_of(
         traj_of("red", [(0, 0, 50, 50)]),                            # right; the crop covers the evidence
         traj_of("red", []),                                          # right, but a guess

@@ -3,7 +3,6 @@ import ast
 import json
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,6 +28,7 @@ def test_readable_images(tmp_path):
     palette.save(tmp_path / "white.gif", transparency=palette.getpixel((0, 0)))
     for name, pixels in (("grey.png", np.full((40, 60), 51400, np.uint16)),          # 200 of 255
                          ("grey.tiff", np.full((40, 60), 3212, np.uint16)),          # of 12 bits
+                         ("grey-i.tiff", np.full((40, 60), 51400, np.int32)),
                          ("grey-1.tiff", np.full((40, 60), 200.4 / 255, np.float32)),
                          ("grey-255.tiff", np.full((40, 60), 200.4, np.float32))):
         Image.fromarray(pixels).save(tmp_path / name)
@@ -154,7 +154,7 @@ def test_hostile_rows(key, tmp_path):
 @pytest.mark.parametrize("name", ["env", "sft", "eval", "data", "rppo"])
 def test_nothing_evaluates_or_unpickles(name):
     """No file runs or unpickles what it reads."""
-    source = Path(ROOT, f"{name}.py").read_text()
+    source = (ROOT / f"{name}.py").read_text()
     assert "import pickle" not in source and "from pickle" not in source
     for node in ast.walk(ast.parse(source)):
         called = ast.unparse(node.func) if isinstance(node, ast.Call) else None

@@ -94,8 +94,8 @@ def test_columns(tmp_path, item, expected):
 def test_what_is_refused(tmp_path):
     """One line that names the path, and why."""
     (tmp_path / "y.json").write_text(json.dumps([TIR]))
-    for spec, reason in ((f"x:{tmp_path}", "test_questions"), ("x:/no", "NAME:PATH"), (f"a/b:{tmp_path}", "a word"),
-                         (f"x:{tmp_path}/y.json", "no questions .*a.png")):
+    for spec, reason in ((f"x:{tmp_path}", "test_questions"), ("x:/no", "NAME:PATH"),
+                         (f"a/b:{tmp_path}", "a word"), (f"x:{tmp_path}/y.json", "no questions .*a.png")):
         assert re.search(spec.split(":")[1] + ".*" + reason, refusal(data.read_benches, spec, "", 0))
 
 

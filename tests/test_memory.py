@@ -170,17 +170,10 @@ class Job:
 
 
 @pytest.mark.parametrize("shape, card, lora, ranks", [
-    ("qwen3-vl-4b", "80 GB", 16, 1),
     ("qwen3-vl-8b", "80 GB", 16, 1),
-    ("qwen2.5-vl-7b", "80 GB", 16, 1),
-    ("qwen3-vl-2b", "24 GB", 16, 1),
     ("qwen3-vl-4b", "24 GB", 16, 1),
-    ("qwen2.5-vl-3b", "24 GB", 16, 1),
-    ("qwen3-vl-4b", "80 GB", 0, 8),
     ("qwen3-vl-8b", "80 GB", 0, 8),
-    ("qwen2.5-vl-7b", "80 GB", 0, 8),
     ("qwen3.5-9b", "80 GB", 16, 1),
-    ("qwen3.5-4b", "24 GB", 16, 1),
     ("qwen3.5-9b", "80 GB", 0, 8),
     ("qwen3-vl-4b", "80 GB", 0, 1)])
 def test_training_fits(shape, card, lora, ranks):
@@ -212,23 +205,6 @@ def test_the_estimate_of_an_update(shape):
     job.update()
     estimate = rppo.update_bytes(job.config, job.cfg)
     assert 0.9 * estimate < job.card.peak - held < estimate
-
-
-def test_a_cache_that_is_not_given_back_does_not_fit():
-    """The rules bite: with 80 % of the free memory a rollout, nothing given back, and the prompts' cache beside it,
-    the next cache finds no place."""
-    job = Job("qwen3-vl-4b", CARDS["80 GB"], lora=16)
-    card = job.card
-    row = evaluation.slot_bytes(job.config, job.cfg)
-    with pytest.raises(OutOfMemory):
-        for n in (2350, 2449, 2400, 2430):
-            free = card.free + card.reserved - card.allocated
-            slots = int(0.8 * free / row)
-            prompts = card.malloc(slots // 8 * row * n / job.cfg.max_tokens)
-            cache = card.malloc(slots * row)
-            job.prefill(4, n, n)
-            card.release(cache)
-            card.release(prompts)
 
 
 def test_allocator_rules():

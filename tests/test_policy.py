@@ -352,28 +352,15 @@ def test_configs_choose_no_code(family, trajs, tmp_path):
         assert words in refusal(sft.load_policy, run, "cpu")
 
 
-HOSTILE = [None, "9", "", -1, 0, 0.5, float("nan"), 2 ** 70, True, [], [3], {}, {"a": [1]}, "\x1b[2J"]
-
-
-def one_line(act):
-    try:
-        return act()
-    except env.UserError as e:
-        assert str(e) and str(e).isprintable()
-
-
 def test_hostile_episode_files(tmp_path):
-    """A value is one that a flag could have, or one line refuses it. Nothing else is read."""
+    """What no flag could say, and what is no JSON object, is refused in one line. No address is read."""
     path = tmp_path / "episode.json"
-    for f in fields(env.EpisodeConfig):
-        for value in HOSTILE:
-            path.write_text(json.dumps({f.name: value, "judge_url": "https://evil", "lam": -3}))
-            legal = type(value) is int and (f.name != "max_crops") <= value < 2 ** 63
-            found = one_line(lambda: env.load_episode(tmp_path))
-            assert found == (("real", {f.name: value}) if legal else None)
+    for value in (None, "9", -1, 0.5, True):
+        path.write_text(json.dumps({"max_crops": value}))
+        refused("episode.json: max_crops", env.load_episode, tmp_path)
+    for text in (b"", b"3", b"{", b"\xff", b"[" * 100_000, b'{"max_crops": ' + b"9" * 9999 + b"}"):
+        path.write_bytes(text)
+        refused("episode.json: not a JSON object", env.load_episode, tmp_path)
     path.write_text('{"preset": ["tiny"], "max_crops": 3, "judge_url": "https://evil", "seed": 7}')
     cfg = env.configure(rppo.Config, rppo.REAL, [f"--model={tmp_path}"])
     assert (cfg.max_crops, cfg.judge_url) == (3, "")
-    for text in (b"", b"3", b"{", b"\xff", b"[" * 100_000, b'{"max_crops": ' + b"9" * 9999 + b"}"):
-        path.write_bytes(text)
-        assert one_line(lambda: env.load_episode(tmp_path)) in (None, ("real", {}))

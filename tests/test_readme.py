@@ -5,17 +5,15 @@
 import importlib
 import re
 import shlex
-import subprocess
 from dataclasses import fields
-from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 import env
 import eval as evaluation
 
-ROOT = Path(__file__).parent.parent
-README = Path(ROOT, "README.md").read_text()
+README = (ROOT / "README.md").read_text()
 STAGES = ("sft", "data", "eval", "rppo")
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
 LINES = "\n".join(BLOCKS).replace("\\\n", " ").splitlines()
@@ -50,10 +48,3 @@ def test_torchrun_takes_no_flag_of_ours():
     for name in STAGES:
         for f in fields(importlib.import_module(name).Config):
             assert f" __{f.name}" not in f" {options}"
-
-
-def test_top_level():
-    """Nothing lies there but what the design names."""
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
-    allowed = "env.py sft.py data.py eval.py rppo.py tests requirements.txt README.md .ci .gitignore LICENSE"
-    assert {path.split("/")[0] for path in tracked} <= set(allowed.split())

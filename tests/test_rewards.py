@@ -1,12 +1,11 @@
-"""What a trajectory is worth (env.py; forks of it, study.py): redundancy of its crops, named rewards, evidence that
-was seen."""
+"""What a trajectory is worth (env.py): redundancy of its crops, named rewards, evidence that was seen. And
+the study (study.py): its rewards, and what is done after an empty crop."""
 import pytest
-from PIL import Image
+from conftest import traj_of
 
 import env
 import rppo
 import study
-from env import Shown, Trajectory, parse_action
 
 MOVED = [(0, 0, 800, 800), (80, 0, 880, 800), (160, 0, 960, 800), (240, 0, 1040, 800)]
 # IoU of A and C: 1/3. W is a little more than a quarter of the image.
@@ -21,20 +20,12 @@ def test_redundancy():
     assert env.redundancy([], 0) == 0
 
 
-def played(answer, crops, boxes=None):
+def played(answer, crops, boxes=()):
     """A trajectory that ended with an answer (None: without) after the crops of BOXES that are named, and (!)
     after a call that was refused."""
-    frame = Image.new("RGB", (400, 400))
-    shown = [Shown(frame, (0, 0, 400, 400), 1024, 4096)]
-    for name in crops.strip("-!"):
-        shown.append(Shown(frame, BOXES[name], 1024, 4096, tool="crop"))
-    turn = env.Turn("", parse_action(""))
-    if "!" in crops:
-        turn.error = "empty"
-    traj = Trajectory({"solution": "red", "boxes": boxes}, shown, [turn], status="over_turns")
-    if answer != "None":
-        traj.answer, traj.status = answer, "answered"
-    return traj
+    answer = None if answer == "None" else answer
+    errors = [("", "empty")] if "!" in crops else []
+    return traj_of(answer, [BOXES[name] for name in crops.strip("-!")], boxes, errors, (400, 400))
 
 
 @pytest.mark.parametrize("line", """red - 1 0.3 0.2 0.5 -> 1 0 0 0
@@ -86,7 +77,8 @@ def test_decisions():
     """What is done after an empty crop, until the evidence (in B) has been seen."""
     traj = played("blue", "-", [[210, 210, 220, 220]])
     traj.turns = [env.Turn("", None, shown=env.Shown(None, BOXES[name], 1, 1)) for name in "ACAB"]
-    traj.turns += [env.Turn("", env.Action("crop")), env.Turn("", env.Action("answer"))]    # one had no turn left
+    # A call that had no turn left, and an answer.
+    traj.turns += [env.Turn("", env.Action("crop")), env.Turn("", env.Action("answer"))]
     assert study.classify(traj) == {1: "next", 2: "again", 3: "next"}
     traj.turns[3:4] = []
     assert study.classify(traj) == {1: "next", 2: "again", 4: "answer"}
