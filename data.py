@@ -55,7 +55,7 @@ class ScenesConfig:
     n_sft: int = env.setting(2000, least=0)  # scenes of two questions (for RL and testing: of one)
     n_train: int = env.setting(1200, least=0)
     n_test: int = env.setting(512, least=0)
-    max_crops: int = env.setting(5, least=0)  # what the demonstrations plan with
+    max_crops: int = env.setting(5, least=0)  # what the demonstrations of scenes plan with
 
 
 @dataclass
@@ -68,7 +68,7 @@ class PhotosConfig:
     policy_name: str = ""
     annotator_factor: int = 32       # pixels a side of an image token: Qwen2.5-VL 28, Qwen3-VL and Qwen3.5 32
     policy_factor: int = 32
-    max_tokens: int = 2048           # of a reply, thoughts included; one that is cut is not used
+    max_tokens: int = 1024           # of a reply with its thoughts, as turn_tokens; one that is cut is not used
     max_pixels: int = 2_000_000      # of the shrunken image
     per_image: int = 2               # proposals per photograph
     evidence_share: float = 0.01     # largest share of the photograph that the evidence may cover
@@ -183,6 +183,17 @@ def check_row(row, where):
         raise UserError(f"{where} has half a character (of a surrogate pair); mend the row")
 
 
+def check_letters(row, where):
+    """Raise UserError if a solution is the letter of one choice and the text of another."""
+    choices = row.get("choices") or []
+    solutions = row["solution"] if isinstance(row["solution"], list) else [row["solution"]]
+    for solution in solutions:
+        index = env.choice(solution, choices)
+        if env.worded(solution, choices) not in (None, index):
+            raise UserError(f"{where}: its solution {solution} is the letter of one choice and the text of "
+                            f"another; for the letter write '{solution}. {choices[index]}'")
+
+
 def load_row(row, where, root, confined):
     """A checked row with the absolute path of its image, and with a name. Raises UserError."""
     check_row(row, where)
@@ -198,7 +209,10 @@ def load_rows(path, image_root=""):
     root = image_root or os.path.dirname(path)
     rows = []
     for i, row in enumerate(read_lines(path)):
-        rows.append(load_row(row, f"{path}: row {i}", root, confined=bool(image_root)))
+        where = f"{path}: row {i}"
+        row = load_row(row, where, root, confined=bool(image_root))
+        check_letters(row, where)
+        rows.append(row)
 
     if not rows:
         raise UserError(f"{path}: no rows")
@@ -661,6 +675,8 @@ class Job:
                 pass
 
         if self.answers:                     # the settings are right: what is refused now is one request
+            print(f"{cfg.out}: {len(self.answers)} recorded replies are used again; for another model under "
+                  "the same name give another --out")
             answering.update(model[:2] for model in self.models.values())
 
 
@@ -730,6 +746,12 @@ def converse(job, row, who, k, **change):
 # The steps of a proposal, in order. Each gets the job and the row, whose image is in memory after the first,
 # and adds to the row; or it returns why the proposal is dropped.
 
+@functools.cache
+def digest(path):
+    """A short name (hex) of what a file holds."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+
+
 def open_photo(job, row):
     """1. Photographs that can be read."""
     path = row["images"][0]
@@ -739,8 +761,7 @@ def open_photo(job, row):
         tqdm.write(f"left out: {e}")
         return "unreadable"
 
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
-    row.update(images=[image], doc_id=f"{digest}-{row['doc_id']}")
+    row.update(images=[image], doc_id=f"{digest(path)}-{row['doc_id']}")
 
 
 def propose(job, row):
@@ -870,18 +891,21 @@ def build(job, proposal):
 
 
 def find_photos(folder):
-    """The paths of the photographs under a folder, and of the other files the number of each kind."""
+    """The paths of the photographs under a folder, and of the other files the number of each kind. Of copies
+    the first one counts: in train and held-out rows they would be on both sides."""
     formats = Image.registered_extensions()
-    paths, others = [], Counter()
+    photos, others = {}, Counter()
     for path in sorted(Path(folder).rglob("*")):
         suffix = path.suffix.lower()
         if HALF.search(str(path)):
             others["name that is not UTF-8"] += 1
-        elif formats.get(suffix) in env.IMAGE_FORMATS:
-            paths.append(path)
-        elif not path.is_dir():
+        elif path.is_dir():
+            continue
+        elif formats.get(suffix) not in env.IMAGE_FORMATS:
             others[suffix or "without a suffix"] += 1
-    return paths, others
+        elif photos.setdefault(digest(path), path) != path:
+            others["copy of another"] += 1
+    return list(photos.values()), others
 
 
 def construct(cfg):
@@ -941,7 +965,8 @@ def bench_row(item, where):
     for key, columns in COLUMNS.items():
         cells = [item[column] for column in columns if item.get(column) not in (None, "")]
         row[key] = cells[0] if cells else ""
-    row["solution"] = str(row["solution"]).strip()
+    if not isinstance(row["solution"], list):            # of accepted answers
+        row["solution"] = str(row["solution"]).strip()
     row["images"] = values(row["images"]) + values(item.get("image_2"))
 
     boxes = values(row["boxes"])
@@ -963,9 +988,11 @@ def bench_row(item, where):
     problem = row["problem"].partition("\nAnswer with the option")[0].rstrip()
     row["choices"] = env.options_of({"problem": "\n".join(lines) or problem})
 
-    lettered = lines or "A" in item and re.fullmatch("[A-Z]", row["solution"])
+    is_letter = re.fullmatch("[A-Z]", str(row["solution"]))
+    lettered = lines or is_letter and ("A" in item or re.search(r"\bA[.):]", problem))
     if lettered and not row["choices"]:
-        raise UserError(f"{where}: its options are not A, B and so on, each with a text, but {lines}")
+        raise UserError(f"{where}: its options are not A, B and so on, each with a text, but "
+                        f"{lines or problem}")
 
     # 3. The wording that all benchmarks get
     problem = "\n".join([problem, *lines])
@@ -1075,7 +1102,7 @@ def read_benches(spec, image_root, limit):
     benches, left_out = {}, {}
     for name, path, root in entries:
         # A name becomes a key of eval.json, beside these.
-        if name in benches or name in ("config", "weights", "seconds", "sampled", "greedy"):
+        if name in benches or name in ("config", "weights", "sampled", "greedy"):
             raise UserError(f"--bench: the name {name} is taken; give another")
 
         try:
@@ -1089,7 +1116,7 @@ def read_benches(spec, image_root, limit):
 
 
 # --- The command -------------------------------------------------------------------------------------------
-def foreign(folder, images=""):
+def has_other_rows(folder, images=""):
     """Does a folder hold rows that are not of these photographs (default: not of the built-in scenes)?"""
     made = env.read_json(f"{folder}/config.json", {})
     rows = [*Path(folder).glob("*.jsonl"), *Path(folder).glob("train.json")]
@@ -1098,7 +1125,7 @@ def foreign(folder, images=""):
 
 def main(cfg):
     """Make the rows of cfg.out, unless they are there: scenes, or questions about photographs."""
-    if foreign(cfg.out, cfg.images):
+    if has_other_rows(cfg.out, cfg.images):
         raise UserError(f"{cfg.out} holds rows that this command did not make; give another --out")
     if cfg.task not in TASKS:
         raise UserError(f"--task={cfg.task}: the tasks are {', '.join(TASKS)}")

@@ -76,7 +76,7 @@ class EpisodeConfig:
     min_crop_pixels: int = 32 * 32   # crops are resized into [min_crop_pixels, max_crop_pixels]
     max_crop_pixels: int = 49 * 49   # a little over 48 x 48, as rows of patches are rounded
     min_crop_side: int = 16          # a smaller box (pixels of the original) is enlarged about its centre
-    turn_tokens: int = 48            # most tokens that the policy may sample in one turn
+    turn_tokens: int = 48            # most tokens that the policy may sample in one turn, its end included
     max_tokens: int = 512            # most tokens of a whole trajectory, image tokens included
 
 
@@ -665,8 +665,8 @@ def render(proc, row, turns, cfg):
         if traj.status != "open":
             break
         ids = proc.encode_data(text, keep=TAGS) + [proc.end]
-        if len(traj.ids) + len(ids) > cfg.max_tokens:
-            traj.status = "over_tokens"
+        if len(ids) > cfg.turn_tokens or len(traj.ids) + len(ids) > cfg.max_tokens:
+            traj.status = "over_tokens"          # a rollout could not sample it
             break
 
         respond(traj, proc, ids)
@@ -761,8 +761,13 @@ def worded(text, options):
 
 
 def contradicts(text, options, index):
-    """Does what follows a letter deny something, or name an option other than its own, the one at index?"""
+    """Does what follows a letter deny something, or name an option other than its own, the one at index, or
+    another number than that one's?"""
     words = normalise(text)
+    said, own = number(words), number(normalise(options[index]))
+    if said is not None and own is not None and said != own:
+        return True
+
     for i, (letter, option) in enumerate(zip(string.ascii_uppercase, options)):
         named = re.escape(normalise(option))     # 5 is not in 15, 3.5 or 5.1
         named = re.search(rf"(?<![\d.]){named}(?!\.?\d)", words) or re.search(rf"\b{letter}\b", text)
@@ -913,7 +918,7 @@ def find_model(path):
     return newest(path)
 
 
-def lock(folder):
+def lock(folder, cure="give another --out"):
     """Keep other processes out of a run folder until this one ends. UserError names the one that has it."""
     os.makedirs(folder, exist_ok=True)
     path = f"{os.path.realpath(folder)}/lock"
@@ -924,7 +929,7 @@ def lock(folder):
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(f"{folder} is in use by {Path(path).read_text()[:-1]}; end it, or give another --out")
+        raise UserError(f"{folder} is in use by {Path(path).read_text()[:-1]}; end it, or {cure}")
     except OSError as e:                         # as of network file systems
         print(f"{folder} cannot be locked ({e.strerror}); start no second process there")
 

@@ -5,8 +5,8 @@
     python eval.py --model=runs/rppo --image=street.jpg --question="What is on the sign?"
     python eval.py --report=runs                                  # only write the page, runs/report.html
 
-Reads <data>/test.jsonl, benchmarks or an image. Writes <out>/{config.json, eval.json, results-*.jsonl,
-report.html}; for an image <out>/question.html.
+Reads <data>/test.jsonl, benchmarks or an image. Writes <out>/{eval.json, results-*.jsonl, report.html}; for
+an image <out>/question.html.
 
     Cache, Engine, rollout     sampling: every stage gets its trajectories from `rollout`
     judge, measure, metrics    what they are worth
@@ -663,8 +663,10 @@ def evaluate(policy, rows, cfg, rank, world_size, k=1, greedy=False, done=(), pa
     records = dict(done)
     complete = Counter()
     for entry in records.values():
-        failed, _ = entry["metrics"].get("judge_failed_rate", (0, 0))
+        failed, asked = entry["metrics"].get("judge_failed_rate", (0, 0))
         complete[entry["index"]] += not failed
+        if asked:                                # the judge has answered: what it refuses is one request
+            data.answering.add((cfg.judge_url, cfg.judge_name))
     missing = [i for i in range(len(rows)) if complete[i] < k]
 
     size = max(1, 2 * cfg.in_flight // k) * world_size    # slots are refilled; images of all lie in memory
@@ -672,12 +674,16 @@ def evaluate(policy, rows, cfg, rank, world_size, k=1, greedy=False, done=(), pa
     for start in tqdm(starts, "eval", disable=rank > 0 or None, leave=False):
         # 2. This rank's rows; it may have none, but ranks go together.
         mine = missing[start + rank:start + size:world_size]
-        trajs = rollout(
-            policy, [rows[i] for i in mine], cfg, k,
-            seed=(cfg.seed, EVALUATION),
-            streams=mine,
-            greedy=greedy)
-        judge(trajs, cfg)
+
+        def answer():
+            trajs = rollout(
+                policy, [rows[i] for i in mine], cfg, k,
+                seed=(cfg.seed, EVALUATION),
+                streams=mine,
+                greedy=greedy)
+            judge(trajs, cfg)
+            return trajs
+        trajs = sft.together(answer)
 
         # 3. Everybody's records.
         new = []
@@ -921,13 +927,18 @@ def changes(pairs):
     return rows
 
 
+def asks(record):
+    """What makes two records answers to one question, wherever its image lies."""
+    return os.path.basename(record["images"][0]), record["problem"], record["solution"]
+
+
 def section(name, before, after, n):
     """Table and n examples of each kind. before and after: (folder, records); the same twice if there is
     nothing to compare with."""
     (old_folder, old), (folder, new) = before, after
     pairs = []
     for key in sorted(new):
-        if key in old and old[key]["problem"] == new[key]["problem"]:
+        if key in old and asks(old[key]) == asks(new[key]):
             pairs.append((old[key], new[key]))
     if not pairs:
         return section(name, after, after, n)
@@ -939,7 +950,7 @@ def section(name, before, after, n):
     if compared:
         heading += f" after {old_folder}"
     else:
-        rows = [row[:3] for row in rows]
+        rows = [["", "n", "all"], *[row[:3] for row in rows[1:]]]
     html = f"<h2>{escape(heading)}</h2>{table(rows)}"
 
     # 2. Examples
@@ -949,7 +960,7 @@ def section(name, before, after, n):
         for old, new in found[:n]:
             if compared:
                 html += trajectory_html(old, "Before:", fate(old))
-            html += trajectory_html(new, "After:", fate(new))
+            html += trajectory_html(new, "After:" if compared else "", fate(new))
         html += "</div></details>\n"
     return html
 
@@ -959,7 +970,9 @@ def read_run(folder):
     become entries of their own, at the number of steps made by then: `cold_start` is measured before the
     first, so at 0, `held_out` after the entry's own."""
     facts = env.read_json(f"{folder}/config.json", {})
-    facts.update(env.read_json(f"{folder}/eval.json", {}))
+    for name in ("eval-tool_off.json", "eval.json"):
+        scores = env.read_json(f"{folder}/{name}", {})
+        facts.update(scores.get("config", {}))
     log = sft.read_log(folder)
     for entry in list(log):
         facts["seconds"] = round(entry["seconds"])
@@ -997,7 +1010,7 @@ def write_report(folders, out):
             runs += f"<p>{escape(folder)} is damaged: {escape(f'{e!r:.200}')}</p>"
             continue
 
-        if facts:                                # if not, nothing is there as yet
+        if facts or results:                     # if not, nothing is there as yet
             text = FACTS.format_map(defaultdict(str, facts))
             runs += f"<p><b>{escape(folder)}</b> {escape(text)}</p>\n"
         for name, records in results.items():
@@ -1099,8 +1112,6 @@ def main(cfg):
     policy = sft.load_policy(cfg.model, device)
     if rank == 0:
         env.lock(cfg.out)
-        settings = {**vars(cfg), **sft.provenance()}
-        env.write_text(f"{cfg.out}/config.json", json.dumps(settings, indent=1))
     if cfg.image:
         return ask(policy, cfg) if rank == 0 else None
 
@@ -1131,11 +1142,12 @@ def main(cfg):
         scores[name]["left_out"] = len(missing)
 
     # 5. What they are worth
-    result = dict(config=vars(cfg), weights=policy.fingerprint, **scores)
+    seconds = round(time.time() - started, 1)
+    settings = {**vars(cfg), **sft.provenance(), "seconds": seconds}
+    result = dict(config=settings, weights=policy.fingerprint, **scores)
     if not cfg.bench:
         sampled = result.pop("sampled")
         result.update(sampled, accuracy_greedy=scores["greedy"]["accuracy"])
-    result["seconds"] = round(time.time() - started, 1)
 
     if rank == 0:
         env.write_text(scores_path(cfg), json.dumps(result, indent=1))

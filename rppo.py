@@ -335,7 +335,8 @@ def mark_best(out):
             is_there = os.path.exists(f"{out}/checkpoints/{found['step']}")
             if is_there and found["accuracy"] > best["accuracy"]:
                 best = found
-    env.write_text(f"{out}/best.json", json.dumps(best))
+    if best["step"]:
+        env.write_text(f"{out}/best.json", json.dumps(best))
     return best["step"]
 
 
@@ -401,7 +402,8 @@ def train(policy, optimizers, preset, rows, held_out, first, cfg, rank, world_si
             refresh_report(cfg)
 
     mine = list(range(rank, cfg.prompts, world_size))      # this rank's prompts of a step
-    saved = time.time()
+    newest = first               # the step of the newest checkpoint,
+    saved = time.time()          # and when it was written
     started = saved - sft.spent(cfg.out)
     with sft.deferred_signals() as signals:
         for step in range(first, cfg.steps):
@@ -416,7 +418,7 @@ def train(policy, optimizers, preset, rows, held_out, first, cfg, rank, world_si
             try:
                 samples = sft.together(collect, policy, asked, mine, step, cfg)
             except env.UserError:        # e.g. an image that cannot be read, a judge that refuses
-                if step > first:
+                if step > newest:
                     save(step)
                 raise
             entry["rollout_s"] = time.time() - clock
@@ -444,6 +446,7 @@ def train(policy, optimizers, preset, rows, held_out, first, cfg, rank, world_si
             stopped, is_due = sft.due(step + 1, signals, saved, cfg)
             if is_due or evaluates:
                 save(step + 1)
+                newest = step + 1
                 saved = time.time()
             if stopped:
                 sft.stop(step + 1, rank)
@@ -468,7 +471,7 @@ def say(rank, text):
 
 def make_scenes(cfg):
     """Draw the built-in rows, unless cfg.data has them or is a folder of somebody's own."""
-    if not data.foreign(cfg.data):
+    if not data.has_other_rows(cfg.data):
         say(0, f"1 of 4: scenes into {cfg.data}")
         data.main(data.Config(
             seed=cfg.seed,
@@ -478,17 +481,20 @@ def make_scenes(cfg):
 
 
 def read_rows(cfg):
-    """(rows to train on, held-out rows) of <data>'s train split. Raises UserError."""
+    """(rows to train on, held-out rows, test rows that are scored at the end). Raises UserError."""
     path = data.split_path(cfg.data, "train")
     everything = data.load_rows(path, cfg.image_root)
     rows, held_out = hold_out(everything, cfg.eval_rows)
     if not rows:
         raise env.UserError(f"{path}: too few rows for --eval_rows={cfg.eval_rows}; lower it")
 
-    test = data.split_path(cfg.data, "test")
-    if cfg.n_score and not os.path.exists(test):         # better known now than at the end
-        raise env.UserError(f"{test}: not there to score at the end; add it, or give --n_score=0")
-    return rows, held_out
+    tests = []
+    if cfg.n_score:                                      # better known now than at the end
+        path = data.split_path(cfg.data, "test")
+        if not os.path.exists(path):
+            raise env.UserError(f"{path}: not there to score at the end; add it, or give --n_score=0")
+        tests = data.load_rows(path, cfg.image_root)[:cfg.n_score]
+    return rows, held_out, tests
 
 
 def cold_start(cfg):
@@ -500,12 +506,17 @@ def cold_start(cfg):
 
 
 def check_scores(cfg):
-    """UserError if the scores of another run lie where those of this one would go."""
+    """UserError if the scores of another run lie, or will lie, where those of this one would go."""
+    if not cfg.n_score:
+        return
     folder = f"{parent(cfg)}/eval/rppo"
-    scored = env.read_json(f"{folder}/config.json", {}).get("model")       # .../rppo/checkpoints/40
-    if cfg.n_score and scored and Path(scored).parent.parent.name != Path(cfg.out).name:
-        raise env.UserError(f"{folder} has the scores of {scored}; scores go beside --out: "
-                            f"give --out={cfg.out}/rppo")
+    cure = f"scores go beside --out: give --out={cfg.out}/rppo"
+    env.lock(folder, cure)
+
+    scores = env.read_json(f"{folder}/eval.json", {})
+    scored = scores.get("config", {}).get("model")       # .../rppo/checkpoints/40
+    if scored and Path(scored).parent.parent.name != Path(cfg.out).name:
+        raise env.UserError(f"{folder} has the scores of {scored}; {cure}")
 
 
 def compare(cfg, start, rank, started):
@@ -526,7 +537,7 @@ def compare(cfg, start, rank, started):
     labels = dict(sft="cold start", rppo="RPPO" if cfg.lam else "GRPO")
     for name, label in labels.items():
         print(f"{label:10} {summary[name]['accuracy_greedy']:6.3f} {evaluation.line(summary[name])}")
-    print(f"{summary['seconds']:.0f} s in all. Next: open {parent(cfg)}/report.html", flush=True)
+    print(f"This command took {summary['seconds']:.0f} s. Next: open {parent(cfg)}/report.html", flush=True)
 
 
 def main(cfg):
@@ -542,12 +553,14 @@ def main(cfg):
     if rank == 0:
         sft.saved_step(cfg)
         if not cfg.model:
-            sft.saved_step(imitation, f"the cold start goes beside --out: give --out={cfg.out}/rppo")
+            sft.check_flags(imitation, world_size)
+            cure = f"give --model={imitation.out}, or for a new cold start --out={cfg.out}/rppo"
+            sft.saved_step(imitation, cure)
         check_scores(cfg)
     if rank == 0 and not cfg.model:
         make_scenes(cfg)
     sft.barrier()
-    rows, held_out = read_rows(cfg)
+    rows, held_out, tests = read_rows(cfg)
 
     # 2. What it starts from: the given model, or the tiny one after its cold start
     start = cfg.model
@@ -562,12 +575,12 @@ def main(cfg):
     policy, optimizers, preset = sft.load_trainable(cfg, start, first, device, betas=(0.9, 0.95))
     if device.type == "cuda":
         sft.together(check_memory, policy, first, cfg)
-    sft.together(data.check_rows, rows + held_out, rank, world_size, policy.proc, cfg)
+    sft.together(data.check_rows, rows + held_out + tests, rank, world_size, policy.proc, cfg)
     train(policy, optimizers, preset, rows, held_out, first, cfg, rank, world_size)
 
     # 4. Scores of both
     if cfg.n_score:
-        say(rank, f"4 of 4: scores on {cfg.n_score} test rows into {parent(cfg)}/eval")
+        say(rank, f"4 of 4: scores on {len(tests)} test rows into {parent(cfg)}/eval")
         compare(cfg, start, rank, started)
     return policy
 

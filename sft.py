@@ -648,14 +648,14 @@ def add_lora(policy, rank, scale, seed=0):
             module.forward = MethodType(lora_forward, module)
 
 
-def merge_lora(weights, cfg):
+def merge_lora(weights, scale):
     """Take the adapters out of weights (name -> tensor), add their products to the other weights, in fp32,
     and return the adapters. weights is changed in place."""
     adapters = {name: weights.pop(name) for name in list(weights) if "lora_" in name}
     for name, A in adapters.items():
         if name.endswith("lora_A"):
             plain = name.replace("lora_A", "weight")
-            delta = cfg.lora_alpha / cfg.lora * adapters[name.replace("lora_A", "lora_B")] @ A
+            delta = scale * adapters[name.replace("lora_A", "lora_B")] @ A
             weights[plain] = weights[plain].float() + delta
     return adapters
 
@@ -760,9 +760,9 @@ def save_checkpoint(step, policy, optimizers, cfg, preset):
     if writes:
         shutil.rmtree(tmp, ignore_errors=True)             # of a run that was killed while it wrote
         os.makedirs(f"{tmp}/training")
-        adapters = merge_lora(weights, cfg)
-        if adapters:
+        if policy.lora:
             rank, scale = policy.lora
+            adapters = merge_lora(weights, scale)
             notes = dict(base=policy.fingerprint, rank=str(rank), scale=str(scale))
             save_file(adapters, f"{tmp}/training/adapters.safetensors", notes)
         save_model(tmp, policy, weights, cfg, preset)
@@ -1078,7 +1078,7 @@ def saved_step(cfg, cure="give another --out"):
     env.same_settings(cfg.out, cfg, cure)
     step = int(os.path.basename(last))
     if step > cfg.steps:
-        raise UserError(f"{cfg.out} has made {step} steps already; raise --steps={cfg.steps}, or {cure}")
+        raise UserError(f"{cfg.out} has made {step} steps, more than {cfg.steps}; raise --steps, or {cure}")
     return step
 
 
@@ -1136,17 +1136,18 @@ def cli(main, cls, real):
 
 # --- Imitation ------------------------------------------------------------------------------------------
 def render_batches(proc, rows, cfg):
-    """Rows as micro-batches of conversations of like length, and two numbers for the log. left_out:
-    conversations that are not trained, as they call a tool in the turn that may only answer. refused: turns
-    whose call failed, or that had neither call nor answer, as when rows are written in another dialect. A
-    conversation that outgrows max_tokens is trained as far as it goes."""
-    left_out = refused = 0
+    """Rows as micro-batches of conversations of like length, and three numbers for the log. left_out:
+    conversations that are not trained, as they do not answer in the turn that may only answer. cut: those
+    that outgrow turn_tokens or max_tokens, and are trained as far as they go. refused: turns whose call
+    failed, or that had neither call nor answer, as when rows are written in another dialect."""
+    left_out = cut = refused = 0
     trajs = []
     for row in rows:
         traj = env.render(proc, row, row["turns"], cfg)
         if traj.status == "over_turns":      # it stays, as ranks must have equal numbers of batches
             traj.mask = [0] * len(traj.mask)
             left_out += 1
+        cut += traj.status == "over_tokens"
         refused += sum(turn.error is not None for turn in traj.turns)
         trajs.append(traj)
 
@@ -1154,7 +1155,7 @@ def render_batches(proc, rows, cfg):
     batches = []
     for i in range(0, len(trajs), cfg.micro_batch):
         batches.append(collate(trajs[i:i + cfg.micro_batch], proc))
-    return batches, left_out, refused
+    return batches, left_out, cut, refused
 
 
 def train_step(policy, optimizers, batches, step, cfg):
@@ -1187,36 +1188,37 @@ def eta(entry, cfg):
 
 def print_step(entry, cfg):
     text = f"step {entry['step']} loss {entry['loss']:.4f} norm {entry['grad_norm']:.3f}"
-    for name in ("left_out", "refused", "skipped"):
+    for name in ("left_out", "cut", "refused", "skipped"):
         text += f" {name} {entry[name]}"
     with tqdm.external_write_mode():       # above the bar
         print(text, eta(entry, cfg), flush=True)
 
 
 def train(policy, optimizers, rows, first, preset, cfg, rank, world_size):
-    """The steps from `first` on. After a signal, or when an image cannot be read any more, what has been
-    learned is saved before it ends. preset: saved with checkpoints."""
+    """The steps from `first` on, over the rows in the order of their file. After a signal, or when an image
+    cannot be read any more, what has been learned is saved before it ends. preset: saved with checkpoints."""
     def prepare(step):
         mine = range(step * cfg.batch + rank, (step + 1) * cfg.batch, world_size)
         return render_batches(policy.proc, [rows[i % len(rows)] for i in mine], cfg)
 
     def save(done):
-        if done > first:
-            save_checkpoint(done, policy, optimizers, cfg, preset)
-            if rank == 0:
-                prune(cfg, done)
+        save_checkpoint(done, policy, optimizers, cfg, preset)
+        if rank == 0:
+            prune(cfg, done)
 
     policy.train()
-    saved = time.time()
+    newest = first               # the step of the newest checkpoint,
+    saved = time.time()          # and when it was written
     started = saved - spent(cfg.out)
     with deferred_signals() as asked, ThreadPoolExecutor(1) as pool:
         pending = pool.submit(prepare, first)
         for step in tqdm(range(first, cfg.steps), "sft", disable=rank > 0 or None, leave=False):
             # 1. batch; the next one is rendered while this step computes
             try:
-                batches, left_out, refused = together(pending.result)
+                batches, left_out, cut, refused = together(pending.result)
             except UserError:            # an image that cannot be read any more
-                save(step)
+                if step > newest:
+                    save(step)
                 raise
             pending = pool.submit(prepare, step + 1)
 
@@ -1224,8 +1226,8 @@ def train(policy, optimizers, rows, first, preset, cfg, rank, world_size):
             entry = train_step(policy, optimizers, batches, step, cfg)
 
             # 3. log
-            left_out, refused = all_sum(left_out, refused)
-            entry.update(left_out=left_out, refused=refused, seconds=time.time() - started)
+            left_out, cut, refused = all_sum(left_out, cut, refused)
+            entry.update(left_out=left_out, cut=cut, refused=refused, seconds=time.time() - started)
             if rank == 0:
                 append_log(cfg.out, entry)
                 if step % cfg.log_every == 0 or step + 1 == cfg.steps or entry["skipped"]:
@@ -1235,6 +1237,7 @@ def train(policy, optimizers, rows, first, preset, cfg, rank, world_size):
             stopped, is_due = due(step + 1, asked, saved, cfg)
             if is_due:
                 save(step + 1)
+                newest = step + 1
                 saved = time.time()
             if stopped:
                 stop(step + 1, rank)
@@ -1250,22 +1253,27 @@ def load_demonstrations(cfg):
     return rows
 
 
-def main(cfg):
-    """Imitation as cfg says; all ranks call it."""
-    rank, world_size, device = setup()
+def check_flags(cfg, world_size):
+    """UserError for settings that no imitation can have."""
     if cfg.batch % world_size:
-        raise UserError(f"--batch={cfg.batch} is not a multiple of the {world_size} ranks; change --batch")
+        raise UserError(f"--batch={cfg.batch} of sft.py is not a multiple of the {world_size} ranks")
     if not cfg.max_crops:
         raise UserError("--max_crops=0: there would be no call to imitate; leave it, or set it above 0")
     if cfg.tiny not in ("tiny", "tiny3_5"):
         raise UserError(f"--tiny={cfg.tiny}: give tiny or tiny3_5")
 
+
+def main(cfg):
+    """Imitation as cfg says; all ranks call it."""
+    rank, world_size, device = setup()
+    check_flags(cfg, world_size)
+
     # 1. rows, run folder
+    rows = load_demonstrations(cfg)
     start = cfg.model or f"{cfg.data}/{cfg.tiny}"
     if rank == 0 and not cfg.model and not os.path.exists(start):
         save_tiny(cfg.data, cfg.seed, cfg.tiny)
     barrier()
-    rows = load_demonstrations(cfg)
     first = open_run(cfg, rank, rows)                 # the step to go on from, or 0
 
     # 2. policy

@@ -211,12 +211,13 @@ def test_fates_and_rows(done, policy):
         assert row["boxes"] == [list(EVIDENCE)] == row["chain"][-1:] and len(row["chain"]) == 3
 
 
-def test_files_left_out(monkeypatch):
-    """What is no image by its name, or has a name that cannot be written down, is counted by kind."""
-    names = [Path("A.JPG"), Path("b.heic"), Path("c.pdf"), Path("d"), Path(os.fsdecode(b"\xff.png"))]
-    monkeypatch.setattr(data.Path, "rglob", lambda *_: names)
-    others = {".heic": 1, ".pdf": 1, "without a suffix": 1, "name that is not UTF-8": 1}
-    assert data.find_photos("photos") == (names[:1], others)
+def test_files_left_out(tmp_path):
+    """What is no image by its name, has a name that cannot be written down or is a copy is counted by kind."""
+    for i, name in enumerate(("A.JPG", "b.heic", "c.pdf", "d", os.fsdecode(b"\xff.png"), "e.png")):
+        (tmp_path / name).write_text(f"content {i}")
+    (tmp_path / "f.png").write_text("content 0")
+    others = {".heic": 1, ".pdf": 1, "without a suffix": 1, "name that is not UTF-8": 1, "copy of another": 1}
+    assert data.find_photos(tmp_path) == ([tmp_path / "A.JPG", tmp_path / "e.png"], others)
 
 
 def test_images_keep_their_colours():

@@ -189,6 +189,9 @@ def test_judge(folder, asked):
             judged = bench(folder, out=f"{folder}/{reply}"[:-1], judge_url=url, judge_name="j")["rows"]
         expected = 1 - plain["unanswered_rate"] if "Yes" in reply else plain["accuracy"]
         assert judged["judge_failed_rate"] == failed and judged["accuracy"] == pytest.approx(expected)
+    with serving(lambda body: 422) as url:       # which in another process is its first reply
+        again = bench(folder, out=f"{folder}/perhap", judge_url=url, judge_name="j")["rows"]
+    assert again["judge_failed_rate"] == 1
     asked.clear()
     with serving(lambda body: "yes") as url:
         again = bench(folder, out=f"{folder}/perhap", judge_url=url, judge_name="j")["rows"]

@@ -96,9 +96,9 @@ def test_rows(tmp_path):
 
 def test_splits(tmp_path):
     """DRIM's train.json is read under its own name, and no scenes are drawn beside it."""
-    assert data.split_path(tmp_path, "train") == f"{tmp_path}/train.jsonl" and not data.foreign(tmp_path)
+    assert data.split_path(tmp_path, "train") == f"{tmp_path}/train.jsonl" and not data.has_other_rows(tmp_path)
     (tmp_path / "train.json").touch()
-    assert data.split_path(tmp_path, "train") == f"{tmp_path}/train.json" and data.foreign(tmp_path)
+    assert data.split_path(tmp_path, "train") == f"{tmp_path}/train.json" and data.has_other_rows(tmp_path)
     (tmp_path / "train.jsonl").touch()
     assert data.split_path(tmp_path, "train") == f"{tmp_path}/train.jsonl"
 
@@ -109,6 +109,7 @@ def test_splits(tmp_path):
 {"solution": [null]} -> has no `solution`
 {"choices": ["red", "blue"], "solution": ["red", "green"]} -> : its solution 'green' is none of its choices
 {"choices": "red"} -> : `choices` is not a list of texts
+{"choices": ["B", "red"], "solution": "B"} -> : its solution B is the letter of one .* write 'B. red'
 {"turns": [5]} -> : `turns` is not a list of texts
 {"boxes": [1, 2, 3, 4]} -> : `boxes` is not a list of boxes
 {"boxes": [[1, 2, 3]]} -> : .1, 2, 3. in `boxes` is not .x0, y0, x1, y1. in pixels

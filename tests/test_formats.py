@@ -70,6 +70,8 @@ ZOOM = {"images": ["a.png"], "response": "A", "question_type": "mcq", "bbox": [1
      dict(choices=["red", "blue"], solution="B", problem="Which?\nA. red\nB. blue\nAnswer with the letter of the right"
           " option.")),
     ({**ZOOM, "query": "Which?", "choices": {"x": "red"}}, "its options are not A, B"),
+    ({**ZOOM, "query": "Which? (A) red (B) blue"}, "its options are not A, B"),
+    ({**ZOOM, "query": "What?", "response": ["cat", "kitty"]}, dict(choices=[], solution=["cat", "kitty"])),
     ({**ZOOM, "query": "Which?\nB. red\nC. blue", "response": "red"}, dict(choices=[], solution="red")),
     ({**ZOOM, "query": "哪个？\n（A）红\n（B）蓝"}, dict(choices=["红", "蓝"])),
     ({"problem": "Which?", "images": ["b.png"], "solution": "7"}, "no image .*b.png"),     # one of our rows

@@ -116,8 +116,9 @@ def test_what_changed(image):
     summaries = [text for text in Page(html).texts if "examples" in text]
     assert summaries == ["1 repaired: examples", "1 broken: examples", "1 wrong: examples"]
     assert html.count("<article>") == 6 and html.count("<details>") == 3
-    other = keyed(record(image, problem="another"))
-    assert Page(evaluation.section("x", ("a", other), ("b", keyed(before[0])), 1)).rows["Accuracy"] == ["1", "0.0 %"]
+    for other in (dict(problem="another"), dict(solution="another"), dict(images=["another.png"])):
+        other = keyed(record(image, **other))
+        assert Page(evaluation.section("x", ("a", other), ("b", keyed(before[0])), 1)).rows["Accuracy"] == ["1", "0.0 %"]
 
 
 def test_samples_of_a_question_are_one():

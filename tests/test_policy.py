@@ -70,7 +70,7 @@ def test_forward_against_transformers(family, trajs, monkeypatch):
 def test_sft_loss_is_that_of_labels(family, rows):
     """The loss and the gradient's norm of a step are those of labels, -100 where nothing is trained."""
     cfg = sft.Config(micro_batch=2, clip_norm=1e9)
-    batches, left_out, _ = sft.render_batches(family.proc, rows[:3], cfg)
+    batches, left_out, *_ = sft.render_batches(family.proc, rows[:3], cfg)
     optimizer = torch.optim.SGD(family.parameters(), 0.0)
     entry = sft.train_step(family, [optimizer], batches, 0, cfg)
     model = stock(family)
@@ -93,9 +93,18 @@ def test_sft_leaves_out_what_ends_in_a_call(policy, rows):
     rows = sorted(rows, key=lambda row: len(row["turns"]))[::40]
     long = [row for row in rows if len(row["turns"]) > 2]
     rows[0] = {**rows[0], "turns": ["<tool_call>zoom(1, 2)</tool_call>", rows[0]["turns"][-1]]}
-    [batch], left_out, refused = sft.render_batches(policy.proc, rows, cfg)
+    [batch], left_out, cut, refused = sft.render_batches(policy.proc, rows, cfg)
     assert 0 < left_out == len(long) < len(rows)
-    assert len(rows) == (batch["mask"].sum(1) > 0).sum() + len(long) and refused == 1
+    assert len(rows) == (batch["mask"].sum(1) > 0).sum() + len(long) and refused == 1 and cut == 0
+
+
+def test_a_turn_that_no_rollout_could_sample_is_not_trained(policy, rows):
+    first, *_ = rows[0]["turns"]
+    most = len(policy.proc.encode_data(first, keep=env.TAGS)) + 1
+    for turn_tokens, trained in ((most, True), (most - 1, False)):
+        cfg = sft.Config(turn_tokens=turn_tokens)
+        [batch], _, cut, _ = sft.render_batches(policy.proc, [{**rows[0], "turns": [first]}], cfg)
+        assert (batch["mask"].sum() > 0) == trained and cut == (not trained)
 
 
 def test_wiring_of_imitation(scenes, tmp_path, monkeypatch):

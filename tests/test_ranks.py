@@ -72,7 +72,7 @@ def work(rows, out, shard, lora, tiny):
         patch.setattr(torch.nn.utils, "clip_grad_norm_", recorded_clip)
         patch.setattr(rppo, "collect", recorded_collect)
         muon = 0.0 if shard else 0.03
-        sft.main(sft.Config(**training, out=f"{out}/sft", muon_lr=muon, batch=8))
+        sft.main(sft.Config(**dict(training, turn_tokens=48), out=f"{out}/sft", muon_lr=muon, batch=8))
         cfg = rppo.Config(**training, train_vision=not shard, out=f"{out}/rppo", prompts=4, samples=4,
                           eval_rows=5, in_flight=2, n_score=0)
         policy = rppo.main(cfg)

@@ -62,8 +62,8 @@ def assert_same(a, b):
 
 
 @pytest.mark.parametrize("stage, number, tiny, settings", [
-    (sft, signal.SIGINT, "tiny3_5", dict(batch=6)),
-    (rppo, signal.SIGTERM, "tiny", dict(lora=2, samples=4, eval_rows=2))])
+    (sft, signal.SIGINT, "tiny3_5", dict(batch=6, turn_tokens=48)),
+    (rppo, signal.SIGTERM, "tiny", dict(lora=2, samples=4, eval_rows=2, turn_tokens=4))])
 def test_a_signal_saves_and_leaves(stage, number, tiny, settings, scenes, tmp_path, monkeypatch, capsys):
     """In the first step, then in the last: it is finished and saved, exit code 0; the run ends as if left alone."""
     def interrupted(*args, **kwargs):
@@ -71,7 +71,7 @@ def test_a_signal_saves_and_leaves(stage, number, tiny, settings, scenes, tmp_pa
             signal.raise_signal(number)
         return works(*args, **kwargs)
     monkeypatch.setattr(env, "rewards", by_chance)
-    small = dict(FLAGS[stage.__name__] | settings, max_crops=1, turn_tokens=4, steps=2, save_every=9, data=scenes,
+    small = dict(FLAGS[stage.__name__] | settings, max_crops=1, steps=2, save_every=9, data=scenes,
                  model=f"{scenes}/{tiny}")
     stage.main(stage.Config(**small, out=f"{tmp_path}/whole"))
     before, works, calls = signal.getsignal(number), sft.optimizer_step, itertools.count()

@@ -209,6 +209,7 @@ def test_the_loop(loop):
 def test_an_error_saves_first(loop):
     """What ends the rollout of a step saves the steps before it; an evaluation leaves the last checkpoint."""
     for first, broken, line, steps in ((2, ("collect", 5), "cut.jpg is cut short", [3, 4, 5]),
+                                       (2, ("collect", 4), "cut.jpg is cut short", [3, 4]),     # just saved
                                        (3, "evaluate", "the judge refuses", [4])):
         did, _ = loop(first=first, broken=broken)
         assert did[-1] == line
@@ -222,11 +223,12 @@ def test_main_hands_on(scenes, tmp_path, monkeypatch):
     monkeypatch.setattr(sft, "load_trainable", lambda cfg, start, first, device, betas: given.update(
         start=start, betas=betas) or (SimpleNamespace(proc=None), [], "tiny"))
     monkeypatch.setattr(data, "check_rows", lambda rows, *_: given.update(checked=len(rows)))
+    monkeypatch.setattr(rppo, "compare", lambda *_: None)
     monkeypatch.setattr(rppo, "train", lambda policy, optimizers, preset, rows, held_out, *_: given.update(
         rows=[row["doc_id"] for row in rows], held_out=[row["doc_id"] for row in held_out]))
-    rppo.main(rppo.Config(data=scenes, model=f"{scenes}/tiny", out=f"{tmp_path}/run", eval_rows=5, n_score=0))
+    rppo.main(rppo.Config(data=scenes, model=f"{scenes}/tiny", out=f"{tmp_path}/run", eval_rows=5, n_score=6))
     names = [row["doc_id"] for row in data.load_rows(f"{scenes}/train.jsonl")]
-    assert given == dict(start=f"{scenes}/tiny", betas=(0.9, 0.95), checked=24, rows=names[:-5], held_out=names[-5:])
+    assert given == dict(start=f"{scenes}/tiny", betas=(0.9, 0.95), checked=24 + 6, rows=names[:-5], held_out=names[-5:])
 
 
 def test_hold_out_is_by_image():

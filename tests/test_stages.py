@@ -32,7 +32,8 @@ FILES = ("env", "data", "sft", "eval", "rppo")
 STAGES = {"sft": sft, "data": data, "eval": evaluation, "rppo": rppo}
 DEFAULTS = {"sft": sft.REAL, "data": {}, "eval": evaluation.REAL, "rppo": rppo.REAL}
 SHORT = dict(max_crops=1, turn_tokens=4)
-SFT = dict(SHORT, steps=2, batch=4, micro_batch=3, warmup=1, save_every=1, log_every=1)
+EPISODE = dict(max_crops=1, turn_tokens=47)      # the demonstrations' turns are shorter
+SFT = dict(EPISODE, steps=2, batch=4, micro_batch=3, warmup=1, save_every=1, log_every=1)
 RPPO = dict(SHORT, steps=2, prompts=2, samples=4, micro_batch=3, warmup=1, lr=1e-3, save_every=1,
             show_every=1, eval_every=2, eval_rows=2, n_score=3)
 SCENES = dict(n_sft=4, n_train=7, n_test=4)
@@ -98,6 +99,7 @@ def test_logs_and_scores(chain):
     summary = json.loads((runs / "summary.json").read_text())
     assert summary["rppo"] == json.loads((runs / "eval/rppo/eval.json").read_text())
     assert summary["sft"]["n"] == summary["rppo"]["n"] == 3
+    assert {"command", "commit", "threads", "seconds"} <= summary["rppo"]["config"].keys()
 
 
 @pytest.fixture
@@ -131,7 +133,7 @@ def test_main_job(small, tmp_path, capsys):
     before = made(tmp_path)
     rppo.main(cfg)
     assert made(tmp_path) == before
-    with pytest.raises(env.UserError, match="runs/sft was made .*seed: 3 -> 1.*give --out=.*/runs/s1/rppo"):
+    with pytest.raises(env.UserError, match="runs/sft was made .*seed: 3 -> 1.*--out=.*/runs/s1/rppo"):
         rppo.main(replace(cfg, seed=1, data=f"{tmp_path}/others", out=f"{tmp_path}/runs/s1"))
     assert not (tmp_path / "others").exists()      # refused before anything is drawn
     other = replace(cfg, lam=0.0, out=f"{tmp_path}/runs/grpo")
@@ -214,7 +216,7 @@ def test_values_and_presets(chain):
         plain = {**asdict(STAGES[name].Config()), "data": "data/scenes-0"}
         assert asdict(configure(name)) == plain
         ours = configure(name, f"--model={run}")
-        assert asdict(ours) == {**plain, **SHORT, "model": env.newest(run)}
+        assert asdict(ours) == {**plain, **EPISODE, "model": env.newest(run)}
         real = configure(name, "--model=some/name")
         assert asdict(real) == {**plain, **DEFAULTS[name], "model": "some/name"}
         assert configure(name, f"--model={run}", "--turn_tokens=9").turn_tokens == 9
@@ -253,7 +255,7 @@ def test_a_run_goes_on_longer_but_not_elsewhere(copied, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "going on from step 2 of 3" in printed and "planned for 2 steps; the rate is now that of 3" in printed
     assert [entry["step"] for entry in sft.read_log(copied.out)] == [0, 1, 2]
-    refused("has made 3 steps already; raise --steps=2", sft.main, copied)
+    refused("has made 3 steps, more than 2; raise --steps", sft.main, copied)
     rows = data.load_rows(f"{copied.data}/sft.jsonl")
     moved = [{**row, "images": ["/elsewhere/" + os.path.basename(row["images"][0])]} for row in rows]
     assert sft.checksum(moved) == sft.checksum(rows) != sft.checksum([{**rows[0], "solution": "x"}, *rows[1:]])
@@ -315,6 +317,12 @@ def test_a_folder_in_use(copied, monkeypatch):
         for _ in range(2):
             refused("run is in use by process 7 on elsewhere; .*--out", sft.main, copied)
     assert made(Path(copied.out)) == before
+    cfg = rppo.Config(out=copied.out)
+    os.makedirs(f"{Path(copied.out).parent}/eval/rppo")
+    with open(f"{Path(copied.out).parent}/eval/rppo/lock", "w") as lock:       # another run will put scores there
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        print("process 8", file=lock, flush=True)
+        refused("eval/rppo is in use by process 8; .*--out=.*/run/rppo", rppo.check_scores, cfg)
 
 
 def test_missing_inputs(chain, tmp_path):
@@ -326,9 +334,15 @@ def test_missing_inputs(chain, tmp_path):
             (rppo, dict(data=scenes, model=model, eval_rows=9, steps=0), "train.jsonl.*--eval_rows=9"),
             (sft, dict(data=scenes, model=str(tmp_path)), f"{tmp_path}: no model.* checkpoint yet; .*--model"),
             (sft, dict(data=scenes, max_crops=0), "--max_crops=0"),
+            (rppo, dict(data=f"{tmp_path}/new", max_crops=0), "--max_crops=0"),
             (data, dict(task="huge"), "--task=huge.*tiny")):
         refused(words, stage.main, stage.Config(**values, out=out))
         shutil.rmtree(out, ignore_errors=True)
+    assert not (tmp_path / "new").exists()       # no scenes, which a command with other settings would refuse
+
+    (tmp_path / "sft.jsonl").write_text('{"problem": 5}')
+    refused("sft.jsonl: row 0 has no `images`", sft.main, sft.Config(data=str(tmp_path), out=out))
+    assert not (tmp_path / "tiny").exists()
 
 
 def test_pruning_and_the_best(tmp_path, monkeypatch, capsys):
