@@ -68,7 +68,7 @@ class PhotosConfig:
     policy_name: str = ""
     annotator_factor: int = 32       # pixels a side of an image token: Qwen2.5-VL 28, Qwen3-VL and Qwen3.5 32
     policy_factor: int = 32
-    max_tokens: int = 1024           # of a reply with its thoughts, as turn_tokens; one that is cut is not used
+    max_tokens: int = 1024           # of a reply with its thoughts, as turn_tokens; a cut one is not used
     max_pixels: int = 2_000_000      # of the shrunken image
     per_image: int = 2               # proposals per photograph
     evidence_share: float = 0.01     # largest share of the photograph that the evidence may cover
