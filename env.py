@@ -64,14 +64,15 @@ class ToolError(Exception):
 
 def setting(default, **metadata):
     """A config field with `least`, a smallest value of its own (else integers begin at 1, other numbers at 0;
-    see `checked`), or with `free=True`: it may change when a run goes on (see `same_settings`)."""
+    see `checked`), or with `free=True`: it may change when a run goes on (see `same_settings`). The comment
+    behind a field is its text in --help, and the first line of a class's docstring a heading there."""
     return field(default=default, metadata=metadata)
 
 
 @dataclass
 class EpisodeConfig:
     """The episode. The defaults are those of the tiny built-in task."""
-    max_crops: int = setting(5, least=0)  # tool turns, then a turn that may only answer; 0: no tool
+    max_crops: int = setting(5, least=0)  # turns before one that may only answer, bad calls count; 0: no tool
     max_pixels: int = 32 * 32        # pixel budget of the original, as the model sees it
     min_crop_pixels: int = 32 * 32   # crops are resized into [min_crop_pixels, max_crop_pixels]
     max_crop_pixels: int = 49 * 49   # a little over 48 x 48, as rows of patches are rounded
@@ -228,12 +229,17 @@ def parse_crop(arguments):
     return Action("crop", tuple(map(float, bbox)), index, label=label if isinstance(label, str) else None)
 
 
-def crop(action, shown, cfg):
-    """Show a box of image img_idx, cut out of the original even if that is a crop. Raises ToolError."""
+def image_of(action, shown):
+    """The image that a call is about. ToolError for a number that no image has."""
     if not 0 <= action.img_idx < len(shown):
         raise ToolError("index")
+    return shown[action.img_idx]
 
-    parent = shown[action.img_idx]
+
+def crop(action, shown, cfg):
+    """Show a box of an image, which may be a crop itself: the pixels are those of its full-resolution frame.
+    Raises ToolError."""
+    parent = image_of(action, shown)
     box = resolve_box(action.bbox, parent.box, parent.frame.size, cfg.min_crop_side)
     return Shown(parent.frame, box, cfg.min_crop_pixels, cfg.max_crop_pixels, tool="crop")
 
@@ -338,16 +344,16 @@ def parse_action(text):
     # 3. A call is JSON that one of the tools understands.
     try:
         return parse_call(json.loads(body))
-    except (ValueError, RecursionError) as e:    # json's errors are ValueErrors
+    except (ValueError, TypeError, LookupError, RecursionError) as e:        # json's are ValueErrors
         return Action("malformed", error=f"{type(e).__name__}: {e}")
 
 
 def parse_call(call):
     """The action of a call, {"name": ..., "arguments": {...}}. Raises ValueError."""
     name = call.get("name") if isinstance(call, dict) else None
-    for tool in TOOLS.values():
+    for kind, tool in TOOLS.items():
         if tool.schema["function"]["name"] == name and isinstance(call.get("arguments"), dict):
-            return tool.parse(call["arguments"])
+            return replace(tool.parse(call["arguments"]), kind=kind)
 
     raise ValueError("not a call of a tool")
 
@@ -558,11 +564,12 @@ class Trajectory:
 
     @property
     def crops(self):
-        """Boxes of the executed crops of the original, in order."""
+        """Boxes of the executed crops of the original, in order. Those of another frame, as a new tool may
+        make one, are not comparable: rewards and metrics do not see them."""
         return [s.box for s in self.shown if s.tool == "crop" and s.frame is self.shown[0].frame]
 
     def place(self, shown):
-        """An image as a record keeps it: its box, and of which image's pixels; `frame` 0 is the original."""
+        """What a record keeps of an image: its box, and the number of the image whose pixels it shows."""
         frames = [other.frame is shown.frame for other in self.shown]
         return {"box": shown.box, "frame": frames.index(True)}
 
@@ -611,8 +618,8 @@ def reset(proc, row, cfg):
 
 
 def respond(traj, proc, ids, logp=None):
-    """Append the sampled tokens of a turn; returns its text. One that does not end with <|im_end|>, as it was
-    cut off or ended by another id, gets it as a given token (mask 0)."""
+    """Append the sampled tokens of a turn; returns its text. A turn that does not end with <|im_end|>, as it
+    was cut off or ended by another id, gets it as a given token (mask 0)."""
     traj.extend(proc, list(ids), sampled=True, logp=logp)
     if not ids or ids[-1] != proc.end:
         traj.extend(proc, [proc.end])
@@ -835,7 +842,8 @@ def is_right(traj):
 
 # --- What a trajectory is worth -------------------------------------------------------------------------
 def rewards(group, cfg):
-    """FORK: the reward. The G trajectories of one prompt -> for each its named parts and their `total`.
+    """FORK: the reward. The G trajectories of one prompt -> for each its named parts and their `total`. cfg:
+    a RewardConfig, in training all of rppo.Config.
 
     R = R_acc + 1{R_acc = 0 and T > 1} * Gamma,   Gamma = -lam / T^2 * sum_{t<t'} max(0, IoU(b_t, b_t') - eps)
     (DRIM) T counts executed crops; b_t are the boxes as executed, in the frame of the original. Two parts are
@@ -848,7 +856,7 @@ def rewards(group, cfg):
         if is_right(traj):
             parts["accuracy"] = 1.0
             parts["tool"] = cfg.tool_bonus if traj.crops else 0.0
-        else:
+        else:                                    # with T < 2 there is no pair, so it is 0
             parts["redundancy"] = -cfg.lam * redundancy(traj.crops, cfg.eps)
 
         if traj.status != "answered" or any(turn.error for turn in traj.turns):
@@ -1020,18 +1028,18 @@ def configure(cls, real, argv=None):
     The defaults of cls are the tiny preset. With --model those of the episode are the checkpoint's, and all
     others those of `real`, unless the checkpoint's own preset is tiny.
     """
-    # 1. Flags go before what the checkpoint says, and that before the preset.
+    # Flags go before what the checkpoint says, and that before the preset.
     values = vars(make_parser(cls, real).parse_args(argv))
+    seed = str(values.get("seed", cls.seed))
+    for name in ("model", "data", "image_root", "out"):      # "{seed}" is the seed, "runs/a/" is "runs/a"
+        if hasattr(cls, name):
+            path = values.get(name, getattr(cls, name)).replace("{seed}", seed)
+            values[name] = path.rstrip("/") or path
     if values.get("model"):
         values["model"] = find_model(values["model"])
         preset, episode = load_episode(values["model"])
         values = {**(real if preset == "real" else {}), **episode, **values}
     cfg = cls(**checked(values, cls, "flags"))
-
-    # 2. In texts {seed} stands for the seed, and "runs/a/" is "runs/a".
-    for name, value in vars(cfg).items():
-        if isinstance(value, str):
-            setattr(cfg, name, value.replace("{seed}", str(cfg.seed)).rstrip("/") or value)
 
     if isinstance(cfg, EpisodeConfig) and cfg.max_crop_pixels < cfg.min_crop_pixels:
         raise UserError(f"--max_crop_pixels={cfg.max_crop_pixels} is below --min_crop_pixels")

@@ -149,10 +149,10 @@ class Cache:
             store[self.slots] = part.to(store.dtype)
 
 
-def uniforms(seed, prompt, sample, n):
-    """n numbers in [0, 1) that depend on seed, a pair (seed, step), prompt and sample alone, not on batch or
-    ranks."""
-    rng = np.random.default_rng([*seed, prompt, sample])
+def uniforms(seed, stream, sample, n):
+    """n numbers in [0, 1) that depend on seed, a pair (seed, step), stream, the number of the row, and sample
+    alone, so that batch and ranks change nothing."""
+    rng = np.random.default_rng([*seed, stream, sample])
     return torch.from_numpy(rng.random(n))
 
 
@@ -196,7 +196,7 @@ def capture(f, pool):
 class Seat:
     """A sample, waiting for a slot or in one."""
     prompt: Future                   # of env.reset; the samples of a group share it
-    stream: tuple                    # (seed, step), prompt, sample: they name its random numbers
+    stream: tuple                    # (seed, step), the row's stream, sample: see `uniforms`
     traj: env.Trajectory | None = None
     fed: int = 0                     # how many of its tokens have been fed,
     seen: int = 0                    # and of its images
@@ -643,10 +643,10 @@ def read_records(path, settings=None):
         except ValueError:
             continue                             # half a line of a killed run
 
-        if "settings" in entry:
-            old.update(entry["settings"])
-        else:
+        if "index" in entry:                     # a row may have a field `settings`, too
             records[entry["index"], entry["sample"]] = entry
+        else:
+            old.update(entry["settings"])
 
     for name, value in (settings or {}).items():
         if records and old.get(name) != value:
@@ -869,7 +869,7 @@ def picture(image, side):
     return data.image_url(small)
 
 
-def frame(box, colour, number):
+def svg_box(box, colour, number):
     """A box on a scene."""
     x0, y0, x1, y1 = box
     return (f'<rect x="{x0}" y="{y0}" width="{x1 - x0}" height="{y1 - y0}" stroke="{colour}"/>'
@@ -884,7 +884,7 @@ def trajectory_html(record, title, outcome):
         image = Image.new("RGB", (64, 64))
     frames = turns = ""
     for box in record.get("boxes") or ():
-        frames += frame(box, "#ff0", "")
+        frames += svg_box(box, "#ff0", "")
 
     number = 0
     for turn in record["turns"]:
@@ -892,7 +892,7 @@ def trajectory_html(record, title, outcome):
         if turn["box"] and not turn.get("frame"):
             colour = PALETTE[number % 8]
             number += 1
-            frames += frame(turn["box"], colour, number)
+            frames += svg_box(turn["box"], colour, number)
             crop = f'<img style="border-color:{colour}" src="{picture(image.crop(turn["box"]), 120)}">'
         turns += (f'<li>{crop}<div>{escape(env.thought_of(turn["text"]))} '
                   f'<b class="wrong">{escape(turn["error"] or "")}</b></div>')

@@ -1,7 +1,7 @@
 """rppo.py, file 5 of 5: the method. It rests on env.py, and samples with `rollout` of eval.py.
 
     python rppo.py                                # from nothing: scenes, tiny model, cold start, RPPO, scores
-    python rppo.py --lam=0 --out=runs/grpo/rppo   # plain GRPO, for comparison
+    python rppo.py --model=runs/sft --lam=0 --out=runs/grpo/rppo     # GRPO from the same cold start
     torchrun --nproc-per-node=8 rppo.py --model=runs/real/sft --data=data/mine
 
 The objective (DRIM, arXiv 2512.17306). In each step P prompts get G trajectories each. A trajectory makes T
@@ -20,8 +20,8 @@ n_tokens is their number in the whole step, on all ranks. There is no KL term.
 Shapes in the code: P prompts, G samples of each, b trajectories of a micro-batch, T tokens of the longest of
 them, n trained tokens.
 
-What is ours, not the paper's, whose code and numbers are not published:
-1. The formula of gamma and reward is that of a reading note of the paper. All numbers of Config are ours.
+The paper's code and numbers are not published. Gamma and reward are as a reading note of it has them; ours:
+1. All numbers of Config.
 2. T counts crops that were made. A call that is malformed or refused has no box.
 3. A trajectory without an answer is wrong. After max_crops tool turns it has one turn, only to answer.
 4. Advantages are not divided by the std (norm_std), and clip_high is wider than clip_low.
@@ -55,7 +55,7 @@ class Config(sft.TrainConfig, evaluation.RolloutConfig, env.RewardConfig):
     steps: int = env.setting(40, free=True)  # more of them prolong a run
     prompts: int = 16                # P per step, over all ranks
     samples: int = env.setting(8, least=2)  # G per prompt; one alone has nothing to be compared with
-    updates: int = 1                 # passes over each rollout; above 1 the ratio leaves 1 and clipping acts
+    updates: int = 1                 # passes over a whole rollout; above 1 the ratio leaves 1, clipping acts
     micro_batch: int = env.setting(32, free=True)  # trajectories of mean length a pass; fewer if long
     lr: float = 5e-4
     warmup: int = env.setting(5, least=0)
@@ -91,7 +91,7 @@ REAL = dict(
     shard=True)
 
 
-# --- The objective. FORK: the algorithm, in the next four functions -------------------------------------
+# --- The objective. FORK: the algorithm, in the next four functions and in token_advantages -------------
 def group_advantages(rewards, norm_std):
     """rewards (P, G) -> advantages (P, G): minus the group's mean, divided by its unbiased std if asked.
 
@@ -252,7 +252,7 @@ def update(policy, optimizers, samples, cfg, reference=None):
                 clipped.sum().item()]
 
         # 5. Step. After flat groups alone, the optimizers' momentum would still move the weights.
-        _, norm, skip = sft.optimizer_step(policy, optimizers, loss_sum, cfg, rest=n_micro == 0)
+        _, norm, skip = sft.optimizer_step(policy, optimizers, loss_sum, cfg, n_micro == 0)
         skipped += skip
 
     n, entropy, gap, clipped = sft.all_sum(*sums.tolist())
@@ -271,13 +271,13 @@ def update_bytes(config, cfg):
     recomputation, by itself. The factors (8, 34, 7) say how many vectors of a width PyTorch keeps for each
     token, as counted. What the allocator cannot use, and the vision tower, are left out."""
     text = config.get_text_config()
-    heads = text.num_attention_heads * evaluation.head_dim(text)
+    inner = text.num_attention_heads * evaluation.head_dim(text)
     width = text.hidden_size
     n = cfg.max_tokens
 
     bf16, fp32 = 2, 4                    # bytes of a number
     kept = bf16 * n * width * (text.num_hidden_layers + 2)        # inputs of the blocks
-    attention = bf16 * n * 8 * heads                              # within one of them
+    attention = bf16 * n * 8 * inner                              # within one of them
     if hasattr(text, "linear_num_value_heads"):                   # Qwen3.5's linear layers take much more
         attention = fp32 * n * 34 * text.linear_num_value_heads * text.linear_value_head_dim
     mlp = bf16 * n * (7 * text.intermediate_size + 8 * width)
@@ -399,11 +399,11 @@ def train(policy, optimizers, preset, rows, held_out, first, cfg, rank, world_si
         sft.save_checkpoint(step, policy, optimizers, cfg, preset)
         if rank == 0:
             sft.prune(cfg, step, mark_best(cfg.out))
-            refresh_report(cfg)
+            refresh_page(cfg)
 
     mine = list(range(rank, cfg.prompts, world_size))      # this rank's prompts of a step
-    newest = first               # the step of the newest checkpoint,
-    saved = time.time()          # and when it was written
+    newest = first               # the step of the newest checkpoint
+    saved = time.time()          # when it was written
     started = saved - sft.spent(cfg.out)
     with sft.deferred_signals() as signals:
         for step in range(first, cfg.steps):
@@ -458,7 +458,7 @@ def parent(cfg):
     return os.path.dirname(cfg.out) or "."
 
 
-def refresh_report(cfg):
+def refresh_page(cfg):
     """Write ../report.html: what the cold start and this run have logged and answered."""
     top = parent(cfg)
     evaluation.refresh_report(top, f"{top}/sft", cfg.out, f"{top}/eval/sft", f"{top}/eval/rppo")
@@ -497,7 +497,7 @@ def read_rows(cfg):
     return rows, held_out, tests
 
 
-def cold_start(cfg):
+def imitation_config(cfg):
     """The sft.Config of the imitation that comes first where no model is given."""
     given = env.shared(cfg, env.EpisodeConfig)
     for name in ("seed", "data", "image_root", "tiny"):
@@ -532,7 +532,7 @@ def compare(cfg, start, rank, started):
 
     summary["seconds"] = round(time.time() - started, 1)
     env.write_text(f"{parent(cfg)}/summary.json", json.dumps(summary, indent=1))
-    refresh_report(cfg)
+    refresh_page(cfg)
     print(f"\n{'':10} greedy {evaluation.HEADER}")
     labels = dict(sft="cold start", rppo="RPPO" if cfg.lam else "GRPO")
     for name, label in labels.items():
@@ -549,7 +549,7 @@ def main(cfg):
     started = time.time()
 
     # 1. Rows. Folders with other settings are refused before anything is made.
-    imitation = cold_start(cfg)
+    imitation = imitation_config(cfg)
     if rank == 0:
         sft.saved_step(cfg)
         if not cfg.model:

@@ -184,7 +184,7 @@ class Policy(torch.nn.Module):
                 module.reshard()
                 module.set_reshard_after_forward(module is not self, recurse=False)    # FSDP2's default
 
-    def encode(self, images):
+    def run_tower(self, images):
         """The vision tower: of Shown images the features (their tokens, width), or with those of Qwen3-VL's L
         deepstack levels beside them (their tokens, (1 + L) width)."""
         views = [image.view.numpy() for image in images]
@@ -197,7 +197,7 @@ class Policy(torch.nn.Module):
         return torch.cat([out.pooler_output, *deepstack], 1)
 
     def see(self, images):
-        """Of Shown images the features of their N tokens, in reading order, see `encode`; None without an
+        """Of Shown images the features of their N tokens, in reading order, see `run_tower`; None without an
         image. Samples of a prompt share the original, which is encoded once. Of a frozen tower the features
         stay in host memory from the rollout to the update."""
         if not images:
@@ -209,7 +209,7 @@ class Policy(torch.nn.Module):
         if self.reuses_features and all(image.features is not None for image in distinct):
             features = torch.cat([image.features for image in distinct]).to(self.device)
         else:
-            features = self.encode(distinct)
+            features = self.run_tower(distinct)
             if self.reuses_features and not torch.is_grad_enabled():
                 for image, part in zip(distinct, features.cpu().split(sizes)):
                     image.features = part
@@ -321,8 +321,8 @@ def gated_delta_net(self, hidden_states, cache_params=None, cache=None, **_):
         S_t = a_t S_{t-1} (I - b_t k_t k_t^T) + b_t v_t k_t^T,        o_t = S_t q_t
 
     With a cache (eval.Cache) it goes on from what was kept. Padding, which lies behind a row's tokens, must
-    not move a state: where the place is the bin, b = 0 and a = 1, and the inputs that are kept are the last
-    ones before it. Without a cache nothing is kept, and only padding sees padding.
+    not move a state. The cache sends it to a spare place, the bin: there b = 0 and a = 1, and the inputs that
+    are kept are the last ones before it. Without a cache nothing is kept, and only padding sees padding.
     """
     from transformers.models.qwen3_5 import modeling_qwen3_5 as qwen
     if cache is None:
@@ -924,10 +924,10 @@ def set_lr(optimizers, step, cfg):
     return optimizers[0].param_groups[0]["lr"]
 
 
-def optimizer_step(policy, optimizers, loss_sum, cfg, rest=False):
+def optimizer_step(policy, optimizers, loss_sum, cfg, nothing_learned=False):
     """Sum the gradients over the ranks, clip them and step, unless loss or norm is not finite, or the caller
-    says `rest`: there was nothing to learn from. Returns, the same on all ranks: the loss, the norm before
-    clipping, and 1 if the step was skipped as not finite, else 0. All ranks must reach this."""
+    says that nothing was learned. Returns, the same on all ranks: the loss, the norm before clipping, and 1
+    if the step was skipped as not finite, else 0. All ranks must reach this."""
     for p in policy.parameters():
         if p.requires_grad and dist.is_initialized() and not policy.sharded:   # FSDP2 has summed them
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
@@ -941,7 +941,7 @@ def optimizer_step(policy, optimizers, loss_sum, cfg, rest=False):
     skipped = not math.isfinite(loss_sum + norm)
 
     for optimizer in optimizers:
-        if not skipped and not rest:
+        if not skipped and not nothing_learned:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return loss_sum, norm, int(skipped)
@@ -1022,23 +1022,23 @@ def leave():
 @contextmanager
 def deferred_signals():
     """Within it SIGTERM and Ctrl-C only fill the list that it yields: a step is finished and saved."""
-    asked = []
+    signals = []
     handlers = {}
     for number in (signal.SIGTERM, signal.SIGINT):
-        handlers[number] = signal.signal(number, lambda number, frame: asked.append(number))
+        handlers[number] = signal.signal(number, lambda number, frame: signals.append(number))
     try:
-        yield asked
+        yield signals
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
-def due(done, asked, saved, cfg):
-    """(Is the run to stop, is it to be saved) after `done` steps. asked: the signals so far, see
+def due(done, signals, saved, cfg):
+    """(Is the run to stop, is it to be saved) after `done` steps. signals: those so far, see
     `deferred_signals`; saved: the time of the last save. Rank 0's clock decides. All ranks must reach
     this."""
-    everyone = gather_objects((len(asked), time.time() - saved))
-    stopped = any(signals for signals, _ in everyone)
+    everyone = gather_objects((len(signals), time.time() - saved))
+    stopped = any(n_signals for n_signals, _ in everyone)
     _, age = everyone[0]
     late = 0 < cfg.save_minutes * 60 < age
     is_due = stopped or late or done % cfg.save_every == 0 or done == cfg.steps
@@ -1182,8 +1182,8 @@ def spent(folder):
 
 def eta(entry, cfg):
     """Time that is left, as minutes:seconds, at the run's mean pace."""
-    left = entry["seconds"] / (entry["step"] + 1) * (cfg.steps - entry["step"] - 1)
-    return f"eta {left // 60:3.0f}:{left % 60:02.0f}"
+    left = round(entry["seconds"] / (entry["step"] + 1) * (cfg.steps - entry["step"] - 1))
+    return f"eta {left // 60:3}:{left % 60:02}"
 
 
 def print_step(entry, cfg):
@@ -1207,10 +1207,10 @@ def train(policy, optimizers, rows, first, preset, cfg, rank, world_size):
             prune(cfg, done)
 
     policy.train()
-    newest = first               # the step of the newest checkpoint,
-    saved = time.time()          # and when it was written
+    newest = first               # the step of the newest checkpoint
+    saved = time.time()          # when it was written
     started = saved - spent(cfg.out)
-    with deferred_signals() as asked, ThreadPoolExecutor(1) as pool:
+    with deferred_signals() as signals, ThreadPoolExecutor(1) as pool:
         pending = pool.submit(prepare, first)
         for step in tqdm(range(first, cfg.steps), "sft", disable=rank > 0 or None, leave=False):
             # 1. batch; the next one is rendered while this step computes
@@ -1234,7 +1234,7 @@ def train(policy, optimizers, rows, first, preset, cfg, rank, world_size):
                     print_step(entry, cfg)
 
             # 4. save
-            stopped, is_due = due(step + 1, asked, saved, cfg)
+            stopped, is_due = due(step + 1, signals, saved, cfg)
             if is_due:
                 save(step + 1)
                 newest = step + 1

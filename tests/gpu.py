@@ -198,8 +198,8 @@ class Checks:
 
     def job(self):
         """The main job of the tiny task to its end, with fewer steps."""
-        cold_start, steps = rppo.cold_start, 100 if self.cuda else 2
-        with patch.object(rppo, "cold_start", lambda cfg: replace(cold_start(cfg), steps=steps)):
+        config, steps = rppo.imitation_config, 100 if self.cuda else 2
+        with patch.object(rppo, "imitation_config", lambda cfg: replace(config(cfg), steps=steps)):
             log = self.stage("job/rppo", n_score=2)
         scores = env.read_json(f"{self.folder}/job/summary.json", {})
         self.say("main job: steps of RPPO, scored answers", len(log) + scores["rppo"]["n"], 5, 5)

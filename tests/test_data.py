@@ -89,6 +89,29 @@ def test_answers_and_targets_are_unbiased():
         assert even([places[n, place] for place in range(n)])
 
 
+@pytest.mark.parametrize("name", data.TASKS)
+def test_marks(name):
+    """Each value of a kind has dots of its own, of mean 0, and a box with its mark stays in its cell."""
+    task = data.TASKS[name]
+    for kind in task.kinds:
+        _, other, answers = data.KINDS[kind]
+        values = [other, *answers[:9]]
+        marks = [data.halftone(kind, value, data.GREY, task) for value in values]
+        assert len({mark.tobytes() for mark in marks}) == len(values)
+        assert all(mark.any() and abs(mark.mean()) < 0.1 for mark in marks)
+
+    rng = np.random.default_rng(0)
+    width = task.size // data.GRID
+    for _ in range(60):
+        pixels = np.zeros((task.size, task.size, 3), np.int16)
+        x0, y0, x1, y1 = data.draw_box(rng, pixels, 6, "red", task.kinds[0], answers[0], task)
+        assert 2 * width <= x0 < x1 <= 3 * width and width <= y0 < y1 <= 2 * width
+        pixels[width:2 * width, 2 * width:3 * width] = 0
+        assert not pixels.any()
+        if task.label:
+            break                                # a large scene takes 0.1 s
+
+
 @pytest.mark.parametrize("name", EVERY_TASK)
 def test_demonstrations(name, policy, tmp_path):
     """Each replays without an error to an answer, within max_crops. It is right, and does not call that a

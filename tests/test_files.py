@@ -38,6 +38,8 @@ def test_readable_images(tmp_path):
         colour = dict(white=(255, 255, 255), grey=(200, 200, 200)).get(path.stem.split("-")[0], (200, 0, 0))
         assert (image.mode, image.size) == ("RGB", size), path
         assert np.abs(np.subtract(image.getpixel((3, 3)), colour)).max() <= 6, path
+    floats = Image.fromarray(np.full((2, 2), 0.7, np.float32))
+    assert env.to_rgb(floats).getpixel((0, 0)) == (178, 178, 178)                  # 0.7 * 255 = 178.5
 
 
 def test_unreadable_images(tmp_path, monkeypatch):

@@ -258,3 +258,7 @@ def test_memory_is_arithmetic(any_policy, monkeypatch):
     assert evaluation.fitting(on_cuda, cfg, 3) == 3
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2 ** 32, enough))
     assert "0 of 3 trajectories of --max_tokens=900" in refusal(evaluation.fitting, on_cuda, cfg, 3)
+    free = []
+    monkeypatch.setattr(evaluation, "slots_in", lambda left, *_: free.append(left) or 3)
+    evaluation.fitting(on_cuda, cfg, 3)
+    assert free == [2 ** 32 - 2 * sum(p.numel() for p in any_policy.parameters())]       # copies in bf16

@@ -40,6 +40,7 @@ def test_advantages_by_hand():
         close(advantages[:3].float(), expected)
         assert (advantages[3] == 0).all()
         assert group_advantages(rewards[:, :1], norm_std).tolist() == [[0.0]] * 4
+    close(group_advantages([[0.0, 1.0]], True), torch.tensor([[-0.5, 0.5]]).double() * 2 ** 0.5)
 
 
 def test_loss_against_a_plain_loop():

@@ -83,6 +83,7 @@ def test_logs_and_scores(chain):
     """One line a step, in the log with the documented fields and printed. The numbers make sense."""
     for name in ("sft", "rppo"):
         assert re.findall(r"(?m)^step +(\d+) ", chain[name][1]) == ["0", "1"]
+    assert re.search(r" reward +acc .*\nstep +0 ", chain["rppo"][1])
     for entry in sft.read_log(chain["sft"][0].out):
         assert {"step", "skipped", "lr", "seconds"} <= entry.keys()
         assert 0 < entry["loss"] < 10 and entry["tokens"] > 0 and entry["grad_norm"] > 0
@@ -396,7 +397,7 @@ def test_two_threads_add_in_one_order(policy, monkeypatch):
         image = env.Shown(None, (), 0, 0)
         image.view = torch.zeros(16, 16, 3)
         images += [image] * 1000
-    monkeypatch.setattr(policy, "encode", lambda images: features)
+    monkeypatch.setattr(policy, "run_tower", lambda images: features)
     noise, found = torch.randn(40_000, 96), set()
     for _ in range(4):
         loss = (policy.see(images) * noise).sum()
