@@ -1051,6 +1051,8 @@ def load(model, device="cpu", **flags):
         row = {"images": [image or path], "problem": "What is on the sign?", "solution": ""}
         [traj] = rollout(policy, [row], cfg, greedy=True)
     """
+    if torch.device(device).type == "cuda":
+        torch.cuda.set_device(device)
     argv = [f"--{name}={value}" for name, value in flags.items()]
     cfg = env.configure(Config, REAL, [f"--model={model}", *argv])
     return sft.load_policy(cfg.model, device), cfg

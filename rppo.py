@@ -266,28 +266,31 @@ def update(policy, optimizers, samples, cfg, reference=None):
         skipped=skipped)
 
 
-def update_bytes(config, cfg):
+def update_bytes(config, cfg, whole_fp32=False):
     """An estimate of the memory that one trajectory of max_tokens takes in the update, on CUDA: in bf16, with
     recomputation, by itself. The factors (8, 34, 7) say how many vectors of a width PyTorch keeps for each
-    token, as counted. What the allocator cannot use, and the vision tower, are left out."""
+    token, as counted. What the allocator cannot use, and the vision tower, are left out. whole_fp32: weights
+    that are neither sharded nor frozen are fp32, and so is what goes from block to block."""
     text = config.get_text_config()
     inner = text.num_attention_heads * evaluation.head_dim(text)
     width = text.hidden_size
     n = cfg.max_tokens
 
     bf16, fp32 = 2, 4                    # bytes of a number
-    kept = bf16 * n * width * (text.num_hidden_layers + 2)        # inputs of the blocks
+    stream = fp32 if whole_fp32 else bf16
+    kept = stream * n * width * (text.num_hidden_layers + 2)      # inputs of the blocks
     attention = bf16 * n * 8 * inner                              # within one of them
     if hasattr(text, "linear_num_value_heads"):                   # Qwen3.5's linear layers take much more
         attention = fp32 * n * 34 * text.linear_num_value_heads * text.linear_value_head_dim
-    mlp = bf16 * n * (7 * text.intermediate_size + 8 * width)
+    mlp = n * (bf16 * 7 * text.intermediate_size + stream * 8 * width)
     logits = fp32 * 8 * 2 ** 26                                   # of a part: see Policy.forward
     return kept + max(attention + mlp, logits)
 
 
 def check_memory(policy, first, cfg):
     """UserError if an update can hardly fit on the GPU, before the first rollout takes its minutes."""
-    needed = update_bytes(policy.vlm.config, cfg)
+    whole_fp32 = not policy.sharded and not policy.lora
+    needed = update_bytes(policy.vlm.config, cfg, whole_fp32)
     each = 4 if first else 12            # of a parameter: gradient; moments, unless the checkpoint had them
     for p in policy.parameters():
         if p.requires_grad:
@@ -296,7 +299,7 @@ def check_memory(policy, first, cfg):
 
     torch.cuda.empty_cache()
     free = torch.cuda.mem_get_info()[0]
-    if needed > free:
+    if needed > 0.9 * free:              # a tenth is for what the allocator cannot use
         raise env.UserError(
             f"an update takes about {needed / 2 ** 30:.1f} GiB, and {free / 2 ** 30:.1f} are free; "
             "lower --max_tokens, or use more GPUs / --lora")

@@ -165,9 +165,13 @@ class Policy(torch.nn.Module):
         return self.banned.device
 
     def autocast(self):
-        """bf16 matrix products on CUDA, fp32 on the CPU; weights that are trained stay fp32."""
+        """bf16 matrix products on CUDA, fp32 on the CPU; weights that are trained stay fp32. A rollout keeps
+        their copies in bf16 until it ends; an update has no room for all of them at once."""
         dtype = DTYPE[self.device.type]
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+        return torch.autocast(
+            self.device.type, torch.bfloat16,
+            enabled=dtype == torch.bfloat16,
+            cache_enabled=not torch.is_grad_enabled())
 
     @contextmanager
     def gathered(self):
@@ -240,8 +244,9 @@ class Policy(torch.nn.Module):
         return out.last_hidden_state
 
     def logits(self, h, temperature):
-        """Of hidden states h (..., width) the logits (..., V) of the sampling distribution, in fp32: divided
-        by the temperature, banned ids at -inf. Rollout and update both take them from here."""
+        """Of hidden states h (..., width) the logits (..., V) of the sampling distribution, in fp32 (of a
+        bf16 product on CUDA): divided by the temperature, banned ids at -inf. Rollout and update both take
+        them from here."""
         logits = self.vlm.lm_head(h).float() / temperature
         return logits.masked_fill(self.banned, -torch.inf)
 
@@ -845,7 +850,7 @@ def load_trainable(cfg, start, first, device, betas, muon_lr=0.0):
     if cfg.shard and dist.is_initialized():
         shard(policy, device)
     elif cfg.shard:
-        print("--shard: one process has nothing to share; start several with torchrun", flush=True)
+        print("--shard needs torchrun; with one process, too, it takes less memory", flush=True)
     policy.to(device)                            # FSDP2 also lets go of the root, gathered by `shard`'s pass
 
     optimizers = make_optimizers(policy, cfg, betas, muon_lr)

@@ -66,6 +66,7 @@ def test_choice(named):
     ("5 | 15 mph", "B. 15 miles per hour", 1),   # in which there is no 5
     ("5 | 15 mph", "B. 5 miles per hour", None),
     ("5 | 6 | 8", "B. 7", None),
+    ("5 | 6 | 8", "B. answer: five", None),
     ("3 | 5 | 3.5 m", "C. 3.5 metres", 2),
     ("5 | 5% | 05", "5", 0),                     # its own words before another's number
     ("upper left | upper right", "upper-left", 0),

@@ -98,6 +98,13 @@ def test_sft_leaves_out_what_ends_in_a_call(policy, rows):
     assert len(rows) == (batch["mask"].sum(1) > 0).sum() + len(long) and refused == 1 and cut == 0
 
 
+def test_copies_in_bf16_are_kept_in_rollouts_alone(policy):
+    """In an update autocast's copies of all weights would take a quarter of what the weights do."""
+    assert not policy.autocast()._cache_enabled
+    with torch.no_grad():
+        assert policy.autocast()._cache_enabled
+
+
 def test_a_turn_that_no_rollout_could_sample_is_not_trained(policy, rows):
     first, *_ = rows[0]["turns"]
     most = len(policy.proc.encode_data(first, keep=env.TAGS)) + 1

@@ -407,12 +407,13 @@ def test_log_ratio_is_small(learner, rows):
 
 def test_memory_is_checked_before(policy, monkeypatch):
     """What an update takes is compared with what is free; a checkpoint's moments lie on the card already."""
-    need = rppo.update_bytes(policy.vlm.config, CFG)
+    need = rppo.update_bytes(policy.vlm.config, CFG, whole_fp32=True)
+    assert need > rppo.update_bytes(policy.vlm.config, CFG)
     n = sum(p.numel() for p in policy.parameters())
     for first, needed in ((0, need + 12 * n), (5, need + 4 * n)):
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (needed, 0))
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (needed / 0.9 + 9, 0))
         rppo.check_memory(policy, first, CFG)
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (needed - 1, 0))
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (needed / 0.9 - 9, 0))
         assert "lower --max_tokens" in refusal(rppo.check_memory, policy, first, CFG)
 
 
