@@ -106,6 +106,8 @@ def test_marks(name):
         pixels = np.zeros((task.size, task.size, 3), np.int16)
         x0, y0, x1, y1 = data.draw_box(rng, pixels, 6, "red", task.kinds[0], answers[0], task)
         assert 2 * width <= x0 < x1 <= 3 * width and width <= y0 < y1 <= 2 * width
+        around = data.GREY if name == "large" else data.COLOURS["red"][0] // 32 * 24 + 36
+        assert abs(pixels[y0:y1, x0:x1, 0].mean() - around) < 1
         pixels[width:2 * width, 2 * width:3 * width] = 0
         assert not pixels.any()
         if task.label:

@@ -307,6 +307,12 @@ def test_when_a_run_is_saved(done, minutes, signals, age, expected, monkeypatch)
     assert sft.due(done, [], 0.0, sft.Config(steps=10, save_every=3, save_minutes=minutes)) == expected
 
 
+def test_the_time_that_is_left():
+    cfg = sft.Config(steps=10)
+    for step, seconds, text in ((3, 80.0, "eta   2:00"), (3, 79.8, "eta   2:00"), (9, 5.0, "eta   0:00")):
+        assert sft.eta(dict(step=step, seconds=seconds), cfg) == text
+
+
 def test_a_folder_in_use(copied, monkeypatch):
     """Who comes second is told in one line who has the folder, and changes nothing in it."""
     monkeypatch.setattr(env, "locks", {})
