@@ -25,6 +25,7 @@ Shapes:
     T   tokens of the longest of them         V   rows of the head, one for each id
     n   trained tokens of them all
 """
+import inspect
 import json
 import math
 import os
@@ -155,6 +156,10 @@ class Policy(torch.nn.Module):
         banned[len(proc.tokenizer):] = True
         self.register_buffer("banned", banned, persistent=False)
 
+        # What transformers calls the cache: `past_key_values`, from 5.24 on `cache`.
+        names = inspect.signature(vlm.model.language_model.forward).parameters
+        self.cache_name = "cache" if "cache" in names else "past_key_values"
+
         self.sharded = False                             # see `shard`
         self.reuses_features = False                     # see `see`
         self.fingerprint = ""                            # see load_policy
@@ -226,19 +231,18 @@ class Policy(torch.nn.Module):
         from `see`. mask and cache: eval.Cache's, in a rollout. Positions are given: inferred beside a cache,
         they are wrong."""
         x = self.vlm.get_input_embeddings()(ids)
-        extra = {}
+        extra = {self.cache_name: cache}
         if features is not None:
             at = ids == self.proc.image
             own, *deepstack = features.to(x.dtype).split(x.shape[2], 1)
             x = x.masked_scatter(at[..., None], own)
             if deepstack:
-                extra = dict(visual_pos_masks=at, deepstack_visual_embeds=deepstack)
+                extra.update(visual_pos_masks=at, deepstack_visual_embeds=deepstack)
 
         out = self.vlm.model.language_model(
             inputs_embeds=x,
             position_ids=pos,
             attention_mask=mask,
-            past_key_values=cache,
             use_cache=bool(cache),
             **extra)
         return out.last_hidden_state
@@ -850,7 +854,7 @@ def load_trainable(cfg, start, first, device, betas, muon_lr=0.0):
     if cfg.shard and dist.is_initialized():
         shard(policy, device)
     elif cfg.shard:
-        print("--shard needs torchrun; with one process, too, it takes less memory", flush=True)
+        print("--shard is off without torchrun, by which even one process takes less memory", flush=True)
     policy.to(device)                            # FSDP2 also lets go of the root, gathered by `shard`'s pass
 
     optimizers = make_optimizers(policy, cfg, betas, muon_lr)
