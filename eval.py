@@ -956,6 +956,8 @@ def section(name, before, after, n):
     # 2. Examples
     for kind, right in EXAMPLES.items():
         found = [pair for pair in pairs if (pair[0]["right"], pair[1]["right"]) == right]
+        if not found:
+            continue
         html += f'<details><summary>{len(found)} {kind}: examples</summary><div class="grid">'
         for old, new in found[:n]:
             if compared:
@@ -1023,6 +1025,7 @@ def write_report(folders, out):
     body = "<h1>DRIM</h1>"
     for name in sorted(found, reverse=True):
         first, *others = found[name]
+        others = [run for run in others if run[1] != first[1]]       # not the same answers once more
         for after in others or [first]:
             body += section(name, first, after, max(1, 4 // len(found[name])))
     body += f'<p>{LEGEND}</p><h2>Training</h2><div class="grid">'

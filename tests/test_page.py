@@ -148,6 +148,16 @@ def test_only_given_runs_and_a_damaged_one(image, tmp_path):
     refused("no run in nowhere", evaluation.main, evaluation.Config(report="nowhere"))
 
 
+def test_equal_answers_are_shown_once(image, tmp_path):
+    """The scores of one cold start in two folders are no change; what has no examples has no heading for them."""
+    runs = [write_run(tmp_path / name, record(image, right=name == "c")) for name in "abc"]
+    evaluation.write_report(runs, str(tmp_path / "report.html"))
+    html = (tmp_path / "report.html").read_text()
+    assert html.count("<table>") == html.count("<details>") == 1 and f"{runs[2]} after {runs[0]}" in html
+    evaluation.write_report(runs[:2], str(tmp_path / "report.html"))
+    assert Page((tmp_path / "report.html").read_text()).rows["Accuracy"] == ["1", "0.0 %"]
+
+
 def test_hostile_text_stays_text(image, tmp_path):
     bad = record(image, problem=HOSTILE, solution=HOSTILE, answer=HOSTILE + "\ud800", category=HOSTILE, right=False)
     bad["turns"][0].update(text=HOSTILE, error=HOSTILE, box=None)
