@@ -5,8 +5,8 @@
     python eval.py --model=runs/rppo --image=street.jpg --question="What is on the sign?"
     python eval.py --report=runs                                  # only write the page, runs/report.html
 
-Reads <data>/test.jsonl, benchmarks or an image. Writes <out>/{eval.json, results-*.jsonl, report.html}; for
-an image <out>/question.html.
+Reads <data>/test.jsonl, benchmarks or an image. Writes <out>/{config.json, eval.json, results-*.jsonl,
+report.html}; for an image <out>/question.html.
 
     Cache, Engine, rollout     sampling: every stage gets its trajectories from `rollout`
     judge, measure, metrics    what they are worth
@@ -1155,6 +1155,7 @@ def main(cfg):
         result.update(sampled, accuracy_greedy=scores["greedy"]["accuracy"])
 
     if rank == 0:
+        env.write_text(f"{cfg.out}/config.json", json.dumps(settings, indent=1))      # of what was scored last
         env.write_text(scores_path(cfg), json.dumps(result, indent=1))
         print_scores(cfg, scores)
         refresh_report(cfg.out, cfg.out)

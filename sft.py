@@ -657,14 +657,14 @@ def add_lora(policy, rank, scale, seed=0):
             module.forward = MethodType(lora_forward, module)
 
 
-def merge_lora(weights, scale):
+def merge_lora(weights, cfg):
     """Take the adapters out of weights (name -> tensor), add their products to the other weights, in fp32,
     and return the adapters. weights is changed in place."""
     adapters = {name: weights.pop(name) for name in list(weights) if "lora_" in name}
     for name, A in adapters.items():
         if name.endswith("lora_A"):
             plain = name.replace("lora_A", "weight")
-            delta = scale * adapters[name.replace("lora_A", "lora_B")] @ A
+            delta = cfg.lora_alpha / cfg.lora * adapters[name.replace("lora_A", "lora_B")] @ A
             weights[plain] = weights[plain].float() + delta
     return adapters
 
@@ -770,8 +770,8 @@ def save_checkpoint(step, policy, optimizers, cfg, preset):
         shutil.rmtree(tmp, ignore_errors=True)             # of a run that was killed while it wrote
         os.makedirs(f"{tmp}/training")
         if policy.lora:
-            rank, scale = policy.lora
-            adapters = merge_lora(weights, scale)
+            rank, scale = policy.lora                      # as cfg has them, see load_trainable
+            adapters = merge_lora(weights, cfg)
             notes = dict(base=policy.fingerprint, rank=str(rank), scale=str(scale))
             save_file(adapters, f"{tmp}/training/adapters.safetensors", notes)
         save_model(tmp, policy, weights, cfg, preset)
