@@ -395,7 +395,6 @@ def score_held_out(policy, held_out, cfg, rank, world_size):
 def train(policy, optimizers, preset, rows, held_out, first, cfg, rank, world_size, reference=None):
     """The steps from `first` on. A signal, or a UserError of a rollout, ends them when what has been learned
     is saved. One of an evaluation leaves the last checkpoint.
-
     preset: saved with checkpoints; rows, held_out: to train on, to evaluate; reference: see `update`.
     """
     def save(step):
@@ -433,8 +432,8 @@ def train(policy, optimizers, preset, rows, held_out, first, cfg, rank, world_si
             entry["update_s"] = time.time() - clock
 
             # 3. Evaluate
-            done = step + 1 == cfg.steps
-            evaluates = cfg.eval_rows and ((step + 1) % cfg.eval_every == 0 or done)
+            done = step + 1
+            evaluates = cfg.eval_rows and (done % cfg.eval_every == 0 or done == cfg.steps)
             if evaluates:
                 entry["held_out"] = score_held_out(policy, held_out, cfg, rank, world_size)
 
@@ -446,13 +445,13 @@ def train(policy, optimizers, preset, rows, held_out, first, cfg, rank, world_si
             del samples                  # with their images' features, before the next are sampled
 
             # 5. Save
-            stopped, is_due = sft.due(step + 1, signals, saved, cfg)
+            stopped, is_due = sft.due(done, signals, saved, cfg)
             if is_due or evaluates:
-                save(step + 1)
-                newest = step + 1
+                save(done)
+                newest = done
                 saved = time.time()
             if stopped:
-                sft.stop(step + 1, rank)
+                sft.stop(done, rank)
 
 
 # --- The main job: scenes, cold start, RPPO, scores -----------------------------------------------------
