@@ -1155,7 +1155,7 @@ def main(cfg):
         result.update(sampled, accuracy_greedy=scores["greedy"]["accuracy"])
 
     if rank == 0:
-        env.write_text(f"{cfg.out}/config.json", json.dumps(settings, indent=1))      # of what was scored last
+        env.write_text(f"{cfg.out}/config.json", json.dumps(settings, indent=1))
         env.write_text(scores_path(cfg), json.dumps(result, indent=1))
         print_scores(cfg, scores)
         refresh_report(cfg.out, cfg.out)
