@@ -172,10 +172,7 @@ def check_row(row, where):
             raise UserError(f"{where}: {box!r:.40} in `boxes` is not [x0, y0, x1, y1] in pixels")
 
     # 3. Options hold the solution.
-    solutions = row["solution"]
-    if not isinstance(solutions, list):
-        solutions = [solutions]
-    for solution in solutions:
+    for solution in env.solutions_of(row):
         if row.get("choices") and env.choice(solution, row["choices"]) is None:
             raise UserError(f"{where}: its solution {solution!r} is none of its choices {row['choices']}")
 
@@ -186,8 +183,7 @@ def check_row(row, where):
 def check_letters(row, where):
     """Raise UserError if a solution is the letter of one choice and the text of another."""
     choices = row.get("choices") or []
-    solutions = row["solution"] if isinstance(row["solution"], list) else [row["solution"]]
-    for solution in solutions:
+    for solution in env.solutions_of(row):
         index = env.choice(solution, choices)
         if env.worded(solution, choices) not in (None, index):
             raise UserError(f"{where}: its solution {solution} is the letter of one choice and the text of "
@@ -744,14 +740,14 @@ def converse(job, row, who, k, **change):
     return trajs
 
 
-# The steps of a proposal, in order. Each gets the job and the row, whose image is in memory after the first,
-# and adds to the row; or it returns why the proposal is dropped.
-
 @functools.cache
 def digest(path):
     """A short name (hex) of what a file holds."""
     return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
 
+
+# The steps of a proposal, in order. Each gets the job and the row, whose image is in memory after the first,
+# and adds to the row; or it returns why the proposal is dropped.
 
 def open_photo(job, row):
     """1. Photographs that can be read."""
@@ -904,6 +900,8 @@ def find_photos(folder):
             continue
         elif formats.get(suffix) not in env.IMAGE_FORMATS:
             others[suffix or "without a suffix"] += 1
+        elif not os.access(path, os.R_OK):           # a link to nowhere, too
+            others["unreadable"] += 1
         elif photos.setdefault(digest(path), path) != path:
             others["copy of another"] += 1
     return list(photos.values()), others

@@ -820,19 +820,21 @@ def options_of(row):
     return list(options.values()) if in_order and len(options) > 1 else []
 
 
+def solutions_of(row):
+    """The accepted answers of a row."""
+    solutions = row["solution"]
+    return solutions if isinstance(solutions, list) else [solutions]
+
+
 def match(answer, row):
     """Is the answer right by the rules? Options by letter or words, numbers by value, anything else as
     normalised text. A solution that is a list accepts each of its entries."""
-    solutions = row["solution"]
-    if not isinstance(solutions, list):
-        solutions = [solutions]
-
     # A key that names an option is matched as one; any other is open.
     options = options_of(row)
-    keys = {choice(solution, options) for solution in solutions} - {None}
+    keys = {choice(solution, options) for solution in solutions_of(row)} - {None}
     if keys:
         return choice(answer, options) in keys
-    return any(same_answer(answer, solution) for solution in solutions)
+    return any(same_answer(answer, solution) for solution in solutions_of(row))
 
 
 def is_right(traj):

@@ -252,7 +252,7 @@ def update(policy, optimizers, samples, cfg, reference=None):
                 clipped.sum().item()]
 
         # 5. Step. After flat groups alone, the optimizers' momentum would still move the weights.
-        _, norm, skip = sft.optimizer_step(policy, optimizers, loss_sum, cfg, n_micro == 0)
+        _, norm, skip = sft.optimizer_step(policy, optimizers, loss_sum, cfg, nothing_learned=n_micro == 0)
         skipped += skip
 
     n, entropy, gap, clipped = sft.all_sum(*sums.tolist())
@@ -512,7 +512,7 @@ def check_scores(cfg):
     if not cfg.n_score:
         return
     folder = f"{parent(cfg)}/eval/rppo"
-    cure = f"scores go beside --out: give --out={cfg.out}/rppo"
+    cure = f"give --out={cfg.out}/rppo, as scores go beside --out"
     env.lock(folder, cure)
 
     scores = env.read_json(f"{folder}/eval.json", {})

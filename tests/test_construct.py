@@ -216,7 +216,9 @@ def test_files_left_out(tmp_path):
     for i, name in enumerate(("A.JPG", "b.heic", "c.pdf", "d", os.fsdecode(b"\xff.png"), "e.png")):
         (tmp_path / name).write_text(f"content {i}")
     (tmp_path / "f.png").write_text("content 0")
-    others = {".heic": 1, ".pdf": 1, "without a suffix": 1, "name that is not UTF-8": 1, "copy of another": 1}
+    (tmp_path / "g.png").symlink_to("nowhere")
+    others = {".heic": 1, ".pdf": 1, "without a suffix": 1, "name that is not UTF-8": 1, "copy of another": 1,
+              "unreadable": 1}
     assert data.find_photos(tmp_path) == ([tmp_path / "A.JPG", tmp_path / "e.png"], others)
 
 

@@ -166,11 +166,11 @@ def test_crops_show_the_pixels_of_the_original(policy):
 
 ROTATE = '''
 def rotate(action, shown, cfg):
-    frame = shown[action.img_idx].frame.transpose(Image.ROTATE_90)
+    frame = image_of(action, shown).frame.transpose(Image.ROTATE_90)
     return Shown(frame, (0, 0, *frame.size), cfg.min_crop_pixels, cfg.max_crop_pixels, tool="rotate")
 
 
-TOOLS["rotate"] = Tool({"function": {"name": "rotate_image"}}, lambda args: Action("rotate", **args), rotate)
+TOOLS["rotate"] = Tool({"function": {"name": "rotate_image"}}, lambda args: Action("?", **args), rotate)
 '''
 
 
@@ -184,9 +184,9 @@ def test_a_second_tool(policy, row, monkeypatch):
     exec(before + ROTATE + line + after, forked.__dict__)
     assert forked.SYSTEM.replace("\n" + forked.SCHEMAS[1], "") == env.SYSTEM != forked.SYSTEM
     turn = '<tool_call>{"name": "rotate_image", "arguments": {"img_idx": %s}}</tool_call>'
-    texts = [turn % 0, turn % "[", crop(0, 0, 500, 500, img_idx=1), HALF, ANSWER]
-    traj = forked.render(policy.proc, row, texts, replace(ROOMY, max_crops=5, max_tokens=2000))
-    assert [turn.error for turn in traj.turns] == [None, "malformed", None, None, None]
+    texts = [turn % 0, turn % "[", turn % '0, "x": 1', turn % 9, crop(0, 0, 500, 500, img_idx=1), HALF, ANSWER]
+    traj = forked.render(policy.proc, row, texts, replace(ROOMY, max_crops=7, turn_tokens=99, max_tokens=2000))
+    assert [turn.error for turn in traj.turns] == [None, "malformed", "malformed", "index", None, None, None]
     assert [shown.tool for shown in traj.shown] == [None, "rotate", "crop", "crop"]
     assert traj.crops == [(0, 0, 160, 100)]
     assert [traj.place(shown)["frame"] for shown in traj.shown] == [0, 1, 1, 0]

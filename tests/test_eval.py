@@ -181,6 +181,14 @@ def test_with_and_without_the_tool(folder, capsys):
     assert off["repaired"] - off["broken"] == pytest.approx(on["accuracy"] - off["accuracy"])
 
 
+def test_an_error_of_one_rank_is_that_of_all(folder, monkeypatch):
+    """Answers and verdicts go through `together`."""
+    reached = []
+    monkeypatch.setattr(sft, "together", lambda function, *args: reached.append(function.__name__) or function(*args))
+    bench(folder)
+    assert "answer" in reached
+
+
 def test_judge(folder, asked):
     """Its verdict counts, its failure is counted and asked about again."""
     plain = bench(folder)["rows"]

@@ -290,8 +290,13 @@ def test_whatever_ends_a_run_saves_first(chain, tmp_path, monkeypatch):
             raise env.UserError("x.png: not a readable image")
         return render(*args)
     monkeypatch.setattr(env, "render", breaks)
+    saves, save = [], sft.save_checkpoint
+    monkeypatch.setattr(sft, "save_checkpoint", lambda step, *args: saves.append(step) or save(step, *args))
     refused("x.png", sft.main, cfg)
-    assert sft.checkpoint_steps(cfg.out) == [2] and len(sft.read_log(cfg.out)) == 2
+    assert sft.checkpoint_steps(cfg.out) == saves == [2] and len(sft.read_log(cfg.out)) == 2
+    calls = itertools.count()
+    refused("x.png", sft.main, replace(cfg, out=str(tmp_path / "saved"), save_every=2))
+    assert saves == [2, 2]                       # not again what has just been saved
     before = sft.read_log(cfg.out)[-1]["seconds"]
     sft.main(replace(cfg, save_minutes=1e-9))
     assert sft.checkpoint_steps(cfg.out) == [2, 3, 4]
